@@ -1,0 +1,270 @@
+"""Attach a rolling cache to a stock diffusers `WanTransformer3DModel`, and take it off again without a trace.
+
+Nothing is subclassed or patched on a class. While attached, each block's two attention modules have a processor of
+ours, and three modules have an instance-level `forward`: the rotary embedding (absolute frame positions, angles in
+float64), the condition embedder (time sinusoid in float64, text projected once per prompt) and the last block (whose
+remainder the context pass does not need). The state dict and the module tree stay as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+from .cache import Branch
+
+ROPE_THETA = 10000.0
+
+
+@dataclass
+class _Pass:
+    """What the processors read during one forward pass."""
+
+    branch: Branch
+    time_rows: int
+    keys_only: bool
+
+
+class RollingAttachment:
+    """A transformer with rolling caches attached. Made by `apply_rolling_kv_cache`; one per transformer.
+
+    exact: rotate in float64 and normalise queries and keys as the original code does: bit-equal to it in float32.
+        Off: float32 rotation and torch's fused norm, which agree to rounding and are faster on a GPU.
+    backend: attention backend of diffusers' dispatcher (None: its default, SDPA).
+    """
+
+    def __init__(self, transformer, *, exact: bool = False, backend: str | None = None):
+        self.transformer = transformer
+        self.exact = exact
+        self.backend = backend
+        self.current: _Pass | None = None
+        self._rotations: dict[tuple, torch.Tensor] = {}
+        self._undo = []
+
+    def forward(
+        self, latents: torch.Tensor, timestep: float, branch: Branch, *, time_rows: int | None = None,
+        keys_only: bool = False,
+    ) -> torch.Tensor | None:
+        """Run the open chunk of `branch` through the model, writing its keys and values into the cache.
+
+        latents: [B, C, f, h, w] in model space, where the cache has an open chunk of f frames. timestep: 0 to 1000,
+        one for the whole chunk. time_rows: rows in which the timestep is embedded, by default f as in the original
+        (a different number gives the same values up to the rounding of the matrix product). keys_only: write the cache
+        and return None.
+        Returns the predicted flow, [B, C, f, h, w].
+        """
+        batch, _, frames = latents.shape[:3]
+        cache = branch.cache
+        if cache.window.open != frames or cache.shape.batch != batch:
+            raise ValueError(
+                f"the cache has an open chunk of {cache.window.open} frames at batch {cache.shape.batch}, "
+                f"the latents are {frames} frames at batch {batch}"
+            )
+        self.current = _Pass(branch, time_rows or frames, keys_only)
+        try:
+            timesteps = torch.full((batch,), float(timestep), dtype=torch.float64, device=latents.device)
+            sample = self.transformer(latents, timesteps, branch.prompt.embeds, return_dict=False)[0]
+        finally:
+            self.current = None
+        return None if keys_only else sample
+
+    def detach(self) -> None:
+        """Put the transformer back exactly as it was. Safe to call twice, and after an exception."""
+        while self._undo:
+            self._undo.pop()()
+        self._rotations.clear()
+
+    def __enter__(self) -> RollingAttachment:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.detach()
+
+    def _attach(self) -> None:
+        blocks = self.transformer.blocks
+        for layer, block in enumerate(blocks):
+            self._set_processor(block.attn1, RollingSelfAttention(self, layer))
+            self._set_processor(block.attn2, PromptCrossAttention(self, layer))
+        self._set_forward(self.transformer.rope, self._rotation)
+        self._set_forward(self.transformer.condition_embedder, self._embed_condition)
+        self._set_forward(blocks[-1], self._last_block_forward(blocks[-1], blocks[-1].forward))
+
+    def _set_processor(self, module, processor) -> None:
+        previous = module.processor
+        self._undo.append(lambda: setattr(module, "processor", previous))
+        module.processor = processor
+
+    def _set_forward(self, module, forward) -> None:
+        if "forward" in vars(module):  # a hook of somebody else's
+            previous = module.forward
+            self._undo.append(lambda: setattr(module, "forward", previous))
+        else:
+            self._undo.append(lambda: delattr(module, "forward"))
+        module.forward = forward
+
+    def _rotation(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Unit complex numbers that rotate each token's head dims, [1, S, 1, D/2], for the open chunk's positions."""
+        window = self.current.branch.cache.window
+        _, patch_height, patch_width = self.transformer.config.patch_size
+        frames, height, width = hidden_states.shape[2:]
+        grid = (frames, height // patch_height, width // patch_width)
+        key = (window.end, *grid, hidden_states.device)
+        if key not in self._rotations:
+            # Every step of a chunk uses the same one; another chunk's will not be needed again.
+            self._rotations.clear()
+            rotation = rotary_angles(self.transformer.config.attention_head_dim, window.end, *grid)
+            rotation = torch.polar(torch.ones_like(rotation), rotation)
+            dtype = torch.complex128 if self.exact else torch.complex64
+            self._rotations[key] = rotation.to(device=hidden_states.device, dtype=dtype)[None, :, None]
+        return self._rotations[key]
+
+    def _embed_condition(self, timestep, encoder_hidden_states, encoder_hidden_states_image=None, **_):
+        embedder = self.transformer.condition_embedder
+        prompt = self.current.branch.prompt
+        if prompt.projected is None:
+            prompt.projected = embedder.text_embedder(encoder_hidden_states)
+        # One matrix row per frame, as the original computes it: the row count changes the rounding of the product.
+        rows = self.current.time_rows
+        sinusoid = time_sinusoid(timestep.repeat_interleave(rows), embedder.timesteps_proj.num_channels)
+        parameter = next(embedder.time_embedder.parameters())
+        time = embedder.time_embedder(sinusoid.to(parameter.dtype)).type_as(encoder_hidden_states)
+        modulation = embedder.time_proj(embedder.act_fn(time))
+        return time[::rows], modulation[::rows], prompt.projected, None
+
+    def _last_block_forward(self, block, forward):
+        def last_block(hidden_states, encoder_hidden_states, temb, rotary_emb):
+            if not self.current.keys_only:
+                return forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+            shift, scale = (block.scale_shift_table + temb.float())[:, :2].unbind(1)
+            normed = block.norm1(hidden_states.float()) * (1 + scale[:, None]) + shift[:, None]
+            block.attn1.processor.write(block.attn1, normed.type_as(hidden_states), rotary_emb)
+            return hidden_states
+
+        return last_block
+
+
+class RollingSelfAttention:
+    """Self-attention of one block over the frames in the window. A diffusers attention processor."""
+
+    _parallel_config = None
+
+    def __init__(self, attachment: RollingAttachment, layer: int):
+        self.attachment = attachment
+        self.layer = layer
+        self._attention_backend = attachment.backend
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        """hidden_states: [B, S, dim], the tokens of the open chunk. rotary_emb: [1, S, 1, D/2], complex."""
+        key, value = self.write(attn, hidden_states, rotary_emb)
+        query = self._heads(attn, attn.to_q(hidden_states), attn.norm_q)
+        return _attend(self, attn, rotate(query, rotary_emb), key, value)
+
+    def write(self, attn, hidden_states, rotary_emb) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the chunk's keys and values; returns all keys and values in the window, [B, tokens, H, D]."""
+        key = rotate(self._heads(attn, attn.to_k(hidden_states), attn.norm_k), rotary_emb)
+        value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+        return self.attachment.current.branch.cache.update(self.layer, key, value)
+
+    def _heads(self, attn, projected, norm):
+        return _normalise(projected, norm, self.attachment.exact).unflatten(2, (attn.heads, -1))
+
+
+class PromptCrossAttention:
+    """Cross-attention of one block; the prompt's keys and values are computed once. A diffusers attention processor."""
+
+    _parallel_config = None
+
+    def __init__(self, attachment: RollingAttachment, layer: int):
+        self.attachment = attachment
+        self.layer = layer
+        self._attention_backend = attachment.backend
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        """hidden_states: [B, S, dim]; encoder_hidden_states: the projected prompt, [B, L, dim]."""
+        exact = self.attachment.exact
+        layers = self.attachment.current.branch.prompt.layers
+        if self.layer not in layers:
+            key = _normalise(attn.to_k(encoder_hidden_states), attn.norm_k, exact).unflatten(2, (attn.heads, -1))
+            layers[self.layer] = key, attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1))
+        query = _normalise(attn.to_q(hidden_states), attn.norm_q, exact).unflatten(2, (attn.heads, -1))
+        return _attend(self, attn, query, *layers[self.layer])
+
+
+def _attend(processor, attn, query, key, value) -> torch.Tensor:
+    # A float32 norm weight in a half-precision model lifts the query: keys and values decide the dtype.
+    hidden_states = dispatch_attention_fn(
+        query.to(key.dtype), key, value, backend=processor._attention_backend, parallel_config=None
+    )
+    hidden_states = hidden_states.flatten(2, 3).to(attn.to_out[0].weight.dtype)
+    return attn.to_out[1](attn.to_out[0](hidden_states))
+
+
+def _normalise(hidden_states: torch.Tensor, norm, exact: bool) -> torch.Tensor:
+    if not exact:
+        return norm(hidden_states)
+    # The original's order of operations; torch's fused kernel differs from it in the last bit.
+    wide = hidden_states.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    return wide.type_as(hidden_states) * norm.weight
+
+
+def rotate(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Apply RoPE: neighbouring dims are the two parts of a complex number. [B, S, H, D] and [1, S, 1, D/2]."""
+    real = torch.float64 if rotation.dtype == torch.complex128 else torch.float32
+    pairs = torch.view_as_complex(heads.to(real).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(heads)
+
+
+def rotary_angles(head_dim: int, start_frame: int, frames: int, height: int, width: int) -> torch.Tensor:
+    """Angles of Wan's 3-D RoPE in float64, [frames * height * width, head_dim / 2], on the CPU.
+
+    start_frame: absolute latent frame; any size, since nothing is looked up in a table. height, width: in tokens.
+    """
+    spatial = head_dim // 6  # complex dims of height and of width; time gets the rest
+    parts = []
+    for axis, (start, count, dims) in enumerate(
+        [(start_frame, frames, head_dim // 2 - 2 * spatial), (0, height, spatial), (0, width, spatial)]
+    ):
+        frequency = 1.0 / ROPE_THETA ** (torch.arange(0, 2 * dims, 2, dtype=torch.float64) / (2 * dims))
+        angles = torch.outer(torch.arange(start, start + count, dtype=torch.float64), frequency)
+        view = [1, 1, 1, dims]
+        view[axis] = count
+        parts.append(angles.view(view).expand(frames, height, width, dims))
+    return torch.cat(parts, dim=-1).flatten(0, 2)
+
+
+def time_sinusoid(timestep: torch.Tensor, channels: int) -> torch.Tensor:
+    """Sinusoidal embedding of timesteps [N] in float64, [N, channels], cosines first as Wan has them."""
+    half = channels // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
+    angles = torch.outer(timestep.to(torch.float64), torch.pow(10000, -exponent))
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def apply_rolling_kv_cache(transformer, *, exact: bool = False, backend: str | None = None) -> RollingAttachment:
+    """Attach to a stock `WanTransformer3DModel`. Use as a context manager, or call `detach` on what is returned.
+
+    Raises ValueError if a rolling cache is attached already, or if the model is conditioned on images.
+    """
+    if any(isinstance(block.attn1.processor, RollingSelfAttention) for block in transformer.blocks):
+        raise ValueError("this transformer has a rolling cache attached already; detach that one first")
+    if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
+        raise ValueError("this is an image-conditioned Wan model; causal models are text-conditioned (T2V) ones")
+    attachment = RollingAttachment(transformer, exact=exact, backend=backend)
+    try:
+        attachment._attach()
+    except BaseException:
+        attachment.detach()
+        raise
+    return attachment
+
+
+def remove_rolling_kv_cache(transformer) -> bool:
+    """Detach whatever rolling cache is attached to `transformer`; False if there was none."""
+    processor = transformer.blocks[0].attn1.processor
+    if not isinstance(processor, RollingSelfAttention):
+        return False
+    processor.attachment.detach()
+    return True

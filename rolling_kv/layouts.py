@@ -1,0 +1,148 @@
+"""What tensors are, and under which names: telling kinds of models apart, unpacking, renaming, float8 scales, dtypes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import torch
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from torch import Tensor
+
+from .files import CheckpointError, open_checkpoint  # noqa: F401 - the readers' common entry
+
+WAN = "a Wan video model"
+UMT5 = "a T5 or UMT5 text encoder"
+LORA = "a LoRA"
+VAE = "a VAE"
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_SHARDING_PARTS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
+_PREFIX_PARTS = _SHARDING_PARTS | {"model", "diffusion_model"}
+_SIGNS = (  # the first that matches any tensor name; LoRA names contain those of the model they belong to
+    (r"\.lora_(A|B|down|up)\.|\.lora[AB]\.|(^|\.)lora_unet_", LORA),
+    (r"(^|\.)blocks\.0\.(self_attn|attn1)\.", WAN),
+    (r"(^|\.)encoder\.block\.0\.layer\.|^token_embedding\.weight$|^blocks\.0\.attn\.q\.weight$", UMT5),
+    (r"(^|\.)decoder\.(conv1|conv_in|conv_out|mid_block|middle)\.|(^|\.)(post_)?quant_conv\.", VAE),
+    (r"(^|\.)(text_model|vision_model|visual)\.", "a CLIP model"),
+    (r"(^|\.)(double_blocks|joint_blocks|transformer_blocks|input_blocks|down_blocks)\.", "an image or video model "
+     "of another family (Stable Diffusion, Flux, Hunyuan, LTX, …)"),
+)
+
+
+def kind_of(tensors: dict[str, Tensor]) -> str:
+    """What the tensors belong to, as a noun: WAN, UMT5, LORA, VAE, …; unknown ones are quoted."""
+    for pattern, kind in _SIGNS:
+        if any(re.search(pattern, name) for name in tensors):
+            return kind
+    return f"something unknown (its first tensors are {named(tensors, list(tensors)[:3])})"
+
+
+def named(tensors: dict[str, Tensor], names: list[str]) -> str:
+    """The names with shapes, for messages: at most three, then how many more."""
+    listed = ", ".join(f"{name} {list(tensors[name].shape)}" for name in names[:3])
+    return listed + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_fit(weights: dict[str, Tensor], needed: dict[str, Tensor], model: str) -> None:
+    """Raise CheckpointError unless the weights are those that are needed, by name and shape. `model` names the model."""
+    missing = [name for name in needed if name not in weights]
+    surplus = [name for name in weights if name not in needed]
+    wrong = [name for name in needed if name in weights and weights[name].shape != needed[name].shape]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing: {named(needed, missing)}")
+    if surplus:
+        problems.append(f"{len(surplus)} that do not belong there: {named(weights, surplus)}")
+    if wrong:
+        expected = ", ".join(str(list(needed[name].shape)) for name in wrong[:3])
+        problems.append(f"{len(wrong)} of the wrong shape: {named(weights, wrong)}, expected {expected}")
+    if problems:
+        raise CheckpointError(f"the tensors do not fit {model}. {'; '.join(problems)}. "
+                              "The file is incomplete, or holds another kind of model.")
+
+
+def strip_prefixes(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Remove what training and packing tools put in front of a transformer's names, and tell what it was.
+
+    Strips `model.`, `model.diffusion_model.` and the marks of FSDP and torch.compile, in any nesting. Of a file that packs
+    the whole pipeline, only the transformer is kept.
+    """
+    packed = {name: tensor for name, tensor in tensors.items() if name.startswith("model.diffusion_model.")}
+    stripped, prefixes = {}, {}
+    for name, tensor in (packed or tensors).items():
+        parts = name.split(".")
+        start = next((i for i, part in enumerate(parts) if part not in _PREFIX_PARTS), 0)
+        prefixes[".".join(parts[:start])] = True
+        key = ".".join(part for part in parts[start:] if part not in _SHARDING_PARTS)
+        if key in stripped:
+            raise CheckpointError(f"the file holds {key} twice, under different prefixes.")
+        stripped[key] = tensor
+    return stripped, max(prefixes, key=len)
+
+
+def to_diffusers_names(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """A Wan transformer's tensors under diffusers' names, and what the names were."""
+    if any(".attn1." in name for name in tensors):
+        return dict(tensors), "diffusers names"
+    return convert_wan_transformer_to_diffusers(dict(tensors)), "original Wan names"
+
+
+def split_scales(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights, and the scales of float8 weights by the name of the weight they belong to.
+
+    Marks that matter only to arithmetic in float8 (`scaled_fp8`, scales of inputs) are dropped.
+    """
+    weights, scales = {}, {}
+    for name, tensor in tensors.items():
+        owner, _, last = name.rpartition(".")
+        if last in ("scale_weight", "weight_scale"):
+            scales[f"{owner}.weight"] = tensor
+        elif last not in ("scaled_fp8", "scale_input", "input_scale", "comfy_quant"):
+            weights[name] = tensor
+    strange = [name for name, tensor in weights.items() if not tensor.is_floating_point()]
+    if strange:
+        raise CheckpointError(f"the weights are quantised in a way that is not read here: {strange[0]} is "
+                              f"{dtype_name(weights[strange[0]].dtype)}. Use the bf16, fp16 or fp8 version.")
+    return weights, scales
+
+
+def load_tensor(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """The tensor in `dtype` on `device`, with the scale of a float8 weight multiplied in."""
+    if scale is None:
+        return tensor.to(device, dtype)
+    return (tensor.to(device, torch.float32) * scale.to(device, torch.float32)).to(dtype)
+
+
+def stored_dtypes(tensors: dict[str, Tensor]) -> list[torch.dtype]:
+    """Floating dtypes of the tensors, the one with the most values first."""
+    sizes = Counter()
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] += tensor.numel()
+    return [dtype for dtype, _ in sizes.most_common()]
+
+
+def choose_dtype(dtype: str | torch.dtype, tensors: dict[str, Tensor], device: torch.device | str) -> torch.dtype:
+    """The dtype to load in: the one asked for, or for "auto" the file's own, float8 as bfloat16.
+
+    On CUDA, "auto" loads float32 as bfloat16 too.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}")
+        return DTYPES[dtype]
+    stored = stored_dtypes(tensors)[0]
+    if stored.itemsize == 1:
+        return torch.bfloat16
+    if stored.itemsize >= 4:
+        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    return stored
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16`, not `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,295 @@
+"""The loop over chunks: `RollingSession` brings a working cache to a point of a video and samples on from there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Iterator, NamedTuple
+
+import torch
+
+from .attention import RollingAttachment, apply_rolling_kv_cache
+from .cache import Branch, CacheShape, PromptCache, RollingKVCache
+from .config import SIZE_MULTIPLE, SPATIAL_COMPRESSION, CacheConfig, SamplingConfig
+from .model import CausalModel
+from .schedule import sample_chunk, seeded_noise
+from .state import CacheState
+
+NoiseSource = Callable[[int, int, tuple[int, ...]], torch.Tensor]
+"""(first latent frame of the chunk, draw, shape) -> noise [B, C, f, h, w]. See `schedule.Noise` for the draws."""
+
+
+class Chunk(NamedTuple):
+    """A finished chunk: its first absolute latent frame and its clean latents [B, C, f, h, w] in model space."""
+
+    start_frame: int
+    latents: torch.Tensor
+
+
+class CacheSpec(NamedTuple):
+    """What must agree for one run to take over another's working cache."""
+
+    shape: CacheShape
+    config: CacheConfig
+    branches: tuple[str, ...]
+    exact: bool
+    device: torch.device
+
+
+@dataclass
+class Workspace:
+    """Keeps a model's working cache between two runs, so that the next run can take it over.
+
+    Holds one cache, at one point of one video. It is only ever an optimisation: a run that finds another video here
+    replays its own, with the same result.
+    """
+
+    spec: CacheSpec | None = None
+    caches: dict[str, RollingKVCache] | None = None
+    key: str = ""
+    cached_chunks: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cache.nbytes for cache in (self.caches or {}).values())
+
+    def clear(self) -> None:
+        """Let go of the working cache's memory."""
+        self.spec, self.caches, self.key, self.cached_chunks = None, None, "", 0
+
+
+class RollingSession:
+    """One run on one video. A context manager: the cache is attached to the model inside it, and only there.
+
+        with RollingSession(model, prompt, height=480, width=832) as session:
+            for chunk in session.generate(7, seed=1):
+                ...
+            state = session.state
+
+    model: mutated while the session is open (its attention processors), restored when it closes.
+    prompt, negative: text embeddings [B or 1, L, D], zero-padded; negative is needed with guidance only.
+    height, width: pixels, multiples of 16. sampling, cache: by default the model's preset.
+    state: the video to continue; its tensors are only read. workspace: where to look for, and leave, a working cache.
+    exact: see `RollingAttachment`. on_pass: called as on_pass(done, total) before every model pass; whatever it raises
+    cancels the run, and the working cache is dropped.
+    """
+
+    def __init__(
+        self, model: CausalModel, prompt: torch.Tensor, *, height: int, width: int,
+        negative: torch.Tensor | None = None, batch: int = 1, sampling: SamplingConfig | None = None,
+        cache: CacheConfig | None = None, state: CacheState | None = None, workspace: Workspace | None = None,
+        exact: bool = False, backend: str | None = None, on_pass: Callable[[int, int], None] | None = None,
+    ):
+        self.model = model
+        self.sampling = sampling or model.preset.sampling
+        self.cache_config = cache or model.preset.cache
+        self.state = state or CacheState(model=model.identity)
+        self.batch = batch
+        self.device = next(model.transformer.parameters()).device
+        self.dtype = model.dtype
+        self.latent_size = check_size(height, width)
+        self.exact = exact
+        self.backend = backend
+        self.on_pass = on_pass
+        self._workspace = workspace or Workspace()
+        self._attachment: RollingAttachment | None = None
+        self._caches: dict[str, RollingKVCache] = {}
+        self._cached = 0  # chunks of the state whose context pass the working cache has seen
+        self._passes_done = 0
+        self._prompt_caches: list[PromptCache] = []
+
+        self.cache_config.check_chunk(self.sampling.chunk)
+        if self.state.chunks:
+            self._check_latents(self.state.chunks[-1], "the cache state's latents")
+        self.set_prompt(prompt, negative)
+
+    # -- what comes in -------------------------------------------------------------------------------------------
+
+    def set_prompt(self, prompt: torch.Tensor, negative: torch.Tensor | None = None) -> None:
+        """Use another prompt from the next chunk on. Embeddings [B or 1, L, D]."""
+        if self.sampling.guided and negative is None:
+            raise ValueError(
+                f"guidance_scale is {self.sampling.guidance_scale}, which needs a negative prompt; connect one, "
+                "or set guidance to 1 to sample without"
+            )
+        self._prompt = self._embeds(prompt, "the prompt")
+        self._negative = self._embeds(negative, "the negative prompt") if self.sampling.guided else None
+
+    def prefill(self, latents: torch.Tensor) -> None:
+        """Append given clean latents, [B, C, F, h, w] in model space: an image, or a video to extend."""
+        self._check_latents(latents, "the initial latents")
+        latents = latents.to(self.dtype)
+        start = 0
+        for frames in self.sampling.prefill_sizes(latents.shape[2]):
+            chunk = latents[:, :, start : start + frames]
+            self.state = self.state.extended(
+                chunk, timestep=0.0, prompt=self._prompt, negative=self._negative, seed=None
+            )
+            start += frames
+
+    # -- sampling ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, chunks: int, seed: int = 0, noise_source: NoiseSource | None = None
+    ) -> Iterator[Chunk]:
+        """Sample `chunks` more chunks, yielding each as it is done; `self.state` then includes it.
+
+        The context pass of a chunk runs only when another chunk follows it, in this run or in a later one.
+        """
+        total = self.passes_needed(chunks)
+        channels = self.model.transformer.config.in_channels
+        for _ in range(chunks):
+            self._catch_up(total)
+            start = self.state.frames
+            shape = (self.batch, channels, self.sampling.chunk_size(start), *self.latent_size)
+            branches = self._branches(self._prompt, self._negative)
+            self._prompt_caches = [branch.prompt for branch in branches]  # those of the past will not be needed again
+            for branch in branches:
+                branch.cache.begin(shape[2])
+            with torch.inference_mode():
+                latents = sample_chunk(
+                    lambda x, timestep: self._predict(branches, x, timestep, total),
+                    lambda draw: self._draw(noise_source, seed, start, shape, draw),
+                    self.sampling,
+                ).to(self.dtype)
+            self.state = self.state.extended(
+                latents, timestep=self.sampling.context_noise, prompt=self._prompt, negative=self._negative, seed=seed
+            )
+            yield Chunk(start, latents)
+
+    def passes_needed(self, chunks: int) -> int:
+        """Model passes (counting a guided pair as one) until `chunks` more chunks are done, from the start."""
+        backlog = len(self.state.records) - self._cached
+        return self._passes_done + backlog + chunks * self.sampling.steps_per_chunk + max(chunks - 1, 0)
+
+    def _draw(self, noise_source, seed, start, shape, draw) -> torch.Tensor:
+        noise = noise_source(start, draw, shape) if noise_source else seeded_noise(seed, start, shape, draw)
+        dtype = self.dtype if self.sampling.sampler == "renoise" else torch.float32
+        return noise.to(device=self.device, dtype=dtype)
+
+    def _predict(self, branches: list[Branch], x: torch.Tensor, timestep: float, total: int) -> torch.Tensor:
+        self._tick(total)
+        x = x.to(self.dtype)
+        flows = [self._attachment.forward(x, timestep, branch) for branch in branches]
+        if len(flows) == 1:
+            return flows[0]
+        cond, uncond = flows
+        return uncond + self.sampling.guidance_scale * (cond - uncond)
+
+    def _catch_up(self, total: int) -> None:
+        """Run the context pass of every chunk that the working cache has not seen yet."""
+        for index in range(self._cached, len(self.state.records)):
+            record = self.state.records[index]
+            latents = self.state.chunks[index].to(self.device)
+            negative = self.state.prompts[record.negative] if record.negative >= 0 else self._negative
+            rows = 1 if record.seed is None else record.frames  # as the original embeds the timestep of given frames
+            self._tick(total)
+            for branch in self._branches(self.state.prompts[record.prompt], negative):
+                if not branch.cache.window.open:
+                    branch.cache.begin(record.frames)
+                with torch.inference_mode():
+                    self._attachment.forward(latents, record.timestep, branch, time_rows=rows, keys_only=True)
+                branch.cache.commit()
+            self._cached = index + 1
+
+    def _branches(self, prompt: torch.Tensor, negative: torch.Tensor | None) -> list[Branch]:
+        """The conditional branch, and with guidance the unconditional one."""
+        return [
+            Branch(cache, self._prompt_cache(embeds)) for cache, embeds in zip(self._caches.values(), (prompt, negative))
+        ]
+
+    def _prompt_cache(self, embeds: torch.Tensor) -> PromptCache:
+        embeds = embeds.to(self.device)
+        for known in self._prompt_caches:
+            if torch.equal(known.embeds, embeds):
+                return known
+        self._prompt_caches.append(PromptCache(embeds))
+        return self._prompt_caches[-1]
+
+    def _tick(self, total: int) -> None:
+        if self.on_pass is not None:
+            self.on_pass(self._passes_done, total)
+        self._passes_done += 1
+
+    # -- the working cache ---------------------------------------------------------------------------------------
+
+    def __enter__(self) -> RollingSession:
+        names = ("cond", "uncond") if self.sampling.guided else ("cond",)
+        shape = CacheShape.of(self.model.transformer, self.batch, *self.latent_size, self.dtype)
+        spec = CacheSpec(shape, self.cache_config, names, self.exact, self.device)
+        workspace = self._workspace
+        self._attachment = apply_rolling_kv_cache(self.model.transformer, exact=self.exact, backend=self.backend)
+        try:
+            if workspace.spec == spec:
+                self._caches = workspace.caches
+                if workspace.key == self.state.key:
+                    self._cached = workspace.cached_chunks
+                else:
+                    for cache in self._caches.values():
+                        cache.reset()
+            else:
+                workspace.clear()
+                capacity = max(self.state.frames, self.sampling.chunk)
+                with torch.inference_mode():
+                    self._caches = {n: RollingKVCache(shape, self.cache_config, self.device, capacity) for n in names}
+            self._spec = spec
+            workspace.clear()
+        except BaseException:
+            self._attachment.detach()
+            raise
+        return self
+
+    def __exit__(self, exception_type, *_) -> None:
+        self._attachment.detach()
+        if exception_type is None:
+            workspace = self._workspace
+            workspace.spec, workspace.caches, workspace.key = self._spec, self._caches, self.state.key
+            workspace.cached_chunks = self._cached
+        self._caches = {}
+        self._prompt_caches = []
+
+    # -- checks --------------------------------------------------------------------------------------------------
+
+    def _embeds(self, embeds: torch.Tensor, name: str) -> torch.Tensor:
+        text_dim = self.model.transformer.config.text_dim
+        if embeds.ndim != 3 or embeds.shape[0] not in (1, self.batch) or embeds.shape[2] != text_dim:
+            raise ValueError(
+                f"{name} must be [1 or {self.batch}, tokens, {text_dim}] for this model, got {list(embeds.shape)}; "
+                "was it made by a text encoder of another model?"
+            )
+        return embeds.to(self.dtype).expand(self.batch, -1, -1)
+
+    def _check_latents(self, latents: torch.Tensor, name: str) -> None:
+        expected = (self.batch, self.model.transformer.config.in_channels, *self.latent_size)
+        if latents.ndim != 5 or (*latents.shape[:2], *latents.shape[3:]) != expected:
+            raise ValueError(
+                f"{name} must be [batch {expected[0]}, channels {expected[1]}, frames, height {expected[2]}, "
+                f"width {expected[3]}] (in latents, {SPATIAL_COMPRESSION} pixels each), got {list(latents.shape)}"
+            )
+
+
+def check_size(height: int, width: int) -> tuple[int, int]:
+    """The latent size of a video of `height` x `width` pixels. Raises ValueError unless both are multiples of 16."""
+    for name, value in (("height", height), ("width", width)):
+        if value < SIZE_MULTIPLE or value % SIZE_MULTIPLE:
+            lower = max(value // SIZE_MULTIPLE * SIZE_MULTIPLE, SIZE_MULTIPLE)
+            raise ValueError(
+                f"{name} must be a multiple of {SIZE_MULTIPLE} pixels, got {value}; "
+                f"the nearest are {lower} and {lower + SIZE_MULTIPLE}"
+            )
+    return height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION
+
+
+def working_bytes(
+    model: CausalModel, height: int, width: int, *, batch: int = 1, sampling: SamplingConfig | None = None,
+    cache: CacheConfig | None = None, frames: int = 0, prompt_tokens: int = 512,
+) -> int:
+    """Bytes of the caches that a session will allocate: rolling keys and values and the prompt's, of every branch.
+
+    frames: latent frames of the whole video; decides the size when the window is unlimited.
+    """
+    sampling = sampling or model.preset.sampling
+    cache = cache or model.preset.cache
+    shape = CacheShape.of(model.transformer, batch, *check_size(height, width), model.dtype)
+    kept = frames if cache.window == -1 else cache.window
+    branch = RollingKVCache.bytes_needed(shape, kept) + PromptCache.bytes_needed(shape, prompt_tokens)
+    return branch * (2 if sampling.guided else 1)

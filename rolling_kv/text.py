@@ -1,0 +1,229 @@
+"""Prompt embeddings: UMT5 and its tokenizer, from a diffusers folder or from single files.
+
+A prompt becomes tokens exactly as ComfyUI's Wan CLIP makes them, and the encoder's arithmetic is float32 whatever dtype the
+weights are stored in, as there. So CLIPTextEncode and `TextEncoder.encode` give the same embedding to rounding. (ComfyUI's
+weight syntax, "(word:1.2)", is its own: here parentheses are text.)
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+import torch
+from diffusers.hooks import apply_layerwise_casting_hook
+from torch import Tensor, nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from .config import TEXT_LENGTH
+from .files import Checkpoint, CheckpointError, open_checkpoint, telling
+from .layouts import UMT5, check_fit, choose_dtype, kind_of, load_tensor, split_scales
+
+_FILES = "umt5_xxl_fp16.safetensors or umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+_TOKENIZER_TENSOR = "spiece_model"
+_ORIGINAL_NAMES = (  # the original Wan release's names, and transformers'
+    (r"^token_embedding\.", "shared."),
+    (r"^norm\.", "encoder.final_layer_norm."),
+    (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
+    (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
+    (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
+    (r"^blocks\.(\d+)\.pos_embedding\.embedding\.",
+     r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
+    (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
+    (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
+    (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """encode: text to token ids, without special tokens. size: number of ids."""
+
+    encode: Callable[[str], list[int]]
+    size: int
+
+
+class TextEncoder(nn.Module):
+    """UMT5 with its tokenizer. It has no `device` attribute, so that a memory manager may assign one.
+
+    Weights may be stored in half precision; a block is float32 while it runs.
+    """
+
+    def __init__(self, encoder: UMT5EncoderModel, tokenizer: Tokenizer):
+        super().__init__()
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        stored = encoder.shared.weight.dtype
+        if stored != torch.float32:
+            for block in encoder.encoder.block:
+                apply_layerwise_casting_hook(block, stored, torch.float32, non_blocking=False)
+            encoder.encoder.final_layer_norm.float()
+
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings; 4096 for UMT5-XXL."""
+        return self.encoder.config.d_model
+
+    def compute_device(self) -> torch.device:
+        """Where the weights are now."""
+        return self.encoder.shared.weight.device
+
+    def tokens(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, the closing EOS included, at most 512; whatever exceeds that is cut off."""
+        ids = self.tokenizer.encode(clean(prompt))
+        if len(ids) >= TEXT_LENGTH:
+            logger.warning("The prompt has %d tokens; the model reads the first %d.", len(ids), TEXT_LENGTH - 1)
+        return ids[: TEXT_LENGTH - 1] + [self.encoder.config.eos_token_id]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Embed prompts: float32 [B, 512, dim] on the encoder's device, zero after each prompt's EOS.
+
+        A prompt is encoded alone and unpadded: padding is invisible to the encoder, and so a prompt's embedding does not
+        depend on its neighbours, nor cost more than its own length.
+        """
+        embeddings = torch.zeros(len(prompts), TEXT_LENGTH, self.dim, device=self.compute_device())
+        for row, prompt in zip(embeddings, prompts):
+            ids = torch.tensor([self.tokens(prompt)], device=row.device)
+            row[: ids.shape[1]] = self.encoder(ids).last_hidden_state[0]
+        return embeddings
+
+
+def clean(prompt: str) -> str:
+    """A prompt as Wan was trained on it: HTML entities resolved, runs of white space made one space."""
+    return " ".join(html.unescape(html.unescape(prompt)).split())
+
+
+@torch.inference_mode(False)
+def load_text_encoder(
+    path: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+) -> TextEncoder:
+    """Load UMT5 and its tokenizer.
+
+    path: a diffusers folder (with text_encoder/ in it, or that folder itself), or a single file: ComfyUI's
+        umt5_xxl_*.safetensors, scaled float8 too, or the original models_t5_umt5-xxl-enc-bf16.pth.
+    tokenizer: a folder or file with spiece.model or tokenizer.json. By default the one inside the file, else one beside it:
+        in tokenizer/, google/umt5-xxl/ or the same folder.
+    dtype: what the weights are stored in: "float32", "float16", "bfloat16", a torch dtype, or "auto": the file's own,
+        float8 as bfloat16, and on CUDA float32 as bfloat16.
+
+    Raises CheckpointError for a file that is no UMT5, with what it is instead, what is missing or what to do.
+    """
+    path = Path(path)
+    with telling(path):
+        source = path / "text_encoder" if (path / "text_encoder").is_dir() else path
+        checkpoint = open_checkpoint(source)
+        pieces = checkpoint.tensors.get(_TOKENIZER_TENSOR)
+        weights, scales = _weights(checkpoint)
+        encoder = _build(weights, scales, _config(weights, checkpoint.config), dtype, device)
+        if tokenizer is not None:
+            found = _read_tokenizer(Path(tokenizer))
+        elif pieces is not None:
+            found = _sentencepiece(pieces.numpy().tobytes())
+        else:
+            found = _read_tokenizer(_tokenizer_beside(source))
+        if found.size > encoder.config.vocab_size:
+            raise CheckpointError(f"the tokenizer has {found.size} tokens and the text encoder {encoder.config.vocab_size}: "
+                                  "they do not belong together.")
+    return TextEncoder(encoder, found)
+
+
+def _weights(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name != _TOKENIZER_TENSOR}
+    kind = kind_of(tensors)
+    if kind != UMT5:
+        raise CheckpointError(f"this is {kind}, not a UMT5 text encoder. Wan models need {_FILES}.")
+    for pattern, name in _ORIGINAL_NAMES:
+        tensors = {re.sub(pattern, name, key): tensor for key, tensor in tensors.items()}
+    weights, scales = split_scales(tensors)
+    weights.pop("encoder.embed_tokens.weight", None)  # the same as shared.weight
+    return {name: weight for name, weight in weights.items() if not name.startswith(("decoder.", "lm_head."))}, scales
+
+
+def _config(weights: dict[str, Tensor], given: dict) -> UMT5Config:
+    attention, feed_forward = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense"
+    layers = 1 + max(int(number[1]) for name in weights if (number := re.match(r"encoder\.block\.(\d+)\.", name)))
+    if layers > 1 and "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" not in weights:
+        raise CheckpointError(f"this is a T5 text encoder of another family (as for Flux or SD3). Wan models need {_FILES}.")
+    needed = ("shared.weight", f"{attention}.q.weight", f"{attention}.relative_attention_bias.weight",
+              f"{feed_forward}.wi_0.weight")
+    missing = [name for name in needed if name not in weights]
+    if missing:
+        raise CheckpointError(f"{missing[0]} is missing. The file is incomplete, or not a UMT5; Wan models need {_FILES}.")
+    (vocabulary, dim), (inner, _), (buckets, heads), (ffn, _) = (weights[name].shape for name in needed)
+    return UMT5Config(
+        vocab_size=vocabulary,
+        d_model=dim,
+        d_kv=inner // heads,
+        d_ff=ffn,
+        num_layers=layers,
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        **{name: given[name] for name in ("relative_attention_max_distance", "layer_norm_epsilon", "eos_token_id",
+                                          "feed_forward_proj") if name in given},
+    )
+
+
+def _build(
+    weights: dict[str, Tensor],
+    scales: dict[str, Tensor],
+    config: UMT5Config,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+) -> UMT5EncoderModel:
+    with torch.device("meta"):
+        encoder = UMT5EncoderModel(config)
+    needed = {name: value for name, value in encoder.state_dict().items() if name != "encoder.embed_tokens.weight"}
+    check_fit(weights, needed, f"a UMT5 of {config.num_layers} layers")
+    dtype = choose_dtype(dtype, weights, device)
+    loaded = {name: load_tensor(weights[name], scales.get(name), dtype, device) for name in needed}
+    encoder.load_state_dict(loaded, assign=True, strict=False)
+    encoder.set_input_embeddings(encoder.shared)
+    return encoder.eval().requires_grad_(False)
+
+
+def _tokenizer_beside(source: Path) -> Path:
+    folder = source.absolute().parent
+    places = [folder / "tokenizer", folder / "google" / "umt5-xxl", source if source.is_dir() else folder]
+    for place in places:
+        if (place / "spiece.model").exists() or (place / "tokenizer.json").exists():
+            return place
+    raise CheckpointError(
+        "the tokenizer is missing: the file does not contain it, and there is no spiece.model or tokenizer.json in "
+        f"{', '.join(map(str, places))}. Put one there, or use {_FILES}, which contain it."
+    )
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    """A SentencePiece model goes before the tokenizer.json that was converted from it."""
+    if path.is_dir():
+        path = path / ("spiece.model" if (path / "spiece.model").exists() else "tokenizer.json")
+    if not path.exists():
+        raise CheckpointError(f"there is no tokenizer {path}. Expected spiece.model, tokenizer.json, or their folder.")
+    if path.suffix != ".json":
+        return _sentencepiece(path.read_bytes())
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return Tokenizer(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.get_vocab_size())
+
+
+def _sentencepiece(model: bytes) -> Tokenizer:
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise CheckpointError(f"the SentencePiece tokenizer is damaged ({error}). Download it again.") from error
+    return Tokenizer(processor.encode, processor.get_piece_size())

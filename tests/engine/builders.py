@@ -1,0 +1,79 @@
+"""Small models with random weights, and the file layouts that people have them in."""
+
+import json
+import re
+import struct
+
+import torch
+from diffusers import WanTransformer3DModel
+
+SIZE = dict(
+    num_attention_heads=1, attention_head_dim=128, num_layers=2, ffn_dim=96, text_dim=32, freq_dim=32, rope_max_seq_len=64
+)
+
+_TO_ORIGINAL = (
+    ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    ("condition_embedder.time_proj", "time_projection.1"),
+    ("proj_out", "head.head"),
+    ("^scale_shift_table", "head.modulation"),
+    ("scale_shift_table", "modulation"),
+    ("attn1", "self_attn"),
+    ("attn2", "cross_attn"),
+    (r"\.to_out\.0\.", ".o."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"ffn\.net\.0\.proj", "ffn.0"),
+    (r"ffn\.net\.2", "ffn.2"),
+    (r"\.norm2\.", ".norm3."),
+)
+
+
+def tiny_transformer(**size) -> WanTransformer3DModel:
+    """Every weight is random, so that tensors which change places are noticed."""
+    generator = torch.Generator().manual_seed(0)
+    model = WanTransformer3DModel(**(SIZE | size)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def original_names(weights: dict) -> dict:
+    """A diffusers state dict under the names of the original Wan release."""
+    renamed = {}
+    for name, tensor in weights.items():
+        for pattern, replacement in _TO_ORIGINAL:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def with_prefix(prefix: str, weights: dict) -> dict:
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+def scaled_float8(weights: dict) -> tuple[dict, dict]:
+    """Linear weights as scaled float8 with ComfyUI's tensor names, and what they stand for in float32."""
+    stored, meant = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}, {}
+    for name, tensor in weights.items():
+        stored[name] = meant[name] = tensor
+        if tensor.ndim == 2 and name.endswith(".weight"):
+            scale = tensor.abs().max() / 448
+            stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            stored[name.removesuffix("weight") + "scale_weight"] = scale
+            stored[name.removesuffix("weight") + "scale_input"] = torch.tensor(1.0)
+            meant[name] = stored[name].float() * scale
+    return stored, meant
+
+
+def write_sparse_safetensors(path, shapes: dict) -> None:
+    """A bfloat16 file of any size that takes no disk space: a true header and a hole where the values would be."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)

@@ -1,0 +1,340 @@
+"""The VAE: streams equal the stock codec bit for bit, every file layout loads, and errors say what is wrong."""
+
+import pickle
+import re
+import socket
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from rolling_kv.files import CheckpointError
+from rolling_kv.vae import LATENTS_MEAN, LATENTS_STD, WanVAE, load_vae, to_model, to_raw
+
+
+class Cancelled(BaseException):
+    """Stands for ComfyUI's interrupt, which is a BaseException too."""
+
+
+def make_vae(**config) -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**{"base_dim": 4, **config}).eval().requires_grad_(False)
+    vae.decoder.conv_out.weight *= 40  # so that some values need the clamp
+    return vae
+
+
+STOCK = make_vae()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A second thread does not help convolutions this small, and costs a lot on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def latents(frames: int, height=2, width=4, seed=0) -> torch.Tensor:
+    return torch.randn(1, 16, frames, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def pixels(frames: int, height=16, width=24, seed=0) -> torch.Tensor:
+    return torch.rand(1, 3, frames, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def full_decode(raw: torch.Tensor) -> torch.Tensor:
+    return STOCK.decode(raw).sample
+
+
+def full_encode(video: torch.Tensor) -> torch.Tensor:
+    return STOCK.encode(video).latent_dist.mode()
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=4))
+def test_streaming_decode_equals_the_full_one(chunks):
+    raw = latents(sum(chunks))
+    stream = WanVAE(STOCK).decoder()
+    parts = [stream.decode(chunk) for chunk in raw.split(chunks, dim=2)]
+    assert [part.shape[2] for part in parts] == [4 * n - (i == 0) * 3 for i, n in enumerate(chunks)]
+    full = full_decode(raw)
+    assert (full.abs() == 1).any() and (full.abs() < 1).any()
+    assert torch.equal(torch.cat(parts, 2), full)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=4))
+def test_streaming_encode_equals_the_full_one(chunks):
+    sizes = [1 + 4 * chunks[0]] + [4 * n for n in chunks[1:] if n]
+    video = pixels(sum(sizes))
+    stream = WanVAE(STOCK).encoder()
+    parts = [stream.encode(piece) for piece in video.split(sizes, dim=2)]
+    assert torch.equal(torch.cat(parts, 2), full_encode(video))
+
+
+def test_bfloat16_and_batches_stream_too():
+    vae = load_stock(torch.bfloat16)
+    raw = torch.cat([latents(4, seed=1), latents(4, seed=2)])
+    stream = WanVAE(vae).decoder()
+    frames = torch.cat([stream.decode(raw[:, :, :3]), stream.decode(raw[:, :, 3:])], 2)
+    assert frames.dtype == torch.float32
+    assert torch.equal(frames, vae.decode(raw.bfloat16()).sample.float())
+
+
+def load_stock(dtype):
+    vae = make_vae()
+    with torch.device("meta"):
+        copy = AutoencoderKLWan.from_config(vae.config)
+    copy.load_state_dict({name: tensor.to(dtype) for name, tensor in vae.state_dict().items()}, assign=True)
+    return copy
+
+
+def test_long_videos_do_not_depend_on_the_cut():
+    raw = latents(12, height=30, width=2)
+    video = pixels(45, height=240, width=8)
+    vae = WanVAE(STOCK)
+    one_by_one, by_three = vae.decoder(), vae.decoder()
+    frames = torch.cat([one_by_one.decode(chunk) for chunk in raw.split(1, 2)], 2)
+    assert torch.equal(frames, torch.cat([by_three.decode(chunk) for chunk in raw.split(3, 2)], 2))
+    one_by_one, by_two = vae.encoder(), vae.encoder()
+    encoded = torch.cat([one_by_one.encode(piece) for piece in video.split([1] + [4] * 11, 2)], 2)
+    assert torch.equal(encoded, torch.cat([by_two.encode(piece) for piece in video.split([5] + [8] * 5, 2)], 2))
+    assert (encoded - full_encode(video)).abs().max() < 1e-5
+
+
+def test_streams_interleave_and_leave_the_stock_module_alone():
+    first, second = latents(5, seed=1), latents(5, height=2, width=2, seed=2)
+    vae = WanVAE(STOCK)
+    a, b, encoder = vae.decoder(), vae.decoder(), vae.encoder()
+    expected = full_decode(first), full_decode(second), full_encode(pixels(9))
+    STOCK._feat_map = untouched = ["mine"]
+    frames_a, frames_b = [a.decode(first[:, :, :2])], [b.decode(second[:, :, :1])]
+    encoded = [encoder.encode(pixels(9)[:, :, :5])]
+    frames_a.append(a.decode(first[:, :, 2:]))
+    encoded.append(encoder.encode(pixels(9)[:, :, 5:]))
+    frames_b.append(b.decode(second[:, :, 1:]))
+    assert STOCK._feat_map is untouched and untouched == ["mine"]
+    assert all(torch.equal(torch.cat(got, 2), want) for got, want in zip((frames_a, frames_b, encoded), expected))
+
+
+def test_decoding_can_pause_after_any_frame():
+    raw = latents(5)
+    stream = WanVAE(STOCK).decoder()
+    frames = stream.decode_frames(raw)
+    parts = [next(frames), next(frames)]
+    frames.close()
+    assert torch.equal(torch.cat([*parts, stream.decode(raw[:, :, 2:])], 2), full_decode(raw))
+
+
+def test_an_interrupt_inside_a_frame_ends_only_that_stream():
+    raw = latents(4)
+    vae = WanVAE(STOCK)
+    broken, other = vae.decoder(), vae.decoder()
+    broken.decode(raw[:, :, :2])
+    before = other.decode(raw[:, :, :1])
+
+    def interrupt(*_):
+        raise Cancelled
+
+    hook = STOCK.decoder.up_blocks[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(Cancelled):
+        broken.decode(raw[:, :, 2:])
+    hook.remove()
+    with pytest.raises(RuntimeError, match="start a new one"):
+        broken.decode(raw[:, :, 2:])
+    assert torch.equal(torch.cat([before, other.decode(raw[:, :, 1:])], 2), full_decode(raw))
+
+
+def test_encode_video_trims_to_whole_latent_frames():
+    video = pixels(12)
+    encoded = WanVAE(STOCK).encode_video(video)
+    assert torch.equal(encoded, full_encode(video[:, :, :9]))
+
+
+@pytest.mark.parametrize(
+    "counts, message",
+    [([4], "1 \\+ 4n frames, got 4: leave out the last 3 or give 1 more"),
+     ([5, 5], "4n frames after the first call, got 5: leave out the last 1 or give 3 more")],
+)  # fmt: skip
+def test_wrong_frame_counts_are_refused(counts, message):
+    stream = WanVAE(STOCK).encoder()
+    for count in counts[:-1]:
+        stream.encode(pixels(count))
+    with pytest.raises(ValueError, match=message):
+        stream.encode(pixels(counts[-1]))
+
+
+def test_wrong_shapes_are_refused_without_harm():
+    raw = latents(3)
+    stream = WanVAE(STOCK).decoder()
+    with pytest.raises(ValueError, match=r"\[B, 16, F, H, W\], got \[1, 8, 3, 2, 4\]"):
+        stream.decode(raw[:, :8])
+    start = stream.decode(raw[:, :, :1])
+    with pytest.raises(ValueError, match=r"\[1, 2, 2\], but the stream began with \[1, 2, 4\]"):
+        stream.decode(raw[..., :2])
+    assert torch.equal(torch.cat([start, stream.decode(raw[:, :, 1:])], 2), full_decode(raw))
+    with pytest.raises(ValueError, match="multiples of 8 pixels, got 12x24"):
+        WanVAE(STOCK).encoder().encode(pixels(1, height=12))
+
+
+def test_latent_statistics_are_those_of_the_stock_vae():
+    assert list(LATENTS_MEAN) == STOCK.config.latents_mean and list(LATENTS_STD) == STOCK.config.latents_std
+    raw = latents(2)
+    assert torch.allclose(to_raw(to_model(raw)), raw, atol=1e-6)
+    shaped = to_model(torch.tensor(LATENTS_MEAN).view(1, 16, 1, 1, 1) + torch.tensor(LATENTS_STD).view(1, 16, 1, 1, 1))
+    assert torch.allclose(shaped, torch.ones_like(shaped), atol=1e-5)
+
+
+def test_the_holder_takes_a_device_attribute():
+    vae = WanVAE(STOCK)
+    vae.device = torch.device("cpu")
+    assert vae.decoder().decode(latents(1)).shape == (1, 3, 1, 16, 32)
+
+
+def test_memory_estimate_grows_with_pixels_and_element_size():
+    vae, half = WanVAE(STOCK), WanVAE(load_stock(torch.bfloat16))
+    assert vae.decode_bytes(480, 832) == 4 * vae.decode_bytes(240, 416) == 2 * half.decode_bytes(480, 832)
+    assert vae.encode_bytes(480, 832, batch=2) == 2 * vae.encode_bytes(480, 832)
+    kept = [t for t in stream_features(vae) if isinstance(t, torch.Tensor)]
+    assert sum(t.nbytes for t in kept) < vae.decode_bytes(16, 32)
+
+
+def stream_features(vae):
+    stream = vae.decoder()
+    stream.decode(latents(3))
+    return stream._features
+
+
+# ---- files
+
+
+def original_name(name: str) -> str:
+    """The name in the original Wan code of a diffusers VAE tensor."""
+    residual = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
+    name = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"upsamples.{4 * int(m[1]) + int(m[2])}", name)
+    name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"upsamples.{4 * int(m[1]) + 3}", name)
+    name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"middle.{2 * int(m[1])}", name)
+    name = name.replace("mid_block.attentions.0", "middle.1").replace("down_blocks", "downsamples")
+    name = re.sub(r"((?:middle|samples)\.\d+)\.(norm1|conv1|norm2|conv2)\b", lambda m: f"{m[1]}.{residual[m[2]]}", name)
+    name = name.replace("conv_shortcut", "shortcut").replace("norm_out", "head.0").replace("conv_out", "head.2")
+    return name.replace("conv_in", "conv1").replace("post_quant_conv", "conv2").replace("quant_conv", "conv1")
+
+
+def tensors_of(vae: AutoencoderKLWan) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+
+
+def originals_of(vae: AutoencoderKLWan) -> dict[str, torch.Tensor]:
+    return {original_name(name): tensor for name, tensor in tensors_of(vae).items()}
+
+
+def write_layout(layout: str, vae: AutoencoderKLWan, folder):
+    if layout == "folder":
+        vae.save_pretrained(folder)
+        return folder
+    if layout == "pipeline":
+        vae.save_pretrained(folder / "vae")
+        return folder
+    file = folder / ("vae.pth" if layout.endswith("pth") else "vae.safetensors")
+    tensors = tensors_of(vae) if layout == "diffusers" else originals_of(vae)
+    if layout == "prefixed pth":
+        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    torch.save(tensors, file) if file.suffix == ".pth" else save_file(tensors, file)
+    return file
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("loading asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.mark.parametrize("layout", ["folder", "pipeline", "diffusers", "original", "pth", "prefixed pth"])
+@pytest.mark.parametrize("config", [{}, {"base_dim": 8, "decoder_base_dim": 4}], ids=["equal", "wide encoder"])
+def test_every_layout_gives_the_same_vae(layout, config, tmp_path, offline):
+    vae = make_vae(**config)
+    loaded = load_vae(str(write_layout(layout, vae, tmp_path)))
+    assert loaded.vae.state_dict().keys() == vae.state_dict().keys()
+    assert all(torch.equal(tensor, vae.state_dict()[name]) for name, tensor in loaded.vae.state_dict().items())
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert torch.equal(loaded.decoder().decode(latents(2)), vae.decode(latents(2)).sample)
+
+
+def test_dtype_is_the_files_own_unless_chosen(tmp_path):
+    file = tmp_path / "vae.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in originals_of(STOCK).items()}, file)
+    assert {p.dtype for p in load_vae(file).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_vae(file, dtype="float32").parameters()} == {torch.float32}
+    assert {p.dtype for p in load_vae(file, dtype=torch.float16).parameters()} == {torch.float16}
+    with pytest.raises(ValueError, match="got 'int8'"):
+        load_vae(file, dtype="int8")
+
+
+def test_missing_paths_and_foreign_folders(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere: there is no such file or folder"):
+        load_vae(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        load_vae(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vae.safetensors", "vae.pth"])
+@pytest.mark.parametrize("kept", [0, 5, 0.5, 0.999])
+def test_truncated_files(name, kept, tmp_path):
+    file = tmp_path / name
+    torch.save(originals_of(STOCK), file) if name.endswith("pth") else save_file(originals_of(STOCK), file)
+    data = file.read_bytes()
+    file.write_bytes(data[: kept if kept in (0, 5) else int(kept * len(data))])
+    with pytest.raises(CheckpointError, match="damaged or incomplete"):
+        load_vae(file)
+
+
+class Payload:
+    def __reduce__(self):
+        return (open, ("executed.txt", "w"))
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Payload()}, tmp_path / "zip.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Payload()))
+    for name in ("zip.pth", "plain.pth"):
+        with pytest.raises(CheckpointError, match="can run code|damaged"):
+            load_vae(tmp_path / name)
+    assert not (tmp_path / "executed.txt").exists()
+
+
+def test_other_models_are_named(tmp_path):
+    file = tmp_path / "vae.safetensors"
+    others = {
+        "decoder.conv_in.weight": "a VAE of another family",
+        "blocks.0.self_attn.q.weight": "a Wan video model",
+        "anything": r"something unknown .*anything \[4, 3\]",
+    }
+    for name, said in others.items():
+        save_file({name: torch.zeros(4, 3)}, file)
+        with pytest.raises(CheckpointError, match=f"{said}.*, not a Wan 2.1 VAE"):
+            load_vae(file)
+    for tensors in (tensors_of(make_vae(z_dim=48)), originals_of(make_vae(z_dim=48))):
+        save_file(tensors, file)
+        with pytest.raises(CheckpointError, match="the VAE of Wan 2.2 5B, with 48 latent channels"):
+            load_vae(file)
+
+
+@pytest.mark.parametrize("named", [tensors_of, originals_of])
+def test_missing_surplus_and_misshapen_tensors_are_listed(named, tmp_path):
+    tensors = named(STOCK)
+    gone = next(name for name in tensors if name.startswith("decoder") and name.endswith("time_conv.weight"))
+    shape = re.escape(str(list(tensors.pop(gone).shape)))
+    save_file(tensors | {"extra.weight": torch.zeros(2, 3)}, tmp_path / "vae.safetensors")
+    with pytest.raises(CheckpointError, match=rf"1 missing: .*time_conv.weight {shape}; 1 that do not belong there: extra.weight \[2, 3\]"):
+        load_vae(tmp_path / "vae.safetensors")
+    bent = next(name for name in tensors if name.endswith("to_qkv.bias"))
+    save_file(named(STOCK) | {bent: torch.zeros(7)}, tmp_path / "vae.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 of the wrong shape: .*to_qkv.bias \[7\], expected \[48\]"):
+        load_vae(tmp_path / "vae.safetensors")

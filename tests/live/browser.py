@@ -1,0 +1,101 @@
+"""The real frontend in a headless Chromium: open a workflow file, see what the page reports, press Run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+CHROMIUM_FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+ERROR_OVERLAY = "[data-testid='error-overlay']"
+RUN_BUTTON = "[data-testid='queue-button']"
+
+RECORD_RUN = """() => {
+  window.finishedRun = null
+  const api = window.comfyAPI.api.api
+  for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
+    api.addEventListener(kind, ({ detail }) => { window.finishedRun = { kind, ...detail } })
+}"""
+
+OPEN_FILE = """async ([name, text]) => {
+  await window.app.handleFile(new File([text], name, { type: 'application/json' }))
+}"""
+
+LIST_NODES = """() => {
+  const graphs = [window.app.graph, ...(window.app.graph.subgraphs?.values() ?? [])]
+  return graphs.flatMap(graph => graph.nodes).map(({ id, type, title, mode, size }) =>
+    ({ id, type, title, mode, size: [...size], known: type in LiteGraph.registered_node_types
+       || ['Note', 'MarkdownNote', 'Reroute', 'PrimitiveNode'].includes(type) }))
+}"""
+
+
+def find_chromium() -> str | None:
+    """The path of a Chromium: $CHROMIUM_PATH, else the first known name on PATH; None without one."""
+    return os.environ.get("CHROMIUM_PATH") or next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+
+
+class Frontend:
+    """ComfyUI's page. `messages` collects what the console reports: (kind, text, address of the script)."""
+
+    def __init__(self, page, client):
+        self.page = page
+        self.client = client
+        self.messages: list[tuple[str, str, str]] = []
+        page.on("console", lambda m: self.messages.append((m.type, m.text, m.location.get("url", ""))))
+        page.on("pageerror", lambda error: self.messages.append(("pageerror", error.message, error.stack or "")))
+        page.goto(client.url)
+        page.wait_for_function("() => window.app?.vueAppReady && window.app.graph?.nodes.length", timeout=120_000)
+        page.evaluate(RECORD_RUN)
+
+    def open_workflow(self, path: Path) -> list[dict]:
+        """Open a workflow file as a drop on the canvas does, and return its nodes.
+
+        A node is a dict of id, type, title, mode, size, and known: whether the page has such a node.
+        """
+        path = Path(path)
+        self.messages.clear()
+        self.page.evaluate(OPEN_FILE, [path.name, path.read_text(encoding="utf-8")])
+        self.page.wait_for_timeout(1500)  # the checks for missing nodes and models run after the graph is shown
+        return self.page.evaluate(LIST_NODES)
+
+    def complaints(self) -> str:
+        """What the page's own error panel says: missing nodes or models, a refused prompt; "" when closed."""
+        overlay = self.page.locator(ERROR_OVERLAY)
+        return overlay.inner_text() if overlay.is_visible() else ""
+
+    def errors_from(self, *words: str) -> list[str]:
+        """Console errors and warnings since the workflow was opened with one of `words` in text or address."""
+        return [
+            f"{kind}: {text} ({script})"
+            for kind, text, script in self.messages
+            if kind in ("error", "warning", "pageerror") and any(word in text + script for word in words)
+        ]
+
+    def press_run(self, seconds: float = 300) -> dict:
+        """Click the Run button, wait for the end of the run, and return its outputs by node id.
+
+        Raises AssertionError with the page's words when the prompt is refused or a node fails.
+        """
+        self.page.evaluate("() => { window.finishedRun = null }")
+        self.page.locator(RUN_BUTTON).click()
+        finished_or_refused = f'() => window.finishedRun || document.querySelector("{ERROR_OVERLAY}")'
+        self.page.wait_for_function(finished_or_refused, timeout=seconds * 1000)
+        finished = self.page.evaluate("() => window.finishedRun")
+        assert finished and finished["kind"] == "execution_success", f"{finished} {self.complaints()}"
+        return self.client.outputs(finished["prompt_id"])
+
+    def screenshot(self, path: Path) -> Path:
+        self.page.screenshot(path=path)
+        return path

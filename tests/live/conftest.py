@@ -1,0 +1,96 @@
+"""Real ComfyUI servers and a real browser, each started once and only when a test asks for it."""
+
+import pytest
+from browser import CHROMIUM_FLAGS, Frontend, find_chromium
+from playwright.sync_api import sync_playwright
+
+from tools.comfy_env import find_install, install_missing
+from tools.comfy_server import ComfyServer
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "traceback_expected: the test makes a node fail, which the server logs")
+
+
+@pytest.fixture(scope="session")
+def install(request):
+    """The ComfyUI of this machine with the pack's requirements in its environment, or a skip."""
+    found = find_install()
+    if found is None:
+        pytest.skip("no ComfyUI was found; set COMFYUI_PATH to its folder")
+    install_missing(found, say=request.config.pluginmanager.getplugin("terminalreporter").write_line)
+    return found
+
+
+def start(install, *options):
+    return ComfyServer(install, options, environment={"HF_HUB_OFFLINE": "1"})
+
+
+def complaints(log: str) -> list[str]:
+    return [line for line in log.splitlines() if "Traceback" in line or "IMPORT FAILED" in line]
+
+
+@pytest.fixture(scope="session")
+def default_server(install):
+    with start(install) as server:
+        assert not complaints(server.log), server.log
+        yield server
+
+
+@pytest.fixture(scope="session")
+def cacheless_server(install):
+    with start(install, "--cache-none") as server:
+        assert not complaints(server.log), server.log
+        yield server
+
+
+@pytest.fixture
+def watch_log(request):
+    """Fails the test when the servers it names logged a traceback meanwhile, unless it is marked traceback_expected."""
+    watched = []
+
+    def watch(server):
+        watched.append((server, len(server.log)))
+        return server
+
+    yield watch
+    for server, before in watched:
+        news = server.log[before:]
+        assert request.node.get_closest_marker("traceback_expected") or not complaints(news), news
+
+
+@pytest.fixture
+def server(default_server, watch_log):
+    """The shared server with ComfyUI's default cache; `.client` talks to it, `.log` is what it has printed."""
+    return watch_log(default_server)
+
+
+@pytest.fixture
+def client(server):
+    return server.client
+
+
+@pytest.fixture(params=["default_server", "cacheless_server"], ids=["default-cache", "cache-none"])
+def any_client(request, watch_log):
+    """A client of the server with the default cache, then of the one with --cache-none."""
+    return watch_log(request.getfixturevalue(request.param)).client
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    path = find_chromium()
+    if path is None:
+        pytest.skip("no Chromium was found; set CHROMIUM_PATH to its program")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[False, True], ids=["classic-nodes", "nodes-2"])
+def frontend(request, chromium, client):
+    """The frontend in a fresh browser profile, drawing nodes on the canvas, then as Vue components (Nodes 2.0)."""
+    client.post("/settings/Comfy.VueNodes.Enabled", request.param)
+    context = chromium.new_context(viewport={"width": 1600, "height": 1000})
+    yield Frontend(context.new_page(), client)
+    context.close()

@@ -1,0 +1,91 @@
+"""One training loop for all parts: AdamW, warm-up and cosine, averaged weights, a log, and a checkpoint to resume from."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+WORK = Path(".train")
+"""Checkpoints and logs, below the current folder."""
+
+
+def train(
+    name: str,
+    module: nn.Module,
+    loss: Callable[[int, torch.Generator], torch.Tensor],
+    steps: int,
+    rate: float,
+    average: float = 0.998,
+    weight_decay: float = 0.0,
+    evaluate: Callable[[nn.Module], str] | None = None,
+    save_every: int = 200,
+) -> nn.Module:
+    """Minimise `loss(step, generator)` over `module` and return the exponentially averaged module.
+
+    The generator is seeded by the step, so a resumed run sees the draws that an uninterrupted one would have seen.
+    """
+    WORK.mkdir(exist_ok=True)
+    path = WORK / f"{name}.pt"
+    averaged = copy.deepcopy(module).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(module.parameters(), rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    start = 0
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        module.load_state_dict(saved["module"])
+        averaged.load_state_dict(saved["averaged"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+    log = Log(WORK / f"{name}.log")
+    total, since = 0.0, time.time()
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 100) * (0.5 + 0.49 * math.cos(math.pi * step / steps))
+        generator = torch.Generator().manual_seed(step * 7919 + 17)
+        value = loss(step, generator)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        # A short memory at first, so that the random start is forgotten.
+        keep = min(average, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for mean, now in zip(averaged.parameters(), module.parameters()):
+                mean.lerp_(now, 1 - keep)
+        total += value.item()
+        if (step + 1) % 50 == 0:
+            log(f"step {step + 1}/{steps} loss {total / 50:.5f} {(time.time() - since) / 50:.2f} s/step")
+            total, since = 0.0, time.time()
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            if evaluate is not None:
+                log(f"step {step + 1}/{steps} {evaluate(averaged)}")
+            state = {"module": module.state_dict(), "averaged": averaged.state_dict()}
+            save(state | {"optimizer": optimizer.state_dict(), "step": step + 1}, path)
+            since = time.time()
+    return averaged
+
+
+def save(values: dict, path: Path) -> None:
+    """Write `values` so that an interruption leaves the old file."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(values, temporary)
+    os.replace(temporary, path)
+
+
+class Log:
+    """Prints lines and appends them to a file, with the time of day."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __call__(self, line: str) -> None:
+        line = f"{time.strftime('%H:%M:%S')} {line}"
+        print(line, flush=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
