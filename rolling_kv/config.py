@@ -5,6 +5,7 @@ Units: `chunk`, `window` and `sink` count latent frames. One latent frame is fou
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 FPS = 16
@@ -112,12 +113,14 @@ class SamplingConfig:
         """Number of chunks that make at least `seconds` of video, continuing after `start_frame` latent frames."""
         if seconds <= 0:
             raise ValueError(f"the length must be positive, got {seconds} seconds")
-        pixels = round(seconds * FPS)
-        frames, chunks = 0, 0
-        while pixel_frames(start_frame + frames) - pixel_frames(start_frame) < pixels:
-            frames += self.chunk_size(start_frame + frames)
-            chunks += 1
-        return max(chunks, 1)
+        end = pixel_frames(start_frame) + max(round(seconds * FPS), 1)
+        frames = math.ceil((end - 1) / PIXEL_FRAMES_PER_LATENT) + 1 - start_frame
+        first = self.chunk_size(start_frame)
+        return 1 + max(math.ceil((frames - first) / self.chunk), 0)
+
+    def chunk_sizes(self, chunks: int, start_frame: int = 0) -> list[int]:
+        """Latent frames of each of `chunks` chunks from absolute latent frame `start_frame` on."""
+        return [self.chunk_size(start_frame), *[self.chunk] * (chunks - 1)] if chunks else []
 
 
 def pixel_frames(latent_frames: int) -> int:

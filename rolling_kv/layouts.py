@@ -9,7 +9,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from torch import Tensor
 
-from .files import CheckpointError, open_checkpoint  # noqa: F401 - the readers' common entry
+from .files import CheckpointError
 
 WAN = "a Wan video model"
 UMT5 = "a T5 or UMT5 text encoder"

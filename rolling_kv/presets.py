@@ -12,7 +12,7 @@ from .files import Checkpoint, CheckpointError, read_json
 PRESET_FILE = "rolling_kv.json"
 METADATA_KEY = "rolling_kv"
 
-_NAMES = (  # of the file and its folder: Causal-Forcing's files tell chunk-wise from frame-wise only by their folder
+_NAMES = (  # of the file, else of its folder and itself: some releases differ in nothing but the folder
     (r"causal.?forcing.*frame.?wise|frame.?wise.*causal.?forcing", "causal-forcing-framewise"),
     (r"causal.?forcing.*chunk.?wise|chunk.?wise.*causal.?forcing", "causal-forcing-chunkwise"),
     (r"long.?live", "longlive"),
@@ -46,10 +46,10 @@ def detect_preset(path: Path, checkpoint: Checkpoint) -> ModelPreset | None:
                 return _parse(PRESET_FILE, read_json(folder / PRESET_FILE))
     if METADATA_KEY in checkpoint.metadata:
         return _parse(f"the metadata entry {METADATA_KEY}", metadata_json(checkpoint, METADATA_KEY))
-    name = f"{path.absolute().parent.name}/{path.name}".lower()
-    for pattern, preset in _NAMES:
-        if re.search(pattern, name):
-            return PRESETS[preset]
+    for name in (path.name, f"{path.absolute().parent.name}/{path.name}"):
+        for pattern, preset in _NAMES:
+            if re.search(pattern, name, re.IGNORECASE):
+                return PRESETS[preset]
     if transformer_metadata(checkpoint).get("causal_ar"):
         return PRESETS["causal-forcing-framewise"]
     return None

@@ -293,3 +293,18 @@ def working_bytes(
     kept = frames if cache.window == -1 else cache.window
     branch = RollingKVCache.bytes_needed(shape, kept) + PromptCache.bytes_needed(shape, prompt_tokens)
     return branch * (2 if sampling.guided else 1)
+
+
+def activation_bytes(
+    model: CausalModel, height: int, width: int, *, batch: int = 1, sampling: SamplingConfig | None = None
+) -> int:
+    """Rough bytes that a pass over one chunk needs beside weights and caches.
+
+    Basis: at its peak, a block of the stock transformer holds about ten float32 tensors of the hidden size (modulation
+    and residuals run in float32) or, in the feed-forward part, four of the hidden size and two of the inner size.
+    """
+    config = model.transformer.config
+    latent_height, latent_width = check_size(height, width)
+    tokens = batch * (sampling or model.preset.sampling).chunk * (latent_height // 2) * (latent_width // 2)
+    hidden = config.num_attention_heads * config.attention_head_dim
+    return tokens * max(10 * hidden, 4 * hidden + 2 * config.ffn_dim) * torch.float32.itemsize

@@ -215,7 +215,10 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         raise CheckpointError(f"there is no tokenizer {path}. Expected spiece.model, tokenizer.json, or their folder.")
     if path.suffix != ".json":
         return _sentencepiece(path.read_bytes())
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower class
+        raise CheckpointError(f"the tokenizer {path} is damaged ({error}). Download it again.") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return Tokenizer(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.get_vocab_size())

@@ -207,7 +207,8 @@ def load_vae(path: str | Path, *, dtype: str | torch.dtype = "auto", device: str
     with telling(path):
         checkpoint = open_checkpoint(path / "vae" if (path / "vae").is_dir() else path)
         tensors, _ = strip_prefixes(checkpoint.tensors)
-        config = checkpoint.config | _widths(tensors)
+        config = _widths(tensors) | checkpoint.config
+        _check_statistics(config)
         if _ORIGINAL_MARKS[0] in tensors:
             tensors = convert_wan_vae_to_diffusers(tensors)
         with torch.device("meta"):
@@ -232,3 +233,11 @@ def _widths(tensors: dict[str, Tensor]) -> dict[str, int]:
                               f"VAE, with {LATENT_CHANNELS}.")  # fmt: skip
     encoder, decoder = (tensors[name].shape[0] // _MIDDLE_WIDTH for name in marks)
     return {"base_dim": encoder} | ({"decoder_base_dim": decoder} if decoder != encoder else {})
+
+
+def _check_statistics(config: dict) -> None:
+    """A folder's config.json may name other statistics than those that LATENT has in ComfyUI."""
+    for name, known in (("latents_mean", LATENTS_MEAN), ("latents_std", LATENTS_STD)):
+        if list(config.get(name, known)) != list(known):
+            raise CheckpointError(f"its {name} in config.json is not that of Wan 2.1, which the models here are trained on: "
+                                  f"{config[name]}. Use the Wan 2.1 VAE.")  # fmt: skip

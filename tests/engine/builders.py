@@ -1,11 +1,14 @@
 """Small models with random weights, and the file layouts that people have them in."""
 
+import io
 import json
 import re
 import struct
 
+import sentencepiece
 import torch
 from diffusers import WanTransformer3DModel
+from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 SIZE = dict(
     num_attention_heads=1, attention_head_dim=128, num_layers=2, ffn_dim=96, text_dim=32, freq_dim=32, rope_max_seq_len=64
@@ -77,3 +80,31 @@ def write_sparse_safetensors(path, shapes: dict) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
+
+
+def sentencepiece_model() -> bytes:
+    """A small SentencePiece model with the special tokens where UMT5 has them: pad 0, EOS 1, unknown 2."""
+    words = "a red blue green circle square moving left right up slowly across the stormy sea at dawn cats & dogs".split()
+    lines = (" ".join(words[i % len(words)] for i in range(k, k * k, k + 1)) for k in range(3, 60))
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=model, vocab_size=60, hard_vocab_limit=False, minloglevel=2,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>", eos_piece="</s>", unk_piece="<unk>",
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def transformers_tokenizer(model: bytes) -> T5Tokenizer:
+    """The same vocabulary in the class that a diffusers pipeline has."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    scores = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
+    return T5Tokenizer(vocab=scores, extra_ids=0)
+
+
+def tiny_umt5() -> UMT5EncoderModel:
+    config = UMT5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    generator = torch.Generator().manual_seed(0)
+    model = UMT5EncoderModel(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    return model

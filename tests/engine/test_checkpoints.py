@@ -155,6 +155,7 @@ def test_a_loaded_model_computes_what_its_source_does(source, weights, tmp_path)
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_keeps_the_parts_that_diffusers_keeps(dtype, source, tmp_path):
+    pytest.importorskip("accelerate")  # from_pretrained asks for it, the engine does not
     source.save_pretrained(tmp_path)
     expected = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=getattr(torch, dtype))
     model = load_model(tmp_path, dtype=dtype)
@@ -226,6 +227,8 @@ CUSTOM = ModelPreset("mine", SamplingConfig(chunk=2, shift=3.0), CacheConfig(10,
         ("chunkwise/causal_forcing.safetensors", "causal-forcing-chunkwise"),
         ("framewise/causal_forcing.safetensors", "causal-forcing-framewise"),
         ("longlive_base.safetensors", "longlive"),
+        ("longlive/self_forcing.safetensors", "self-forcing"),
+        ("LongLive-1.3B/base.safetensors", "longlive"),
         ("krea-realtime-video-14b.safetensors", "krea-realtime"),
         ("Reward-Forcing.safetensors", "reward-forcing"),
         ("model.safetensors", None),

@@ -1,0 +1,10 @@
+"""Rolling KV: endless, steerable video in ComfyUI."""
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint():
+    # Imported here, so that tools which import this folder as a package need no ComfyUI.
+    from .nodes import RollingKVExtension
+
+    return RollingKVExtension()

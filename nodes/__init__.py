@@ -1,0 +1,27 @@
+"""The ComfyUI nodes. Each file is one step of the graph; `rolling_kv/` does the work."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .attach_cache import RollingKVAttachCache
+from .decode import RollingKVDecodeImages, RollingKVDecodeVideo
+from .encode_prompt import RollingKVEncodePrompt
+from .encode_video import RollingKVEncodeVideo
+from .load_model import RollingKVLoadModel
+from .load_text_encoder import RollingKVLoadTextEncoder
+from .load_vae import RollingKVLoadVAE
+from .sample import RollingKVSample
+
+
+class RollingKVExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            RollingKVLoadModel,
+            RollingKVLoadTextEncoder,
+            RollingKVLoadVAE,
+            RollingKVEncodePrompt,
+            RollingKVAttachCache,
+            RollingKVSample,
+            RollingKVEncodeVideo,
+            RollingKVDecodeVideo,
+            RollingKVDecodeImages,
+        ]

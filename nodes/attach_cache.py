@@ -1,0 +1,45 @@
+from dataclasses import replace
+
+from comfy_api.latest import io
+
+from ..rolling_kv.config import CacheConfig
+from .types import CATEGORY, Model
+
+
+class RollingKVAttachCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RollingKVAttachCache",
+            display_name="Attach Rolling Cache",
+            category=CATEGORY,
+            description=(
+                "Chooses how much of the past the model sees. Without this node the model's own settings apply. A shorter "
+                "window is faster and takes less memory; a sink keeps the first frames forever, which steadies long videos."
+            ),
+            search_aliases=["kv cache", "rolling cache", "window", "attention sink", "local attention", "memory"],
+            inputs=[
+                Model.Input("model", tooltip="From Load Causal Video Model."),
+                io.Int.Input(
+                    "window", default=0, min=-1, max=4096,
+                    tooltip="Latent frames that a chunk attends to, counting the sink and the chunk itself (4 video frames "
+                    "each). 0: what the model was trained with. -1: everything; memory then grows with the video.",
+                ),
+                io.Int.Input(
+                    "sink", default=-1, min=-1, max=64,
+                    tooltip="The first latent frames of the video, which never leave the window. Avoids the flicker when "
+                    "frame 0 would leave. -1: what the model was trained with.",
+                ),
+            ],
+            outputs=[Model.Output(display_name="model", tooltip="The model with these cache settings.")],
+        )
+
+    @classmethod
+    def execute(cls, model, window, sink) -> io.NodeOutput:
+        cache: CacheConfig = model.cache
+        if window != 0:
+            cache = replace(cache, window=window)
+        if sink != -1:
+            cache = replace(cache, sink=sink)
+        cache.check_chunk(model.sampling.chunk)
+        return io.NodeOutput(model._replace(cache=cache))

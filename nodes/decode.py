@@ -1,0 +1,106 @@
+import uuid
+from pathlib import Path
+
+import folder_paths
+import torch
+from comfy_api.latest import InputImpl, io
+
+import comfy.model_management as mm
+from comfy.utils import ProgressBar
+
+from ..rolling_kv.config import FPS, SPATIAL_COMPRESSION
+from ..rolling_kv.video import VideoWriter
+from .managed import check_cancelled
+from .types import CATEGORY, VAE
+
+
+class RollingKVDecodeVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RollingKVDecodeVideo",
+            display_name="Decode Video",
+            category=CATEGORY,
+            description=(
+                "Decodes latents straight into a video file, frame by frame: memory stays constant, whatever the length. "
+                "Connect it to Save Video. For frames to edit, use Decode Images."
+            ),
+            search_aliases=["vae decode", "latent to video", "streaming decode"],
+            inputs=[
+                VAE.Input("vae", tooltip="From Load Streaming VAE."),
+                io.Latent.Input("latent", tooltip="From Sample Video."),
+                io.Float.Input(
+                    "fps", default=float(FPS), min=1.0, max=120.0, step=1.0, advanced=True,
+                    tooltip="Frames per second of the file. The models make 16.",
+                ),
+                io.Int.Input(
+                    "enlarge", default=1, min=1, max=16, advanced=True,
+                    tooltip="Repeat each pixel this many times in both directions. For very small videos.",
+                ),
+            ],
+            outputs=[io.Video.Output(display_name="video", tooltip="An H.264 video, for Save Video.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, vae, latent, fps, enlarge) -> io.NodeOutput:
+        samples = _check(latent)
+        if samples.shape[0] != 1:
+            raise ValueError(f"A video file holds one video, but the latent is a batch of {samples.shape[0]}.")
+        height, width = (size * SPATIAL_COMPRESSION for size in samples.shape[-2:])
+        path = Path(folder_paths.get_temp_directory()) / f"rolling_kv_{uuid.uuid4().hex}.mp4"
+        with VideoWriter(path, width, height, fps=fps, scale=enlarge) as writer:
+            for frames in _decode(vae, samples, cls.hidden.unique_id):
+                writer.write(frames)
+        return io.NodeOutput(InputImpl.VideoFromFile(str(path)))
+
+
+class RollingKVDecodeImages(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RollingKVDecodeImages",
+            display_name="Decode Images",
+            category=CATEGORY,
+            description=(
+                "Decodes latents into images, to edit, upscale or interpolate. All frames are held in memory (12 bytes per "
+                "pixel); to only save the video, use Decode Video."
+            ),
+            search_aliases=["vae decode", "latent to image", "frames"],
+            inputs=[
+                VAE.Input("vae", tooltip="From Load Streaming VAE."),
+                io.Latent.Input("latent", tooltip="From Sample Video."),
+            ],
+            outputs=[io.Image.Output(display_name="images", tooltip="The frames in order, 16 per second.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, vae, latent) -> io.NodeOutput:
+        images = [
+            (frames[0] * 0.5 + 0.5).permute(1, 2, 3, 0).to(mm.intermediate_device())  # [T, H, W, 3]
+            for video in _check(latent).split(1)
+            for frames in _decode(vae, video, cls.hidden.unique_id)
+        ]
+        return io.NodeOutput(torch.cat(images))
+
+
+def _check(latent: dict) -> torch.Tensor:
+    samples = latent["samples"]
+    if samples.ndim != 5 or samples.shape[1] != 16:
+        raise ValueError(
+            "This decodes Wan 2.1 video latents [batch, 16, frames, height, width], got "
+            f"{list(samples.shape)}. Connect the latent of Sample Video."
+        )
+    return samples
+
+
+def _decode(vae, samples: torch.Tensor, node_id: str):
+    """Yields float32 frames [1, 3, 1 or 4, H, W] in [-1, 1], one latent frame at a time."""
+    count, height, width = samples.shape[2:]
+    vae.bring_to_device(vae.model.decode_bytes(height * SPATIAL_COMPRESSION, width * SPATIAL_COMPRESSION))
+    progress = ProgressBar(count, node_id=node_id)
+    for done, frames in enumerate(vae.model.decoder().decode_frames(samples), start=1):
+        check_cancelled()
+        yield frames
+        progress.update_absolute(done)

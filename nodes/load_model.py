@@ -1,0 +1,54 @@
+from comfy_api.latest import io
+
+import comfy.model_management as mm
+
+from ..rolling_kv.checkpoints import load_model
+from ..rolling_kv.config import PRESETS
+from . import model_files
+from .managed import ManagedModel
+from .types import CATEGORY, Model, ModelHandle
+
+
+class RollingKVLoadModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RollingKVLoadModel",
+            display_name="Load Causal Video Model",
+            category=CATEGORY,
+            description=(
+                "Loads a causal (autoregressive) Wan video model: Self-Forcing, Causal-Forcing, LongLive, Krea Realtime "
+                "and kin. The first node of every Rolling KV workflow."
+            ),
+            search_aliases=["self forcing", "causal forcing", "longlive", "krea realtime", "autoregressive video", "wan"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name", options=model_files.choices(model_files.MODEL),
+                    tooltip="A file from models/diffusion_models (.safetensors or .pt, original Wan or diffusers names), or "
+                    "a diffusers folder from models/diffusers.",
+                ),
+                io.Combo.Input(
+                    "preset", options=["auto", *PRESETS],
+                    tooltip="What the model was trained for: chunk size, window, denoising steps, shift. Auto reads it from "
+                    "the file or its name, and assumes self-forcing where nothing tells.",
+                ),
+                io.Combo.Input(
+                    "dtype", options=["auto", "bfloat16", "float16", "float32"], advanced=True,
+                    tooltip="Precision of the weights and of the cache. Auto: the file's own, bfloat16 for float32 files on "
+                    "a GPU.",
+                ),
+            ],
+            outputs=[Model.Output(display_name="model", tooltip="The model with its preset's cache settings.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name):
+        return model_files.check(model_files.MODEL, model_name)
+
+    @classmethod
+    def execute(cls, model_name, preset, dtype) -> io.NodeOutput:
+        device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
+        path = model_files.find(model_files.MODEL, model_name)
+        model = load_model(path, dtype=dtype, preset=preset, device=offload_device, runs_on=device)
+        patcher = ManagedModel(model, load_device=device, offload_device=offload_device)
+        return io.NodeOutput(ModelHandle(patcher, model.preset.sampling, model.preset.cache))

@@ -1,0 +1,45 @@
+from comfy_api.latest import io
+
+import comfy.model_management as mm
+
+from ..rolling_kv.text import load_text_encoder
+from . import model_files
+from .managed import ManagedModule
+from .types import CATEGORY, TextEncoder
+
+
+class RollingKVLoadTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RollingKVLoadTextEncoder",
+            display_name="Load Text Encoder (UMT5)",
+            category=CATEGORY,
+            description=(
+                "Loads the UMT5 text encoder that Wan models read prompts with. ComfyUI's own Load CLIP (type wan) with "
+                "CLIP Text Encode gives the same conditioning; use this one for diffusers folders and the bundled model."
+            ),
+            search_aliases=["umt5", "t5", "load clip", "wan text encoder"],
+            inputs=[
+                io.Combo.Input(
+                    "text_encoder_name", options=model_files.choices(model_files.TEXT_ENCODER),
+                    tooltip="A UMT5 file from models/text_encoders, or a diffusers folder from models/diffusers.",
+                ),
+                io.Combo.Input(
+                    "dtype", options=["auto", "bfloat16", "float16", "float32"], advanced=True,
+                    tooltip="Precision in which the weights are kept in memory. Auto: the file's own.",
+                ),
+            ],
+            outputs=[TextEncoder.Output(display_name="text_encoder", tooltip="For Encode Prompt.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, text_encoder_name):
+        return model_files.check(model_files.TEXT_ENCODER, text_encoder_name)
+
+    @classmethod
+    def execute(cls, text_encoder_name, dtype) -> io.NodeOutput:
+        device, offload_device = mm.text_encoder_device(), mm.text_encoder_offload_device()
+        path = model_files.find(model_files.TEXT_ENCODER, text_encoder_name)
+        encoder = load_text_encoder(path, dtype=dtype, device=offload_device, runs_on=device)
+        return io.NodeOutput(ManagedModule(encoder, load_device=device, offload_device=offload_device))

@@ -1,0 +1,45 @@
+from comfy_api.latest import io
+
+import comfy.model_management as mm
+
+from ..rolling_kv.vae import load_vae
+from . import model_files
+from .managed import ManagedModule
+from .types import CATEGORY, VAE
+
+
+class RollingKVLoadVAE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RollingKVLoadVAE",
+            display_name="Load Streaming VAE",
+            category=CATEGORY,
+            description=(
+                "Loads the Wan 2.1 VAE for streaming: Decode Video then writes a video of any length frame by frame, in "
+                "constant memory. ComfyUI's own VAE Decode with Load VAE works on the same latents, all at once."
+            ),
+            search_aliases=["wan vae", "load vae", "video vae"],
+            inputs=[
+                io.Combo.Input(
+                    "vae_name", options=model_files.choices(model_files.VAE),
+                    tooltip="wan_2.1_vae.safetensors from models/vae, or a diffusers folder from models/diffusers.",
+                ),
+                io.Combo.Input(
+                    "dtype", options=["auto", "bfloat16", "float16", "float32"], advanced=True,
+                    tooltip="Precision of the VAE. Auto: the file's own, bfloat16 for float32 files on a GPU.",
+                ),
+            ],
+            outputs=[VAE.Output(display_name="vae", tooltip="For Encode Video, Decode Video and Decode Images.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, vae_name):
+        return model_files.check(model_files.VAE, vae_name)
+
+    @classmethod
+    def execute(cls, vae_name, dtype) -> io.NodeOutput:
+        device, offload_device = mm.vae_device(), mm.vae_offload_device()
+        path = model_files.find(model_files.VAE, vae_name)
+        vae = load_vae(path, dtype=dtype, device=offload_device, runs_on=device)
+        return io.NodeOutput(ManagedModule(vae, load_device=device, offload_device=offload_device))

@@ -1,0 +1,155 @@
+from dataclasses import replace
+
+import torch
+from comfy_api.latest import io
+
+import comfy.model_management as mm
+from comfy.utils import ProgressBar
+
+from ..rolling_kv.config import SPATIAL_COMPRESSION, TEXT_LENGTH
+from ..rolling_kv.sampler import RollingSession, activation_bytes, working_bytes
+from ..rolling_kv.vae import to_model, to_raw
+from .managed import check_cancelled
+from .types import CATEGORY, Model, State
+
+
+class RollingKVSample(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RollingKVSample",
+            display_name="Sample Video",
+            category=CATEGORY,
+            description=(
+                "Makes a video chunk by chunk. Chain several to change the prompt on the way: connect the cache state of "
+                "one to the next, which continues exactly where it stopped. Two samplers may continue from one state."
+            ),
+            search_aliases=["ksampler", "autoregressive sampler", "extend video", "continue video", "image to video"],
+            inputs=[
+                Model.Input("model", tooltip="From Load Causal Video Model or Attach Rolling Cache."),
+                io.Conditioning.Input(
+                    "positive", tooltip="From Encode Prompt, or CLIP Text Encode with a Wan CLIP (umt5_xxl)."
+                ),
+                io.Float.Input(
+                    "length", default=5.0, min=0.05, max=86400.0, step=0.05, round=False,
+                    tooltip="How much video to make here, beyond what is already there. Rounded up to whole chunks.",
+                ),
+                io.Combo.Input(
+                    "length_unit", options=["seconds", "chunks"],
+                    tooltip="Seconds at 16 frames per second, or chunks (3 latent frames, or 1 for frame-wise models).",
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="Same seed, same video; also when it is made in several pieces.",
+                ),
+                io.Int.Input(
+                    "width", default=832, min=16, max=8192, step=16,
+                    tooltip="Pixels, a multiple of 16. Ignored when a state or an initial latent sets the size.",
+                ),
+                io.Int.Input(
+                    "height", default=480, min=16, max=8192, step=16,
+                    tooltip="Pixels, a multiple of 16. Ignored when a state or an initial latent sets the size.",
+                ),
+                io.Float.Input(
+                    "guidance", default=0.0, min=0.0, max=30.0, step=0.1, advanced=True,
+                    tooltip="Classifier-free guidance. 0: what the model was trained for. 1: off, right for distilled "
+                    "few-step models. More needs a negative prompt, twice the time and twice the cache.",
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="What to avoid. Only read when there is guidance."
+                ),
+                io.Latent.Input(
+                    "initial_latent", optional=True,
+                    tooltip="Frames to start from: an image (image to video) or a video (extension), from Encode Video or "
+                    "VAE Encode.",
+                ),
+                State.Input(
+                    "state", optional=True, tooltip="Continue this video. From the cache state output of another sampler."
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    display_name="latent", tooltip="The whole video so far, for Decode Video, Decode Images or VAE Decode."
+                ),
+                State.Output(display_name="state", tooltip="Where this video stands, for another Sample Video to go on."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, length, length_unit, seed, width, height, guidance, negative=None, initial_latent=None,
+        state=None,
+    ) -> io.NodeOutput:
+        if initial_latent is not None and state is not None:
+            raise ValueError(
+                "Both an initial latent and a state are connected. Connect the initial latent to the first sampler of the "
+                "chain only, and the state to those that follow."
+            )
+        patcher, sampling = model.patcher, model.sampling
+        if guidance:
+            sampling = replace(sampling, guidance_scale=guidance)
+        given = None if initial_latent is None else _model_latents(initial_latent)
+        batch, start = 1, 0
+        if state is not None:
+            given_shape, start = state.chunks[0].shape, state.frames
+        elif given is not None:
+            given_shape, start = given.shape, given.shape[2]
+        if start:
+            batch = given_shape[0]
+            height, width = (size * SPATIAL_COMPRESSION for size in given_shape[-2:])
+        if length_unit == "seconds":
+            chunks = sampling.chunks_for_seconds(length, start)
+        else:
+            chunks = max(round(length), 1)
+        frames = start + sum(sampling.chunk_sizes(chunks, start))
+        needed = working_bytes(
+            patcher.model, height, width, batch=batch, sampling=sampling, cache=model.cache, frames=frames
+        )
+        activations = activation_bytes(patcher.model, height, width, batch=batch, sampling=sampling)
+        patcher.bring_to_device(max(needed - patcher.workspace.nbytes, 0) + activations)
+
+        progress = ProgressBar(1, node_id=cls.hidden.unique_id)
+
+        def on_pass(done: int, total: int) -> None:
+            check_cancelled()
+            progress.update_absolute(done, total)
+
+        session = RollingSession(
+            patcher.model, _embedding(positive, "positive"), height=height, width=width, batch=batch,
+            negative=None if negative is None or not sampling.guided else _embedding(negative, "negative"),
+            sampling=sampling, cache=model.cache, state=state, workspace=patcher.workspace, on_pass=on_pass,
+        )
+        try:
+            with session:
+                if given is not None:
+                    session.prefill(given)
+                for _ in session.generate(chunks, seed=seed):
+                    pass
+        except BaseException:
+            mm.soft_empty_cache()  # the session has dropped its cache: give the memory back now
+            raise
+        progress.update_absolute(progress.total)
+        samples = to_raw(session.state.latents().float()).to(mm.intermediate_device())
+        return io.NodeOutput({"samples": samples}, session.state)
+
+
+def _model_latents(latent: dict) -> torch.Tensor:
+    samples = latent["samples"]
+    if samples.ndim != 5 or samples.shape[1] != 16:
+        raise ValueError(
+            f"The initial latent must be a Wan 2.1 video latent [batch, 16, frames, height, width], got "
+            f"{list(samples.shape)}. Encode the image or video with Encode Video, or VAE Encode with the Wan 2.1 VAE."
+        )
+    return to_model(samples.float())
+
+
+def _embedding(conditioning: list, name: str) -> torch.Tensor:
+    if len(conditioning) != 1:
+        raise ValueError(
+            f"The {name} conditioning combines {len(conditioning)} prompts; causal video models read exactly one. Write one "
+            "prompt, or chain samplers to use several one after the other."
+        )
+    embedding = conditioning[0][0]
+    missing = TEXT_LENGTH - embedding.shape[1]
+    return torch.nn.functional.pad(embedding, (0, 0, 0, missing)) if missing > 0 else embedding

@@ -1,0 +1,128 @@
+"""`python -m rolling_kv`: make a video, look into a checkpoint, write the tiny model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging
+from tqdm import tqdm
+
+from .checkpoints import inspect_checkpoint
+from .config import PRESETS, CacheConfig, pixel_frames
+from .pipeline import Pipeline
+from .tiny import BUNDLED, make_tiny
+from .video import read_video_info
+
+TINY_SIZE = 64
+"""Pixels along each side that the tiny model makes."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    logging.set_verbosity_error()
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("cancelled; nothing was written")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m rolling_kv", description=__doc__)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser(
+        "generate", help="make a video from a prompt", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    generate.set_defaults(run=_generate)
+    generate.add_argument("--prompt", required=True, help="what the video shows")
+    generate.add_argument("--output", required=True, type=Path, metavar="F", help="file to write, ending in .mp4")
+    generate.add_argument("--seconds", type=float, default=5.0, help="length, rounded up to whole chunks")
+    generate.add_argument("--seed", type=int, default=0, help="same seed, same video")
+    generate.add_argument(
+        "--model", type=Path, default=BUNDLED, help="a causal Wan model: a diffusers folder, .safetensors or .pt"
+    )
+    generate.add_argument("--text-encoder", type=Path, help="UMT5, where the model is a single file")
+    generate.add_argument("--vae", type=Path, help="the Wan 2.1 VAE, where the model is a single file")
+    generate.add_argument("--preset", choices=["auto", *PRESETS], default="auto", help="what the model was trained for")
+    generate.add_argument("--width", type=int, help="pixels, a multiple of 16 (default: 64 for the tiny model, else 832)")
+    generate.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: 64 for the tiny model, else 480)")
+    generate.add_argument("--window", type=int, help="latent frames a chunk attends to, -1 for all (default: the preset's)")
+    generate.add_argument("--sink", type=int, help="first latent frames that never leave the window (default: the preset's)")
+    generate.add_argument("--guidance", type=float, help="classifier-free guidance, 1 is off (default: the preset's)")
+    generate.add_argument("--negative-prompt", default="", help="what to avoid; only read with guidance")
+    generate.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto", help="precision")
+    generate.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    generate.add_argument("--scale", type=int, default=1, help="enlarge each pixel so many times, for tiny videos")
+
+    inspect = commands.add_parser("inspect", help="tell what a checkpoint is")
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("file", type=Path, metavar="FILE", help="a .safetensors or .pt file, or a diffusers folder")
+    inspect.add_argument("--width", type=int, default=832, help="pixels (default: %(default)s)")
+    inspect.add_argument("--height", type=int, default=480, help="pixels (default: %(default)s)")
+
+    tiny = commands.add_parser("make-tiny", help="write a complete model of a few MB, with random weights")
+    tiny.set_defaults(run=_make_tiny)
+    tiny.add_argument("folder", type=Path, metavar="DIR")
+    tiny.add_argument("--seed", type=int, default=0, help="of the random weights (default: %(default)s)")
+    return parser
+
+
+def _generate(args: argparse.Namespace) -> None:
+    if args.model == BUNDLED and not BUNDLED.is_dir():
+        raise ValueError(f"the tiny model is not there; make it with: python -m rolling_kv make-tiny {BUNDLED}")
+    small = args.model == BUNDLED
+    width, height = args.width or (TINY_SIZE if small else 832), args.height or (TINY_SIZE if small else 480)
+    pipeline = Pipeline.load(
+        args.model, text_encoder=args.text_encoder, vae=args.vae, preset=args.preset, dtype=args.dtype,
+        device=args.device,
+    )
+    preset = pipeline.model.preset
+    cache = CacheConfig(
+        preset.cache.window if args.window is None else args.window, preset.cache.sink if args.sink is None else args.sink
+    )
+    sampling = preset.sampling
+    if args.guidance is not None:
+        sampling = replace(sampling, guidance_scale=args.guidance)
+    with tqdm(total=1, unit="pass", desc="sampling") as bar:
+
+        def on_pass(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        pipeline.generate(
+            args.prompt, args.output, height=height, width=width, seconds=args.seconds, seed=args.seed,
+            negative_prompt=args.negative_prompt, sampling=sampling, cache=cache, scale=args.scale, on_pass=on_pass,
+        )
+        bar.update(bar.total - bar.n)
+    info = read_video_info(args.output)
+    print(f"{args.output}: {info.frames} frames, {info.width}x{info.height}, {info.fps:g} frames per second")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    info = inspect_checkpoint(args.file, args.height, args.width)
+    config = info.config
+    preset = PRESETS.get(info.preset)
+    print(f"file       {info.path}")
+    print(f"layout     {info.layout}")
+    print(f"size       {info.file_bytes / 2**30:.2f} GiB, {info.parameters / 1e9:.2f} billion parameters")
+    print(f"dtype      {', '.join(info.dtypes)}")
+    print(f"model      {config['layers']} layers, dim {config['dim']}, {config['heads']} heads, ffn {config['ffn']}")
+    print(f"preset     {info.preset or 'none detected: self-forcing is assumed, choose another with --preset'}")
+    per_frame = info.kv_bytes_per_frame
+    print(f"KV cache   {per_frame / 2**20:.1f} MiB per latent frame in bfloat16 at {info.width}x{info.height}")
+    if preset and preset.cache.window != -1:
+        window = preset.cache.window
+        print(f"           {per_frame * window / 2**30:.2f} GiB for its window of {window} latent frames "
+              f"({pixel_frames(window)} video frames)")
+
+
+def _make_tiny(args: argparse.Namespace) -> None:
+    folder = make_tiny(args.folder, seed=args.seed)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{folder}: a complete model, {size / 2**20:.1f} MiB, random weights")

@@ -1,0 +1,71 @@
+"""From a prompt to a video file without ComfyUI: the engine's parts put together, streaming from end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .checkpoints import load_model
+from .config import SPATIAL_COMPRESSION, CacheConfig, SamplingConfig
+from .model import CausalModel
+from .sampler import RollingSession
+from .text import TextEncoder, load_text_encoder
+from .vae import WanVAE, load_vae, to_raw
+from .video import VideoWriter
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A causal model with its text encoder and VAE."""
+
+    model: CausalModel
+    text_encoder: TextEncoder
+    vae: WanVAE
+
+    @classmethod
+    def load(
+        cls, model: str | Path, *, text_encoder: str | Path | None = None, vae: str | Path | None = None,
+        preset: str = "auto", dtype: str = "auto", device: str | torch.device = "cpu",
+    ) -> Pipeline:
+        """Load all three. A diffusers folder holds the text encoder and the VAE too; give them for single files.
+
+        Raises CheckpointError for files that are missing or cannot be used.
+        """
+        parts = {"text_encoder": text_encoder or model, "vae": vae or model}
+        for name, path in parts.items():
+            if path is model and not (Path(model) / name).is_dir():
+                option = name.replace("_", "-")
+                raise ValueError(f"{model} holds no {name.replace('_', ' ')}: name one with --{option}")
+        return cls(
+            load_model(model, preset=preset, dtype=dtype, device=device),
+            load_text_encoder(parts["text_encoder"], dtype=dtype, device=device),
+            load_vae(parts["vae"], dtype=dtype, device=device),
+        )
+
+    def generate(
+        self, prompt: str, output: str | Path, *, height: int, width: int, seconds: float, seed: int = 0,
+        negative_prompt: str = "", sampling: SamplingConfig | None = None, cache: CacheConfig | None = None,
+        scale: int = 1, on_pass: Callable[[int, int], None] | None = None,
+    ) -> Path:
+        """Write a video of at least `seconds` to `output` (.mp4), decoding each chunk as it is done; returns the path.
+
+        Memory does not grow with the length, up to the clean latents (0.4 MB per latent frame at 480x832).
+        height, width: pixels, multiples of 16. on_pass: see `RollingSession`.
+        """
+        sampling = sampling or self.model.preset.sampling
+        session = RollingSession(
+            self.model, self.text_encoder.encode([prompt]), height=height, width=width, sampling=sampling, cache=cache,
+            negative=self.text_encoder.encode([negative_prompt]) if sampling.guided else None, on_pass=on_pass,
+        )
+        latent_height, latent_width = session.latent_size
+        size = (latent_width * SPATIAL_COMPRESSION, latent_height * SPATIAL_COMPRESSION)
+        decoder = self.vae.decoder()
+        with VideoWriter(output, *size, scale=scale, metadata={"prompt": prompt, "seed": str(seed)}) as writer, session:
+            for chunk in session.generate(sampling.chunks_for_seconds(seconds), seed=seed):
+                with torch.inference_mode():
+                    for frames in decoder.decode_frames(to_raw(chunk.latents.float())):
+                        writer.write(frames)
+        return Path(output)

@@ -1,0 +1,188 @@
+"""Video files through PyAV: an mp4 written frame by frame, and read back for tests and benchmarks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from uuid import uuid4
+
+import av
+import torch
+from av.video.reformatter import ColorRange, Colorspace
+from torch import Tensor
+
+from .config import FPS
+
+_BT709 = 1
+"""The code of BT.709 for primaries, transfer and matrix alike (ITU-T H.273)."""
+
+
+class VideoWriter:
+    """Writes frames to an H.264 mp4 as they come; holds none of them.
+
+    A context manager. Entering it makes the folder and the file, so a place that cannot be written to shows before any
+    work; the video appears under its own name only when the block ends well. After an exception, an interrupt included,
+    nothing is left behind and an earlier video of that name is untouched.
+
+        with VideoWriter("out.mp4", 832, 480) as writer:
+            for frames in chunks:
+                writer.write(frames)
+
+    path: ends in .mp4. width, height: of the frames to be written, in pixels. fps: frames per second.
+    crf: H.264 quality, from 0 (lossless) to 51; 18 looks like the original.
+    scale: each pixel becomes a square of so many pixels; for models whose pictures are tiny.
+    metadata: tags for the file, for example the prompt.
+
+    The video is yuv420p in BT.709 colours, with its index in front (faststart), so that browsers can play it.
+    Raises ValueError for sizes that H.264 cannot hold and OSError for a path that cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        width: int,
+        height: int,
+        *,
+        fps: float | Fraction = FPS,
+        crf: int = 18,
+        scale: int = 1,
+        metadata: dict[str, str] | None = None,
+    ):
+        self.path = Path(path)
+        if self.path.suffix.lower() != ".mp4":
+            raise ValueError(f"the name of the video must end in .mp4, got {self.path.name!r}")
+        if scale < 1:
+            raise ValueError(f"scale must be at least 1, got {scale}")
+        if width < 1 or height < 1 or width * scale % 2 or height * scale % 2:
+            raise ValueError(f"H.264 video needs an even width and height, got {width * scale}x{height * scale} pixels")
+        if not 0 <= crf <= 51:
+            raise ValueError(f"crf must be from 0 to 51, got {crf}")
+        if fps <= 0:
+            raise ValueError(f"fps must be positive, got {fps}")
+        self.width, self.height, self.fps, self.crf, self.scale = width, height, Fraction(fps).limit_denominator(1001), crf, scale
+        self.metadata = dict(metadata or {})
+        self.frames = 0
+
+    def __enter__(self) -> VideoWriter:
+        if self.path.is_dir():
+            raise IsADirectoryError(f"{self.path} is a folder: give the name of a file in it")
+        self._unfinished = self.path.with_name(f".{self.path.stem}.{uuid4().hex[:8]}.part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._unfinished.touch(exist_ok=False)
+        except OSError as error:
+            raise OSError(f"cannot write into the folder {self.path.parent}: {error.strerror}") from error
+        try:
+            self._open()
+        except BaseException:
+            self._unfinished.unlink()
+            raise
+        return self
+
+    def _open(self) -> None:
+        flags = "+faststart+use_metadata_tags" if self.metadata else "+faststart"
+        self._container = av.open(str(self._unfinished), "w", format="mp4", options={"movflags": flags})
+        self._container.metadata.update(self.metadata)
+        self._stream = self._container.add_stream("libx264", rate=self.fps, options={"crf": str(self.crf)})
+        self._stream.width, self._stream.height = self.width * self.scale, self.height * self.scale
+        self._stream.pix_fmt = "yuv420p"
+        codec = self._stream.codec_context
+        codec.color_primaries = codec.color_trc = codec.colorspace = _BT709
+        codec.color_range = ColorRange.MPEG
+
+    def write(self, frames: Tensor) -> None:
+        """Append frames: floats [3, T, H, W] or [1, 3, T, H, W] in [-1, 1], or uint8 [T, H, W, 3]."""
+        for picture in self._pictures(frames):
+            picture = picture.repeat_interleave(self.scale, 0).repeat_interleave(self.scale, 1)
+            frame = av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+            self._container.mux(self._stream.encode(frame))
+            self.frames += 1
+
+    def _pictures(self, frames: Tensor) -> Tensor:
+        """The frames as uint8 [T, H, W, 3] in CPU memory."""
+        given = f"{frames.dtype} {list(frames.shape)}"
+        if frames.ndim == 5 and frames.shape[0] == 1:
+            frames = frames[0]
+        if frames.is_floating_point() and frames.ndim == 4:
+            frames = to_uint8(frames).permute(1, 2, 3, 0)
+        if frames.dtype != torch.uint8 or list(frames.shape[1:]) != [self.height, self.width, 3]:
+            height, width = self.height, self.width
+            raise ValueError(
+                f"frames must be floats [3, T, {height}, {width}], with or without a batch dimension of 1 in front, or "
+                f"uint8 [T, {height}, {width}, 3]; got {given}"
+            )
+        return frames.cpu()
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            with self._container:
+                if kind is None:
+                    self._finish()
+        except BaseException:
+            self._unfinished.unlink()
+            raise
+        if kind is None:
+            self._publish()
+        else:
+            self._unfinished.unlink()
+
+    def _finish(self) -> None:
+        if not self.frames:
+            raise ValueError(f"no frames were written to {self.path}")
+        self._container.mux(self._stream.encode(None))
+
+    def _publish(self) -> None:
+        try:
+            os.replace(self._unfinished, self.path)
+        except OSError as error:
+            kept = self._unfinished.with_suffix(".mp4")
+            os.replace(self._unfinished, kept)
+            raise OSError(f"{self.path} cannot be replaced (is it open in a player?); the video is kept as {kept}") from error
+
+
+def to_uint8(frames: Tensor) -> Tensor:
+    """Frames in [-1, 1] as uint8 from 0 to 255, shape unchanged."""
+    return ((frames.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """frames: pictures in the file. width, height: pixels. fps: frames per second. duration: seconds."""
+
+    frames: int
+    width: int
+    height: int
+    fps: float
+    duration: float
+    codec: str
+    pix_fmt: str
+    metadata: dict[str, str]
+
+
+def read_video_info(path: str | Path) -> VideoInfo:
+    """Describe the first video stream of a file; the frames are counted, not taken from the header."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = sum(packet.size > 0 for packet in container.demux(stream))
+        codec = stream.codec_context
+        return VideoInfo(
+            frames=frames,
+            width=codec.width,
+            height=codec.height,
+            fps=float(stream.average_rate),
+            duration=float(stream.duration * stream.time_base),
+            codec=codec.name,
+            pix_fmt=codec.pix_fmt,
+            metadata=dict(container.metadata),
+        )
+
+
+def read_frames(path: str | Path) -> Tensor:
+    """All frames of a video as uint8 [T, H, W, 3], by the colour tags of the file. For tests and benchmarks."""
+    with av.open(str(path)) as container:
+        # PyAV before 18 heeds the tags only when it is told a range.
+        frames = (f.reformat(format="rgb24", dst_color_range=ColorRange.JPEG) for f in container.decode(video=0))
+        return torch.stack([torch.from_numpy(frame.to_ndarray()) for frame in frames])

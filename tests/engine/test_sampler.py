@@ -1,0 +1,271 @@
+"""Whatever way a video is cut into runs, continued, forked or cancelled, it is the same video."""
+
+import pytest
+import torch
+from builders import tiny_transformer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rolling_kv.config import CacheConfig, ModelPreset, SamplingConfig
+from rolling_kv.model import CausalModel
+from rolling_kv.sampler import RollingSession, Workspace, activation_bytes, check_size, working_bytes
+from rolling_kv.schedule import seeded_noise
+from rolling_kv.state import CacheState
+
+HEIGHT, WIDTH = 32, 48
+SAMPLING = SamplingConfig(chunk=2, denoising_steps=(1000, 500))
+WINDOW = CacheConfig(5, sink=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    transformer = tiny_transformer(num_attention_heads=2, attention_head_dim=12)
+    return CausalModel(transformer, ModelPreset("test", SAMPLING, WINDOW))
+
+
+def prompt(model, seed=0, batch=1):
+    return torch.randn(batch, 6, model.transformer.config.text_dim, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(model, chunks, *, seed=7, words=0, **kwargs) -> CacheState:
+    with RollingSession(model, prompt(model, words), height=HEIGHT, width=WIDTH, **kwargs) as session:
+        for _ in session.generate(chunks, seed=seed):
+            pass
+    return session.state
+
+
+def same(a: CacheState, b: CacheState) -> bool:
+    return torch.equal(a.latents(), b.latents()) and a.key == b.key
+
+
+@pytest.mark.parametrize("workspace", [True, False], ids=["taken over", "replayed"])
+@pytest.mark.parametrize("cache", [WINDOW, CacheConfig(-1)], ids=["window", "unlimited"])
+def test_two_runs_equal_one(model, workspace, cache):
+    whole = sample(model, 5, cache=cache)
+    shared = Workspace() if workspace else None
+    part = sample(model, 2, cache=cache, workspace=shared)
+    assert same(sample(model, 3, cache=cache, state=part, workspace=shared), whole)
+    assert part.frames == 4 and whole.frames == 10
+
+
+@settings(max_examples=15, deadline=None)
+@given(cuts=st.lists(st.integers(1, 3), min_size=1, max_size=4), data=st.data())
+def test_any_cut_gives_the_same_bits(model, cuts, data):
+    workspace, state = Workspace(), None
+    for chunks in cuts:
+        if data.draw(st.booleans(), label="another video in between"):
+            sample(model, 1, seed=99, workspace=workspace)
+        state = sample(model, chunks, state=state, workspace=workspace)
+    assert same(state, sample(model, sum(cuts)))
+
+
+def test_taking_over_really_takes_over(model):
+    """The second run of a chain adds one context pass and its own steps; a replay adds one pass per past chunk."""
+    passes = []
+    workspace = Workspace()
+    first = sample(model, 3, workspace=workspace)
+    buffers = [layer.data_ptr() for layer in workspace.caches["cond"]._layers]
+    sample(model, 1, state=first, workspace=workspace, on_pass=lambda done, total: passes.append((done, total)))
+    assert passes == [(0, 3), (1, 3), (2, 3)]
+    assert [layer.data_ptr() for layer in workspace.caches["cond"]._layers] == buffers
+    passes.clear()
+    sample(model, 1, state=first, on_pass=lambda done, total: passes.append((done, total)))
+    assert passes == [(n, 5) for n in range(5)]
+
+
+def test_branches_of_one_state_do_not_disturb_each_other(model):
+    workspace = Workspace()
+    trunk = sample(model, 2, workspace=workspace)
+    before = trunk.latents().clone()
+    left = sample(model, 2, words=1, state=trunk, workspace=workspace)
+    right = sample(model, 2, words=2, state=trunk, workspace=workspace)
+    assert same(left, sample(model, 2, words=1, state=trunk))
+    assert same(right, sample(model, 2, words=2, state=trunk))
+    assert not torch.equal(left.latents(), right.latents())
+    assert torch.equal(trunk.latents(), before) and trunk.frames == 4
+
+
+def test_another_seed_then_the_first_again(model):
+    workspace = Workspace()
+    first = sample(model, 3, seed=1, workspace=workspace)
+    other = sample(model, 3, seed=2, workspace=workspace)
+    assert same(sample(model, 3, seed=1, workspace=workspace), first)
+    assert not torch.equal(first.latents(), other.latents())
+
+
+def test_a_prompt_that_changes_inside_a_session_equals_a_chain(model):
+    first = sample(model, 2, words=0)
+    chain = sample(model, 2, words=1, state=first)
+    with RollingSession(model, prompt(model, 0), height=HEIGHT, width=WIDTH) as session:
+        list(session.generate(2, seed=7))
+        session.set_prompt(prompt(model, 1))
+        list(session.generate(2, seed=7))
+    assert same(session.state, chain)
+    assert [record.prompt for record in chain.records] == [0, 0, 1, 1]
+    assert not torch.equal(sample(model, 4, words=0).latents(), chain.latents())
+
+
+def test_guidance_keeps_its_branches_apart(model):
+    negative = prompt(model, 5)
+    guided = SamplingConfig(chunk=2, denoising_steps=(1000, 500), guidance_scale=2.0)
+    whole = sample(model, 4, sampling=guided, negative=negative)
+    workspace = Workspace()
+    part = sample(model, 2, sampling=guided, negative=negative, workspace=workspace)
+    assert same(sample(model, 2, sampling=guided, negative=negative, state=part, workspace=workspace), whole)
+    assert not torch.equal(whole.latents(), sample(model, 4).latents())
+    cond, uncond = workspace.caches["cond"], workspace.caches["uncond"]
+    assert not torch.equal(cond._layers[-1], uncond._layers[-1])
+
+
+def test_guidance_of_one_prompt_against_itself_changes_nothing(model):
+    guided = SamplingConfig(chunk=2, denoising_steps=(1000, 500), guidance_scale=4.0)
+    torch.testing.assert_close(
+        sample(model, 3, sampling=guided, negative=prompt(model, 0)).latents(), sample(model, 3).latents()
+    )
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "euler"])
+def test_many_step_sampling_splits_too(model, sampler):
+    many = SamplingConfig(chunk=2, sampler=sampler, num_inference_steps=4, guidance_scale=1.5)
+    arguments = dict(sampling=many, negative=prompt(model, 5))
+    part = sample(model, 1, **arguments)
+    assert same(sample(model, 2, state=part, **arguments), sample(model, 3, **arguments))
+
+
+def test_each_sample_of_a_batch_is_its_own_video(model):
+    """Noise differs along the batch, and a sample does not see its neighbours."""
+    both = sample(model, 3, batch=2).latents()
+    alone = sample(model, 3).latents()
+    torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=1e-4)
+    assert (both[0] - both[1]).abs().max() > 0.1
+
+
+def test_prefill_is_part_of_the_video(model):
+    given_frames = torch.randn(1, 16, 5, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(1))
+    with RollingSession(model, prompt(model), height=HEIGHT, width=WIDTH) as session:
+        session.prefill(given_frames)
+        chunks = list(session.generate(2, seed=3))
+    assert [record.frames for record in session.state.records] == [1, 2, 2, 2, 2]
+    assert [record.seed for record in session.state.records] == [None, None, None, 3, 3]
+    assert torch.equal(session.state.latents()[:, :, :5], given_frames)
+    assert [chunk.start_frame for chunk in chunks] == [5, 7]
+    with RollingSession(model, prompt(model), height=HEIGHT, width=WIDTH) as other:
+        other.prefill(torch.zeros_like(given_frames))
+        assert not torch.equal(next(other.generate(1, seed=3)).latents, chunks[0].latents)
+
+
+def test_independent_first_frame(model):
+    single = SamplingConfig(chunk=3, denoising_steps=(1000, 500), independent_first_frame=True)
+    state = sample(model, 3, sampling=single)
+    assert [record.frames for record in state.records] == [1, 3, 3]
+    part = sample(model, 1, sampling=single)
+    assert same(sample(model, 2, sampling=single, state=part), state)
+
+
+class Cancelled(BaseException):
+    """Like ComfyUI's interrupt, not an Exception."""
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_cancel_at_any_pass_leaves_nothing_behind(model, at):
+    workspace = Workspace()
+    trunk = sample(model, 1, workspace=workspace)
+
+    def cancel(done, total):
+        if done == at:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        sample(model, 2, state=trunk, workspace=workspace, on_pass=cancel)
+    assert workspace.nbytes == 0 and workspace.caches is None
+    assert "Rolling" not in str(model.transformer.attn_processors)
+    assert same(sample(model, 2, state=trunk, workspace=workspace), sample(model, 3))
+
+
+def test_a_session_goes_on_after_a_cancelled_chunk(model):
+    """Inside one session too: the chunk that was cancelled is made again, with the same result."""
+    budget = [4]
+
+    def cancel_once(done, total):
+        budget[0] -= 1
+        if budget[0] == 0:
+            raise Cancelled
+
+    with RollingSession(model, prompt(model), height=HEIGHT, width=WIDTH, on_pass=cancel_once) as session:
+        with pytest.raises(Cancelled):
+            list(session.generate(4, seed=7))
+        done = len(session.state.records)
+        list(session.generate(4 - done, seed=7))
+    assert 0 < done < 4
+    assert same(session.state, sample(model, 4))
+
+
+def test_leaving_a_generator_early_keeps_what_is_done(model):
+    with RollingSession(model, prompt(model), height=HEIGHT, width=WIDTH) as session:
+        for chunk in session.generate(5, seed=7):
+            if chunk.start_frame == 2:
+                break
+    assert same(session.state, sample(model, 2))
+
+
+def test_the_working_cache_is_as_large_as_announced(model):
+    for cache in (WINDOW, CacheConfig(3), CacheConfig(-1)):
+        workspace = Workspace()
+        state = sample(model, 3, cache=cache, workspace=workspace)
+        announced = working_bytes(model, HEIGHT, WIDTH, cache=cache, frames=state.frames, prompt_tokens=0)
+        assert workspace.nbytes == announced
+    assert activation_bytes(model, HEIGHT, WIDTH) > 0
+
+
+def test_memory_does_not_grow_with_the_length(model):
+    workspace = Workspace()
+    sizes = set()
+    state = None
+    for _ in range(6):
+        state = sample(model, 3, state=state, workspace=workspace)
+        sizes.add(workspace.nbytes)
+    assert len(sizes) == 1
+
+
+def test_noise_is_a_function_of_seed_frame_and_draw():
+    shape = (2, 16, 3, 2, 2)
+    assert torch.equal(seeded_noise(5, 9, shape, 1), seeded_noise(5, 9, shape, 1))
+    others = [seeded_noise(*key, shape, draw) for key, draw in (((6, 9), 1), ((5, 12), 1), ((5, 9), 2))]
+    assert all(not torch.equal(seeded_noise(5, 9, shape, 1), other) for other in others)
+    assert torch.equal(seeded_noise(5, 9, shape, 1)[:1], seeded_noise(5, 9, (1, *shape[1:]), 1))
+    wide = seeded_noise(0, 0, (1, 16, 3, 64, 64), 0)
+    assert abs(wide.mean()) < 0.01 and abs(wide.std() - 1) < 0.01
+    seeded_noise(2**64 - 1, 0, shape, 0)  # the largest seed of a ComfyUI widget
+
+
+@pytest.mark.parametrize("height, width, message", [
+    (40, 48, "height must be a multiple of 16 pixels, got 40; the nearest are 32 and 48"),
+    (32, 0, "width must be a multiple of 16 pixels, got 0"),
+])
+def test_sizes_are_checked(height, width, message):
+    with pytest.raises(ValueError, match=message):
+        check_size(height, width)
+
+
+def test_what_does_not_fit_is_refused_before_any_work(model):
+    size = dict(height=HEIGHT, width=WIDTH)
+    with pytest.raises(ValueError, match=r"the prompt must be \[1 or 1, tokens, 32\].*got \[1, 6, 31\]"):
+        RollingSession(model, torch.zeros(1, 6, 31), **size)
+    with pytest.raises(ValueError, match="needs a negative prompt"):
+        RollingSession(model, prompt(model), sampling=SamplingConfig(guidance_scale=2.0), **size)
+    with pytest.raises(ValueError, match="window of 4 latent frames cannot hold the sink"):
+        RollingSession(model, prompt(model), cache=CacheConfig(4, 3), **size)
+    with pytest.raises(ValueError, match="the initial latents must be"):
+        RollingSession(model, prompt(model), **size).prefill(torch.zeros(1, 16, 1, 4, 4))
+    with pytest.raises(ValueError, match="the cache state's latents must be"):
+        RollingSession(model, prompt(model), height=64, width=64, state=sample(model, 1))
+
+
+def test_a_state_prints_short_and_knows_its_length(model):
+    state = sample(model, 2)
+    assert repr(CacheState()) == "CacheState(empty)"
+    assert repr(state).startswith("CacheState(4 latent frames, 4x6 latents, batch 1, key ") and len(repr(state)) < 100
+    assert state.pixel_frames == 13
+    assert state.nbytes == sum(chunk.nbytes for chunk in state.chunks) + state.prompts[0].nbytes
+    with pytest.raises(ValueError, match="holds no frames"):
+        CacheState().latents()

@@ -1,0 +1,226 @@
+"""Prompt embeddings: the same from every layout, zero-padded, and a plain message for everything else."""
+
+import logging
+
+import pytest
+import torch
+from builders import scaled_float8, sentencepiece_model, tiny_transformer, tiny_umt5, transformers_tokenizer
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from rolling_kv.files import CheckpointError
+from rolling_kv.text import clean, load_text_encoder
+
+PROMPTS = ["a red circle moving left across the stormy sea", "", "cats & dogs"]
+EOS = 1
+
+
+@pytest.fixture(scope="module")
+def source():
+    return tiny_umt5()
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    return sentencepiece_model()
+
+
+@pytest.fixture(scope="module")
+def weights(source):
+    return {name: tensor for name, tensor in source.state_dict().items() if "embed_tokens" not in name}
+
+
+def spiece(pieces):
+    return {"spiece_model": torch.frombuffer(bytearray(pieces), dtype=torch.uint8)}
+
+
+@pytest.fixture(scope="module")
+def folder(source, pieces, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    source.save_pretrained(folder / "text_encoder", max_shard_size="20KB")
+    transformers_tokenizer(pieces).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(weights, pieces, tmp_path_factory):
+    path = tmp_path_factory.mktemp("single") / "umt5_xxl_fp32.safetensors"
+    save_file(weights | spiece(pieces), path)
+    return path
+
+
+def original_names(weights):
+    """Under the names of the original Wan release."""
+    renamed = {}
+    for name, tensor in weights.items():
+        name = name.replace("shared.", "token_embedding.").replace("encoder.final_layer_norm.", "norm.")
+        name = name.replace("encoder.block.", "blocks.").replace("layer.0.SelfAttention.relative_attention_bias", "pos_bias")
+        name = name.replace("pos_bias", "pos_embedding.embedding").replace("layer.0.SelfAttention.", "attn.")
+        name = name.replace("layer.0.layer_norm", "norm1").replace("layer.1.layer_norm", "norm2")
+        for ours, theirs in (("wi_0", "gate.0"), ("wi_1", "fc1"), ("wo", "fc2")):
+            name = name.replace(f"layer.1.DenseReluDense.{ours}", f"ffn.{theirs}")
+        renamed[name] = tensor
+    return renamed
+
+
+def test_embeddings_are_those_of_the_padded_and_masked_encoder(source, pieces, single):
+    batch = transformers_tokenizer(pieces)(PROMPTS, padding="max_length", max_length=512, return_tensors="pt")
+    with torch.no_grad():
+        expected = source(batch.input_ids, batch.attention_mask).last_hidden_state * batch.attention_mask.unsqueeze(-1)
+    result = load_text_encoder(single).encode(PROMPTS)
+    assert result.shape == (3, 512, 32) and result.dtype == torch.float32
+    assert torch.allclose(result, expected, atol=1e-5)
+    assert expected.abs().max() > 0.5
+
+
+def test_the_end_of_the_prompt_counts_and_what_follows_is_zero(single):
+    encoder = load_text_encoder(single)
+    result = encoder.encode(PROMPTS)
+    for row, prompt in zip(result, PROMPTS):
+        length = len(encoder.tokens(prompt))
+        assert row[length - 1].abs().min() > 0 and not row[length:].any()
+    assert encoder.tokens("") == [EOS]
+    assert encoder.dim == 32
+
+
+def test_a_prompt_does_not_depend_on_its_neighbours(single):
+    encoder = load_text_encoder(single)
+    together = encoder.encode(PROMPTS)
+    for row, prompt in zip(together, PROMPTS):
+        assert torch.equal(row, encoder.encode([prompt])[0])
+
+
+def test_all_tokenizers_agree(folder, pieces, single, tmp_path):
+    (tmp_path / "spiece.model").write_bytes(pieces)
+    official = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    encoders = [
+        load_text_encoder(folder),
+        load_text_encoder(single),
+        load_text_encoder(single, tokenizer=tmp_path),
+        load_text_encoder(single, tokenizer=tmp_path / "spiece.model"),
+        load_text_encoder(single, tokenizer=folder / "tokenizer"),
+        load_text_encoder(single, tokenizer=folder / "tokenizer" / "tokenizer.json"),
+    ]
+    for prompt in (*PROMPTS, "x(y:1.2), zebra; 42", " dogs \n and\tcats "):
+        expected = official(clean(prompt)).input_ids
+        assert [encoder.tokens(prompt) for encoder in encoders] == [expected] * len(encoders)
+
+
+def test_cleaning_is_that_of_the_training_data():
+    assert clean(" cats &amp;amp; dogs\n\n at  dawn ") == "cats & dogs at dawn"
+
+
+def test_long_prompts_are_cut_and_still_end(single, caplog):
+    encoder = load_text_encoder(single)
+    with caplog.at_level(logging.WARNING):
+        ids = encoder.tokens("cats " * 600)
+    assert len(ids) == 512 and ids[-1] == EOS and EOS not in ids[:-1]
+    assert "the model reads the first 511" in caplog.text
+    assert encoder.encode(["cats " * 600]).shape == (1, 512, 32)
+
+
+def layouts(weights, pieces):
+    return {
+        "umt5_xxl.safetensors": weights | spiece(pieces),
+        "with_decoder.safetensors": weights | spiece(pieces) | {"decoder.block.0.x.weight": torch.zeros(2),
+                                                              "lm_head.weight": torch.zeros(2)},
+        "models_t5_umt5-xxl-enc-bf16.pth": original_names(weights),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", layouts({}, b"-"))
+def test_every_single_file_gives_the_same_weights(name, weights, pieces, tmp_path):
+    path = tmp_path / name
+    content = layouts(weights, pieces)[name]
+    if path.suffix == ".pth":
+        torch.save(content, path)
+        (tmp_path / "google" / "umt5-xxl").mkdir(parents=True)
+        (tmp_path / "google" / "umt5-xxl" / "spiece.model").write_bytes(pieces)
+    else:
+        save_file(content, path)
+    loaded = load_text_encoder(path).encoder.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+    assert torch.equal(loaded["encoder.embed_tokens.weight"], weights["shared.weight"])
+
+
+@pytest.mark.parametrize("place", [".", "text_encoder"])
+def test_a_diffusers_folder_loads_from_either_level(place, folder, single):
+    assert len(list((folder / "text_encoder").glob("*.safetensors"))) > 1
+    assert torch.equal(load_text_encoder(folder / place).encode(PROMPTS), load_text_encoder(single).encode(PROMPTS))
+
+
+def test_scaled_float8_is_multiplied_by_its_scales(weights, pieces, single, tmp_path):
+    stored, meant = scaled_float8(weights)
+    save_file(stored | spiece(pieces), tmp_path / "umt5_xxl_fp8_e4m3fn_scaled.safetensors")
+    encoder = load_text_encoder(tmp_path / "umt5_xxl_fp8_e4m3fn_scaled.safetensors", dtype="float32")
+    loaded = encoder.encoder.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in meant.items() if name != "scaled_fp8")
+    auto = load_text_encoder(tmp_path / "umt5_xxl_fp8_e4m3fn_scaled.safetensors")
+    assert auto.encoder.shared.weight.dtype == torch.bfloat16
+    assert (auto.encode(PROMPTS) - load_text_encoder(single).encode(PROMPTS)).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_weights_compute_in_float32(dtype, single, tmp_path):
+    encoder = load_text_encoder(single, dtype=dtype)
+    rounded = load_text_encoder(single)
+    rounded.encoder.to(getattr(torch, dtype)).float()
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    with torch.inference_mode():
+        result = encoder.encode(PROMPTS)
+    assert torch.allclose(result, rounded.encode(PROMPTS), atol=1e-6)
+    after = encoder.state_dict()
+    assert all(after[name].dtype == before[name].dtype and torch.equal(after[name], before[name]) for name in before)
+    assert after["encoder.encoder.block.1.layer.1.DenseReluDense.wo.weight"].dtype == getattr(torch, dtype)
+
+
+def test_the_embedding_table_is_held_once(single):
+    encoder = load_text_encoder(single, dtype="bfloat16").encoder
+    assert encoder.encoder.embed_tokens is encoder.shared
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def refused(path, match, **kwargs):
+    with pytest.raises(CheckpointError, match=match) as caught:
+        load_text_encoder(path, **kwargs)
+    assert str(path) in str(caught.value)
+
+
+def test_other_files_are_named(weights, pieces, tmp_path):
+    path = tmp_path / "file.safetensors"
+    refused(path, "no such file")
+    save_file(tiny_transformer().state_dict(), path)
+    refused(path, "a Wan video model, not a UMT5 .*umt5_xxl_fp16")
+    save_file({"decoder.conv1.weight": torch.zeros(2, 2)}, path)
+    refused(path, "a VAE, not a UMT5")
+    one_bias = {name: t for name, t in weights.items() if not ("block.1" in name and "relative" in name)}
+    save_file(one_bias | spiece(pieces), path)
+    refused(path, "T5 text encoder of another family")
+    path.write_bytes(path.read_bytes()[:-10])
+    refused(path, "damaged or incomplete")
+
+
+def test_missing_and_surplus_tensors_are_listed(weights, pieces, tmp_path):
+    path = tmp_path / "file.safetensors"
+    changed = weights | spiece(pieces) | {"encoder.extra.weight": torch.zeros(3, 5)}
+    del changed["encoder.block.1.layer.0.SelfAttention.k.weight"]
+    save_file(changed, path)
+    refused(path, r"UMT5 of 2 layers. 1 missing: encoder.block.1.layer.0.SelfAttention.k.weight \[32, 32\]")
+    refused(path, r"1 that do not belong there: encoder.extra.weight \[3, 5\]")
+    del changed["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"]
+    save_file(changed, path)
+    refused(path, "wi_0.weight is missing")
+
+
+def test_a_missing_or_wrong_tokenizer_is_explained(weights, pieces, single, tmp_path):
+    path = tmp_path / "file.safetensors"
+    save_file(weights, path)
+    refused(path, "the tokenizer is missing.*spiece.model or tokenizer.json")
+    refused(path, "no tokenizer .*absent", tokenizer=tmp_path / "absent")
+    (tmp_path / "bad.model").write_bytes(b"nonsense")
+    refused(path, "SentencePiece tokenizer is damaged", tokenizer=tmp_path / "bad.model")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    refused(path, "tokenizer.json .*is damaged")
+    small = weights | {"shared.weight": weights["shared.weight"][:10].clone()} | spiece(pieces)
+    save_file(small, path)
+    refused(path, "has .* tokens and the text encoder 10: they do not belong together")

@@ -1,0 +1,182 @@
+"""The mp4 writer: what is in the file, and what is left on the disk when something goes wrong."""
+
+import gc
+import os
+import weakref
+
+import av
+import pytest
+import torch
+
+from rolling_kv.video import VideoWriter, read_frames, read_video_info, to_uint8
+
+COLOURS = torch.tensor(
+    [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 120, 40]], dtype=torch.uint8
+)
+
+
+class Cancelled(BaseException):
+    """Stands for ComfyUI's interrupt, which is a BaseException too."""
+
+
+def plain_frames(height=32, width=48) -> torch.Tensor:
+    """uint8 [6, H, W, 3], one colour each."""
+    return COLOURS.view(-1, 1, 1, 3).expand(-1, height, width, 3).contiguous()
+
+
+def write(path, frames=None, **options):
+    frames = plain_frames() if frames is None else frames
+    with VideoWriter(path, 48, 32, **options) as writer:
+        writer.write(frames)
+    return path
+
+
+def test_the_file_is_what_players_expect(tmp_path):
+    with VideoWriter(tmp_path / "new" / "folder" / "video.mp4", 48, 32) as writer:
+        for _ in range(3):
+            writer.write(plain_frames())
+    info = read_video_info(writer.path)
+    assert (info.frames, info.width, info.height, info.fps, info.duration) == (18, 48, 32, 16.0, 18 / 16)
+    assert (info.codec, info.pix_fmt) == ("h264", "yuv420p")
+    data = writer.path.read_bytes()
+    assert 0 < data.find(b"moov") < data.find(b"mdat")
+    with av.open(str(writer.path)) as container:
+        codec = container.streams.video[0].codec_context
+        tags = (codec.color_primaries, codec.color_trc, codec.colorspace, codec.color_range)
+    assert tags == (1, 1, 1, 1)  # BT.709 thrice, and the limited range
+    assert os.listdir(writer.path.parent) == ["video.mp4"]
+
+
+def test_colours_survive(tmp_path):
+    frames = read_frames(write(tmp_path / "video.mp4"))
+    assert frames.shape == (6, 32, 48, 3)
+    assert (frames.int() - plain_frames().int()).abs().max() <= 3
+    with av.open(str(tmp_path / "video.mp4")) as container:
+        red = next(container.decode(video=0)).to_ndarray(format="yuv420p")
+    assert abs(int(red[0, 0]) - 63) <= 1  # 16 + 219 * 0.2126; BT.601 would give 81
+
+
+def test_floats_and_bytes_give_the_same_video(tmp_path):
+    floats = plain_frames().float().permute(3, 0, 1, 2) / 127.5 - 1
+    files = [
+        write(tmp_path / f"{i}.mp4", frames)
+        for i, frames in enumerate((plain_frames(), floats, floats[None], floats.half()))
+    ]
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_to_uint8_rounds_and_clamps():
+    values = torch.tensor([-2.0, -1.0, -0.9999, 0.0, 0.9999, 1.0, 2.0])
+    assert to_uint8(values).tolist() == [0, 0, 0, 128, 255, 255, 255]
+
+
+def test_scale_repeats_pixels(tmp_path):
+    checkers = torch.zeros(2, 3, 5, 3, dtype=torch.uint8)
+    checkers[:, ::2, ::2] = 255
+    with VideoWriter(tmp_path / "video.mp4", 5, 3, scale=8, crf=0) as writer:
+        writer.write(checkers)
+    frames = read_frames(writer.path)
+    assert frames.shape == (2, 24, 40, 3)
+    expected = checkers.repeat_interleave(8, 1).repeat_interleave(8, 2).int()
+    assert (frames.int() - expected).abs().max() <= 3
+
+
+def test_rate_quality_and_metadata(tmp_path):
+    noise = torch.randint(0, 256, (8, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    prompt = 'a réd "ball"\nrolls'
+    fine = write(tmp_path / "fine.mp4", noise, fps=24, crf=10, metadata={"prompt": prompt})
+    coarse = write(tmp_path / "coarse.mp4", noise, fps=29.97, crf=40)
+    assert fine.stat().st_size > 2 * coarse.stat().st_size
+    assert read_video_info(fine).fps == 24 and abs(read_video_info(coarse).fps - 29.97) < 1e-3
+    assert read_video_info(fine).metadata["prompt"] == prompt
+
+
+def test_the_writer_keeps_no_frames(tmp_path):
+    with VideoWriter(tmp_path / "video.mp4", 48, 32) as writer:
+        frames = torch.zeros(1, 3, 4, 32, 48)
+        gone = weakref.ref(frames)
+        writer.write(frames)
+        del frames
+        gc.collect()
+        assert gone() is None
+        assert not any(isinstance(value, torch.Tensor) for value in vars(writer).values())
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, Cancelled])
+def test_an_exception_leaves_the_folder_as_it_was(error, written, tmp_path):
+    earlier = write(tmp_path / "video.mp4").read_bytes()
+    with pytest.raises(error):
+        with VideoWriter(tmp_path / "video.mp4", 48, 32) as writer:
+            if written:
+                writer.write(plain_frames()[:3])
+            assert len(os.listdir(tmp_path)) == 2
+            raise error
+    assert os.listdir(tmp_path) == ["video.mp4"]
+    assert (tmp_path / "video.mp4").read_bytes() == earlier
+
+
+def test_a_finished_video_replaces_an_earlier_one(tmp_path):
+    write(tmp_path / "video.mp4")
+    write(tmp_path / "video.mp4", plain_frames()[:2])
+    assert read_video_info(tmp_path / "video.mp4").frames == 2
+    assert os.listdir(tmp_path) == ["video.mp4"]
+
+
+def test_a_video_that_cannot_be_renamed_is_kept(tmp_path):
+    target = tmp_path / "video.mp4"
+    with pytest.raises(OSError, match="cannot be replaced .* the video is kept as") as raised:
+        with VideoWriter(target, 48, 32) as writer:
+            writer.write(plain_frames())
+            target.mkdir()  # stands for a file that another program holds open on Windows
+    (kept,) = [file for file in tmp_path.iterdir() if file.is_file()]
+    assert str(kept) in str(raised.value)
+    assert read_video_info(kept).frames == 6
+
+
+def test_a_video_without_frames_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no frames were written"):
+        with VideoWriter(tmp_path / "video.mp4", 48, 32):
+            pass
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"width": 47}, "even width and height, got 47x32"),
+        ({"height": 0}, "even width and height, got 48x0"),
+        ({"width": 15, "height": 16, "scale": 3}, "got 45x48"),
+        ({"scale": 0}, "scale must be at least 1, got 0"),
+        ({"crf": 52}, "crf must be from 0 to 51, got 52"),
+        ({"fps": 0}, "fps must be positive, got 0"),
+        ({"path": "video.avi"}, "must end in .mp4, got 'video.avi'"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(change, message, tmp_path):
+    settings = {"path": "video.mp4", "width": 48, "height": 32} | change
+    with pytest.raises(ValueError, match=message):
+        VideoWriter(**(settings | {"path": tmp_path / settings["path"]}))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [torch.zeros(3, 2, 32, 46), torch.zeros(2, 3, 2, 32, 48), torch.zeros(2, 32, 48, 3), torch.zeros(3, 32, 48)],
+    ids=["size", "batch", "layout", "dims"],
+)
+def test_frames_of_another_shape_are_refused(frames, tmp_path):
+    with pytest.raises(ValueError, match=r"frames must be floats \[3, T, 32, 48\]") as raised:
+        write(tmp_path / "video.mp4", frames)
+    assert str(list(frames.shape)) in str(raised.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_place_that_cannot_be_written_shows_on_entering(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write into the folder .*file"):
+        VideoWriter(tmp_path / "file" / "video.mp4", 48, 32).__enter__()
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(OSError, match="folder.mp4 is a folder"):
+        VideoWriter(tmp_path / "folder.mp4", 48, 32).__enter__()
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.mp4"]
