@@ -85,6 +85,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     preset: str | ModelPreset = "auto",
     device: str | torch.device = "cpu",
+    runs_on: str | torch.device | None = None,
     config: dict | None = None,
 ) -> CausalModel:
     """Load a causal Wan text-to-video model.
@@ -94,6 +95,7 @@ def load_model(
     dtype: "float32", "float16", "bfloat16", a torch dtype, or "auto": the file's own, float8 as bfloat16, and on CUDA
         float32 as bfloat16. In half precision the norms and the time embedding stay float32, as diffusers does.
     preset: a preset, the name of one, or "auto": detected, self-forcing where nothing tells.
+    runs_on: the device that "auto" chooses for, where the model is loaded to another one first.
     config: settings that shapes cannot tell and the file does not, such as `num_attention_heads`.
 
     Raises CheckpointError for a file that is no such model, with what it is instead, what is missing or what to do.
@@ -103,7 +105,7 @@ def load_model(
         checkpoint = open_checkpoint(_transformer_path(path))
         chosen = choose_preset(preset, path, checkpoint)
         settings = _settings(checkpoint) | (config or {})
-        return CausalModel(build_transformer(checkpoint.tensors, settings, dtype, device), chosen)
+        return CausalModel(build_transformer(checkpoint.tensors, settings, dtype, device, runs_on), chosen)
 
 
 @torch.inference_mode(False)
@@ -112,6 +114,7 @@ def build_transformer(
     config: dict | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
+    runs_on: str | torch.device | None = None,
 ) -> WanTransformer3DModel:
     """Build the stock diffusers transformer around given weights, in original Wan or diffusers names.
 
@@ -122,7 +125,7 @@ def build_transformer(
     """
     weights, scales, config, _ = _prepare(state_dict, config or {})
     transformer = _empty_transformer(weights, config)
-    dtype = choose_dtype(dtype, weights, device)
+    dtype = choose_dtype(dtype, weights, runs_on or device)
     float32_parts = set(WanTransformer3DModel._keep_in_fp32_modules) if dtype.itemsize < 4 else set()
     loaded = {}
     for name in list(weights):

@@ -110,6 +110,7 @@ def load_text_encoder(
     tokenizer: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
+    runs_on: str | torch.device | None = None,
 ) -> TextEncoder:
     """Load UMT5 and its tokenizer.
 
@@ -119,6 +120,7 @@ def load_text_encoder(
         in tokenizer/, google/umt5-xxl/ or the same folder.
     dtype: what the weights are stored in: "float32", "float16", "bfloat16", a torch dtype, or "auto": the file's own,
         float8 as bfloat16, and on CUDA float32 as bfloat16.
+    runs_on: the device that "auto" chooses for, where the encoder is loaded to another one first.
 
     Raises CheckpointError for a file that is no UMT5, with what it is instead, what is missing or what to do.
     """
@@ -128,7 +130,7 @@ def load_text_encoder(
         checkpoint = open_checkpoint(source)
         pieces = checkpoint.tensors.get(_TOKENIZER_TENSOR)
         weights, scales = _weights(checkpoint)
-        encoder = _build(weights, scales, _config(weights, checkpoint.config), dtype, device)
+        encoder = _build(weights, scales, _config(weights, checkpoint.config), dtype, device, runs_on or device)
         if tokenizer is not None:
             found = _read_tokenizer(Path(tokenizer))
         elif pieces is not None:
@@ -183,12 +185,13 @@ def _build(
     config: UMT5Config,
     dtype: str | torch.dtype,
     device: str | torch.device,
+    runs_on: str | torch.device,
 ) -> UMT5EncoderModel:
     with torch.device("meta"):
         encoder = UMT5EncoderModel(config)
     needed = {name: value for name, value in encoder.state_dict().items() if name != "encoder.embed_tokens.weight"}
     check_fit(weights, needed, f"a UMT5 of {config.num_layers} layers")
-    dtype = choose_dtype(dtype, weights, device)
+    dtype = choose_dtype(dtype, weights, runs_on)
     loaded = {name: load_tensor(weights[name], scales.get(name), dtype, device) for name in needed}
     encoder.load_state_dict(loaded, assign=True, strict=False)
     encoder.set_input_embeddings(encoder.shared)

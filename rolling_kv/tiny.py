@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -48,7 +48,7 @@ def make_tiny(folder: str | Path, seed: int = 0) -> Path:
 
     Replaces an empty folder or an earlier model of its own. Raises ValueError for a folder with anything else in it.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     _check_replaceable(folder)
     tokenizer = train_tokenizer(corpus())
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer).get_piece_size()
@@ -111,16 +111,17 @@ def _write_json(path: Path, content: dict) -> None:
 def _randomize(model: nn.Module, seed: int) -> nn.Module:
     """Fill in weights that depend on the seed and on each parameter's name alone, not on a library's initialisation."""
     for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif "norm" in name:
+            parameter.fill_(1.0)
         else:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-            inputs = max(parameter[0].numel(), 1)
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / inputs**0.5)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5)
     return model.eval()
 
 
-def train_tokenizer(sentences: Iterator[str], size: int = VOCABULARY) -> bytes:
+def train_tokenizer(sentences: Iterable[str], size: int = VOCABULARY) -> bytes:
     """Train a sentencepiece unigram model of at most `size` pieces, special tokens where UMT5 has them; the file's bytes."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

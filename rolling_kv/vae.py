@@ -195,12 +195,19 @@ _MIDDLE_WIDTH = 4
 
 
 @torch.inference_mode(False)
-def load_vae(path: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu") -> WanVAE:
+def load_vae(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    runs_on: str | torch.device | None = None,
+) -> WanVAE:
     """Load a Wan 2.1 VAE of any width, from local files only.
 
     path: a diffusers folder (the VAE's own, or a pipeline with vae/ in it), or a single .safetensors or .pth file in
         the original Wan or the diffusers names.
     dtype: "float32", "float16", "bfloat16", a torch dtype, or "auto": the file's own, on CUDA float32 as bfloat16.
+    runs_on: the device that "auto" chooses for, where the VAE is loaded to another one first.
     Raises CheckpointError, a ValueError, when the path is missing, unreadable or not a Wan 2.1 VAE.
     """
     path = Path(path)
@@ -214,7 +221,7 @@ def load_vae(path: str | Path, *, dtype: str | torch.dtype = "auto", device: str
         with torch.device("meta"):
             vae = AutoencoderKLWan.from_config(config)
         check_fit(tensors, vae.state_dict(), "the Wan 2.1 VAE")
-    dtype = choose_dtype(dtype, tensors, device)
+    dtype = choose_dtype(dtype, tensors, runs_on or device)
     vae.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
     return WanVAE(vae).eval().requires_grad_(False)
 

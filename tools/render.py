@@ -12,14 +12,7 @@ from pathlib import Path
 import av
 from tqdm import tqdm
 
-from .comfy_client import (
-    ComfyClient,
-    PromptFailed,
-    PromptInterrupted,
-    PromptRejected,
-    first_file,
-    load_prompt,
-)
+from .comfy_client import ComfyClient, PromptFailed, PromptInterrupted, PromptRejected, first_file, load_prompt
 from .comfy_env import PACK, ComfyError, find_install, install_missing
 from .comfy_server import ComfyServer
 
@@ -71,18 +64,24 @@ def render_on_server(client: ComfyClient, prompt: dict, output: Path) -> None:
 
 
 def engine_arguments(prompt: dict) -> list[str]:
-    """The request of an API prompt as arguments of `python -m rolling_kv generate`."""
+    """The request of the quickstart prompt as arguments of `python -m rolling_kv generate`; the model is the default."""
     inputs = {node["class_type"]: node["inputs"] for node in prompt.values()}
-    sample, text = inputs["RollingKVSample"], inputs["RollingKVEncodePrompt"]
+    sample, cache = inputs["RollingKVSample"], inputs["RollingKVAttachCache"]
+    if sample["length_unit"] != "seconds":
+        raise ComfyError(f"{QUICKSTART.name} gives its length in {sample['length_unit']}; the engine takes seconds.")
     request = {
-        "prompt": text["text"],
+        "prompt": inputs["RollingKVEncodePrompt"]["text"],
+        "seconds": sample["length"],
         "seed": sample["seed"],
-        "seconds": sample["seconds"],
         "width": sample["width"],
         "height": sample["height"],
-        "model": TINY_MODEL,
+        "guidance": sample["guidance"] or None,
+        "window": cache["window"] or None,
+        "sink": None if cache["sink"] == -1 else cache["sink"],
+        "scale": inputs["RollingKVDecodeVideo"]["enlarge"],
     }
-    return [part for name, value in request.items() for part in (f"--{name}", str(value))]
+    given = {name: value for name, value in request.items() if value is not None}
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
 def render_with_engine(prompt: dict, output: Path) -> None:

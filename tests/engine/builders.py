@@ -6,9 +6,10 @@ import re
 import struct
 
 import sentencepiece
+import tokenizers
 import torch
 from diffusers import WanTransformer3DModel
-from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 SIZE = dict(
     num_attention_heads=1, attention_head_dim=128, num_layers=2, ffn_dim=96, text_dim=32, freq_dim=32, rope_max_seq_len=64
@@ -94,11 +95,16 @@ def sentencepiece_model() -> bytes:
     return model.getvalue()
 
 
-def transformers_tokenizer(model: bytes) -> T5Tokenizer:
-    """The same vocabulary in the class that a diffusers pipeline has."""
+def transformers_tokenizer(model: bytes) -> PreTrainedTokenizerFast:
+    """The same vocabulary as transformers has it in a diffusers pipeline, built up as its converter for T5 does."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     scores = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
-    return T5Tokenizer(vocab=scores, extra_ids=0)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(scores, unk_id=2))
+    splitters = [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Metaspace()]
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(splitters)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def tiny_umt5() -> UMT5EncoderModel:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from rolling_kv.checkpoints import CheckpointError, build_transformer, inspect_checkpoint, load_model
 from rolling_kv.config import PRESETS, CacheConfig, ModelPreset, SamplingConfig
+from rolling_kv.files import open_checkpoint
 from rolling_kv.layouts import choose_dtype
 from rolling_kv.model import CausalModel, kv_bytes_per_frame
 
@@ -151,6 +152,20 @@ def test_a_loaded_model_computes_what_its_source_does(source, weights, tmp_path)
         assert torch.equal(model.transformer(**inputs).sample, source(**inputs).sample)
     assert not any(parameter.is_inference() or parameter.requires_grad for parameter in model.parameters())
     assert not model.training
+
+
+def test_half_precision_leaves_norms_and_time_embedding_in_float32(weights):
+    kept = {
+        "condition_embedder.time_embedder.linear_1.weight",
+        "condition_embedder.time_embedder.linear_2.bias",
+        "scale_shift_table",
+        "blocks.1.scale_shift_table",
+        "blocks.1.norm2.weight",
+    }
+    dtypes = {name: tensor.dtype for name, tensor in build_transformer(weights, dtype="float16").state_dict().items()}
+    assert {dtypes[name] for name in kept} == {torch.float32}
+    for name in ("condition_embedder.time_proj.weight", "blocks.1.attn1.norm_q.weight", "proj_out.weight"):
+        assert dtypes[name] == torch.float16
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -310,6 +325,7 @@ def test_inspection_reads_only_the_header(tmp_path):
         model = WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30)
     path = tmp_path / "self_forcing.safetensors"
     write_sparse_safetensors(path, {name: t.shape for name, t in original_names(model.state_dict()).items()})
+    assert all(tensor.is_meta for tensor in open_checkpoint(path, values=False).tensors.values())
     resource = pytest.importorskip("resource")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     info = inspect_checkpoint(path)

@@ -266,6 +266,18 @@ def test_every_layout_gives_the_same_vae(layout, config, tmp_path, offline):
     assert torch.equal(loaded.decoder().decode(latents(2)), vae.decode(latents(2)).sample)
 
 
+def test_a_folder_may_have_another_architecture(tmp_path):
+    vae = make_vae(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=0)
+    vae.save_pretrained(tmp_path)
+    assert torch.equal(load_vae(tmp_path).decoder().decode(latents(2)), vae.decode(latents(2)).sample)
+
+
+def test_a_folder_with_other_statistics_is_refused(tmp_path):
+    make_vae(latents_std=[1.0] * 16).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"its latents_std .* not that of Wan 2.1.*\[1.0, 1.0"):
+        load_vae(tmp_path)
+
+
 def test_dtype_is_the_files_own_unless_chosen(tmp_path):
     file = tmp_path / "vae.safetensors"
     save_file({name: tensor.bfloat16() for name, tensor in originals_of(STOCK).items()}, file)

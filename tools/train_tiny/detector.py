@@ -36,7 +36,7 @@ def detect(frames: torch.Tensor) -> Sighting:
     front = torch.gather(pixels, 1, strongest.indices[..., None].expand(-1, -1, 3)).mean(1)
     toward = front - background
     inside = ((away * toward[:, None]).sum(2) / toward.square().sum(1).clamp_min(1e-6)[:, None]).clamp(0, 1)
-    inside = torch.where(inside < 0.15, 0.0, inside)
+    inside = torch.where(inside < 0.06, 0.0, inside)
     area = inside.sum(1)
     axis = torch.arange(SIDE) + 0.5
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).flatten(0, 1)  # (x, y) of each pixel

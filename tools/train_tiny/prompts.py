@@ -17,6 +17,9 @@ EOS = 1
 VOCABULARY = 400
 """At most: merging stops when every word of the grammar is a single piece."""
 
+LONGEST = 16
+"""Tokens of the longest prompt of the grammar, rounded up: one shape for all batches."""
+
 
 def train_tokenizer(path: Path, seed: int = 2) -> None:
     """Write a byte-pair model that has the grammar's words as single pieces and can still spell any other English word."""
@@ -49,7 +52,7 @@ class TextSide(nn.Module):
         """Embeddings [N, L, D], zero after each prompt's end, and the numbers of tokens [N]."""
         rows = [self.tokens(prompt) for prompt in prompts]
         lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+        ids = torch.zeros(len(rows), max(LONGEST, int(lengths.max())), dtype=torch.long)
         for index, row in enumerate(rows):
             ids[index, : len(row)] = torch.tensor(row)
         used = torch.arange(ids.shape[1]) < lengths[:, None]

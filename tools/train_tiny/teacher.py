@@ -68,7 +68,7 @@ def predict(
     text = embedder.text_embedder(prompts.embeddings)
     masks = layout.mask().to(dtype), prompts.bias.repeat(1, 2, 1)[:, :, None, None].to(dtype)
     for block in model.blocks:
-        x = _block(block, x, text, modulation, rotation, masks, layout)
+        x = block_forward(block, x, text, modulation, rotation, masks, layout)
 
     times = times.view(batch, 2 * chunks, 1, 1, -1)[:, chunks:]
     shift, scale = (model.scale_shift_table + times).unbind(3)
@@ -99,7 +99,7 @@ class Layout(NamedTuple):
         return torch.cat([*past, x], 2)
 
 
-def _block(block, x, text, modulation, rotation, masks, layout):
+def block_forward(block, x, text, modulation, rotation, masks, layout):
     dtype = masks[0].dtype
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + modulation).unbind(3)
     inner = _modulate(x, shift, scale, block.norm1.eps, dtype)

@@ -18,6 +18,7 @@ from .loop import WORK, train
 from .world import SIDE, pick, random_scene, random_start, render, trajectory
 
 CONFIG = dict(z_dim=16, base_dim=32, decoder_base_dim=32, dim_mult=[1, 1, 1, 1], num_res_blocks=0)
+STEPS = {"decoder": 1800, "encoder": 1200}
 SHAPES = ((32, 9, 16), (32, 9, 16), (32, 21, 7), (64, 9, 4), (64, 21, 2))
 """(side, frames, clips) of the batches, one drawn per step, all with about as many pixels. Crops around the shape learn
 faster, whole frames teach the walls, and long clips what the causal convolutions see in the middle of a video."""
@@ -113,12 +114,12 @@ def linear_code() -> LinearCode:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("decoder", "encoder"))
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, help=f"default: {STEPS}")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     runs = {"decoder": train_decoder, "encoder": train_encoder}
-    runs[arguments.part](linear_code(), arguments.steps)
+    runs[arguments.part](linear_code(), arguments.steps or STEPS[arguments.part])
 
 
 if __name__ == "__main__":

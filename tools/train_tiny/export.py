@@ -1,0 +1,98 @@
+"""Write what was trained as a diffusers folder that the pack loads: real classes, float32, about 10 MB.
+
+    python -m tools.train_tiny.export models/tiny
+
+Float32, because a CPU computes in the dtype that the files have, and half precision is slow there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
+
+from rolling_kv.config import CacheConfig, ModelPreset, SamplingConfig
+from rolling_kv.vae import LATENTS_MEAN, LATENTS_STD
+
+from .loop import WORK
+from .pool import CHUNK
+from .train_transformer import SAMPLING_STEPS, SHIFT, WINDOW, Denoiser, tokenizer_file
+from .train_vae import CONFIG as VAE_CONFIG
+
+PRESET = ModelPreset(
+    "tiny", SamplingConfig(chunk=CHUNK, denoising_steps=SAMPLING_STEPS, shift=SHIFT), CacheConfig(window=WINDOW * CHUNK)
+)
+
+
+def averaged(name: str) -> dict:
+    return torch.load(WORK / f"{name}.pt", weights_only=True)["averaged"]
+
+
+def finished_vae() -> AutoencoderKLWan:
+    """Encoder and decoder together, with raw latents in the range of the Wan 2.1 VAE.
+
+    ComfyUI and the pack normalise any Wan 2.1 latents by the published statistics. So the 1x1x1 convolutions at the
+    bottleneck absorb them: raw = code * std + mean. The encoder's spread is next to nothing.
+    """
+    vae = AutoencoderKLWan(**VAE_CONFIG, latents_mean=list(LATENTS_MEAN), latents_std=list(LATENTS_STD))
+    vae.load_state_dict(vae.state_dict() | averaged("decoder") | averaged("encoder"))
+    mean, std = torch.tensor(LATENTS_MEAN), torch.tensor(LATENTS_STD)
+    with torch.no_grad():
+        out, back = vae.quant_conv, vae.post_quant_conv
+        out.weight[:16] *= std.view(-1, 1, 1, 1, 1)
+        out.bias[:16] = out.bias[:16] * std + mean
+        out.weight[16:] = 0
+        out.bias[16:] = -20
+        back.weight /= std.view(1, -1, 1, 1, 1)
+        back.bias -= back.weight.flatten(1) @ mean
+    return vae.eval()
+
+
+def export(folder: Path, denoiser: str = "transformer") -> None:
+    model = Denoiser()
+    model.load_state_dict(averaged(denoiser))
+    model.transformer.save_pretrained(folder / "transformer")
+    model.text.encoder.save_pretrained(folder / "text_encoder")
+    finished_vae().save_pretrained(folder / "vae")
+    UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT
+    ).save_pretrained(folder / "scheduler")
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    shutil.copy(tokenizer_file(), folder / "tokenizer" / "spiece.model")
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    write_json(
+        folder / "tokenizer" / "tokenizer_config.json",
+        special | {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 512},
+    )
+    write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": "WanPipeline",
+            "transformer": ["diffusers", "WanTransformer3DModel"],
+            "vae": ["diffusers", "AutoencoderKLWan"],
+            "text_encoder": ["transformers", "UMT5EncoderModel"],
+            "tokenizer": ["transformers", "T5Tokenizer"],
+            "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        },
+    )
+    write_json(folder / "rolling_kv.json", {"preset": PRESET.to_dict()})
+
+
+def write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--denoiser", default="transformer", help="name of the checkpoint to take")
+    arguments = parser.parse_args()
+    export(arguments.folder, arguments.denoiser)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Build workflows/ and workflows/api/ in the real frontend, from the short descriptions below.
+
+Run it after a node has changed:  python -m tools.workflows [URL of a ComfyUI that has the pack]
+The frontend itself lays the values out, saves the graph and exports the API prompt, so both are what a user would get.
+Thumbnails are screenshots of the graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+PACK = Path(__file__).resolve().parent.parent
+TINY = "tiny (bundled)"
+CIRCLE, SQUARE = "a red circle moving right", "a blue circle moving right"
+
+LOADERS = {
+    "model": ("RollingKVLoadModel", (40, 60), {"model_name": TINY}),
+    "text_encoder": ("RollingKVLoadTextEncoder", (40, 280), {"text_encoder_name": TINY}),
+    "vae": ("RollingKVLoadVAE", (40, 440), {"vae_name": TINY}),
+    "cache": ("RollingKVAttachCache", (400, 60), {"model": "model.0"}),
+}
+REAL_MODELS = """## With a real model
+Put into ComfyUI's model folders, choose them in the three loaders, press R first if they do not show:
+- `models/diffusion_models`: [self_forcing_dmd.pt](https://huggingface.co/gdhe17/Self-Forcing/resolve/main/checkpoints/self_forcing_dmd.pt) or another causal Wan model
+- `models/text_encoders`: [umt5_xxl_fp8_e4m3fn_scaled.safetensors](https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors)
+- `models/vae`: [wan_2.1_vae.safetensors](https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/vae/wan_2.1_vae.safetensors)
+
+Then set the size to 832 x 480 and **enlarge** in Decode Video to 1."""
+
+
+def prompt(text: str, y: int) -> tuple:
+    return "RollingKVEncodePrompt", (400, y), {"text_encoder": "text_encoder.0", "text": text}
+
+
+def sample(x: int, y: int, positive: str, length: float, seed: int, **inputs: str) -> tuple:
+    values = {"model": "cache.0", "positive": positive, "length": length, "length_unit": "seconds", "seed": seed}
+    return "RollingKVSample", (x, y), values | {"width": 64, "height": 64} | inputs
+
+
+def output(x: int, latent: str, name: str) -> dict:
+    return {
+        "decode": ("RollingKVDecodeVideo", (x, 60), {"vae": "vae.0", "latent": latent, "fps": 16, "enlarge": 6}),
+        "save": ("SaveVideo", (x, 280), {"video": "decode.0", "filename_prefix": f"video/{name}"}),
+    }
+
+
+WORKFLOWS = {
+    "rolling_kv_text_to_video": {
+        "nodes": LOADERS
+        | {"prompt": prompt(CIRCLE, 280), "sample": sample(780, 60, "prompt.0", 5.0, 1)}
+        | output(1160, "sample.0", "rolling_kv_t2v"),
+        "notes": [
+            (
+                (40, 620),
+                (340, 250),
+                "## Text to video\nThe model writes the video chunk by chunk; each chunk sees the "
+                "frames before it through the rolling cache. **length** may be as long as you like: memory stays the same.",
+            ),
+            ((400, 620), (720, 250), REAL_MODELS),
+        ],
+    },
+    "rolling_kv_image_to_video": {
+        "nodes": LOADERS
+        | {
+            "prompt": prompt(CIRCLE, 280),
+            "image": ("LoadImage", (40, 620), {"image": "example.png"}),
+            "encode": (
+                "RollingKVEncodeVideo",
+                (400, 620),
+                {
+                    "vae": "vae.0",
+                    "images": "image.0",
+                    "width": 64,
+                    "height": 64,
+                },
+            ),
+            "sample": sample(780, 60, "prompt.0", 3.0, 1, initial_latent="encode.0"),
+        }
+        | output(1160, "sample.0", "rolling_kv_i2v"),
+        "notes": [
+            (
+                (780, 620),
+                (340, 250),
+                "## Image to video\nThe image becomes the first frame of the video. To extend a "
+                "video instead, give Encode Video its frames (Load Video, Get Video Components). The size is that of Encode "
+                "Video; width and height of Sample Video are ignored.",
+            ),
+            ((1160, 620), (720, 250), REAL_MODELS),
+        ],
+    },
+    "rolling_kv_two_prompts": {
+        "nodes": LOADERS
+        | {
+            "first_prompt": prompt(CIRCLE, 280),
+            "second_prompt": prompt(SQUARE, 520),
+            "first": sample(780, 60, "first_prompt.0", 3.0, 1),
+            "second": sample(1160, 60, "second_prompt.0", 3.0, 1, state="first.1"),
+        }
+        | output(1540, "second.0", "rolling_kv_two_prompts"),
+        "notes": [
+            (
+                (40, 620),
+                (340, 250),
+                "## Two prompts\nThe second sampler continues exactly where the first one stopped: "
+                "its **state** input is the first one's output. Chain as many as you like. When you change the second "
+                "prompt, only the second sampler runs again.",
+            ),
+            ((780, 620), (720, 250), REAL_MODELS),
+        ],
+    },
+    "quickstart": {
+        "api_only": True,
+        "nodes": LOADERS
+        | {"prompt": prompt(CIRCLE, 280), "sample": sample(780, 60, "prompt.0", 5.0, 1)}
+        | output(1160, "sample.0", "rolling_kv_quickstart"),
+        "notes": [],
+    },
+}
+
+BUILD = """({ nodes, notes }) => {
+  const graph = window.app.graph
+  graph.clear()
+  const made = {}
+  for (const [name, [type, pos, values]] of Object.entries(nodes)) {
+    const node = LiteGraph.createNode(type)
+    if (!node) throw new Error(`no node ${type}`)
+    graph.add(node)
+    node.pos = [...pos]
+    made[name] = node
+    for (const [input, value] of Object.entries(values)) {
+      const widget = node.widgets?.find(w => w.name === input)
+      const source = typeof value === 'string' && value.match(/^([a-z_]+)\\.(\\d+)$/)
+      if (source && made[source[1]])
+        made[source[1]].connect(Number(source[2]), node, node.inputs.findIndex(i => i.name === input))
+      else if (widget) widget.value = value
+      else throw new Error(`${type} has no input ${input}`)
+    }
+    for (const widget of node.widgets ?? [])
+      if (widget.name === 'control_after_generate') widget.value = 'fixed'
+    node.setSize([type === 'RollingKVEncodePrompt' || type.startsWith('RollingKVLoad') ? 340 : 340, node.computeSize()[1]])
+  }
+  for (const [pos, size, text] of notes) {
+    const note = LiteGraph.createNode('MarkdownNote')
+    graph.add(note)
+    note.pos = [...pos]
+    note.size = [...size]
+    note.widgets[0].value = text
+  }
+}"""
+EXPORT = """async () => {
+  const { output } = await window.app.graphToPrompt()
+  return { workflow: window.app.graph.serialize(), prompt: output }
+}"""
+FIT = "() => { window.app.canvas.fitViewToSelectionAnimated?.() }"
+
+
+def build(url: str) -> None:
+    with sync_playwright() as playwright:
+        chromium = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium") or shutil.which("google-chrome")
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1920, "height": 1000})
+        page.goto(url)
+        page.wait_for_function("() => window.app?.vueAppReady && window.app.graph", timeout=120_000)
+        page.wait_for_timeout(3000)  # a first visit opens the template browser and loads its default graph
+        for name, description in WORKFLOWS.items():
+            page.evaluate(BUILD, {key: description[key] for key in ("nodes", "notes")})
+            saved = page.evaluate(EXPORT)
+            write(PACK / "workflows" / "api" / f"{name.removeprefix('rolling_kv_')}.json", saved["prompt"])
+            if not description.get("api_only"):
+                write(PACK / "workflows" / f"{name}.json", saved["workflow"])
+        browser.close()
+
+
+def write(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(path.relative_to(PACK))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8188", help="of a ComfyUI that has the pack")
+    build(parser.parse_args().url)
