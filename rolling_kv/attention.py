@@ -14,8 +14,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from .cache import Branch
-
-ROPE_THETA = 10000.0
+from .rope import rotary_angles, rotate, turns
 
 
 @dataclass
@@ -114,8 +113,7 @@ class RollingAttachment:
         if key not in self._rotations:
             # Every step of a chunk uses the same one; another chunk's will not be needed again.
             self._rotations.clear()
-            rotation = rotary_angles(self.transformer.config.attention_head_dim, window.end, *grid)
-            rotation = torch.polar(torch.ones_like(rotation), rotation)
+            rotation = turns(rotary_angles(self.transformer.config.attention_head_dim, window.end, *grid))
             dtype = torch.complex128 if self.exact else torch.complex64
             self._rotations[key] = rotation.to(device=hidden_states.device, dtype=dtype)[None, :, None]
         return self._rotations[key]
@@ -139,7 +137,9 @@ class RollingAttachment:
                 return forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
             shift, scale = (block.scale_shift_table + temb.float())[:, :2].unbind(1)
             normed = block.norm1(hidden_states.float()) * (1 + scale[:, None]) + shift[:, None]
-            block.attn1.processor.write(block.attn1, normed.type_as(hidden_states), rotary_emb)
+            processor = block.attn1.processor
+            key, value = processor.key_value(block.attn1, normed.type_as(hidden_states), rotary_emb)
+            self.current.branch.cache.write(processor.layer, key, value)
             return hidden_states
 
         return last_block
@@ -157,15 +157,15 @@ class RollingSelfAttention:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         """hidden_states: [B, S, dim], the tokens of the open chunk. rotary_emb: [1, S, 1, D/2], complex."""
-        key, value = self.write(attn, hidden_states, rotary_emb)
-        query = self._heads(attn, attn.to_q(hidden_states), attn.norm_q)
-        return _attend(self, attn, rotate(query, rotary_emb), key, value)
+        query = rotate(self._heads(attn, attn.to_q(hidden_states), attn.norm_q), rotary_emb)
+        key, value = self.key_value(attn, hidden_states, rotary_emb)
+        key, value = self.attachment.current.branch.cache.update(self.layer, key, value)
+        return _attend(self, attn, query, key, value)
 
-    def write(self, attn, hidden_states, rotary_emb) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the chunk's keys and values; returns all keys and values in the window, [B, tokens, H, D]."""
+    def key_value(self, attn, hidden_states, rotary_emb) -> tuple[torch.Tensor, torch.Tensor]:
+        """The chunk's own keys, after RoPE, and values, [B, S, H, D] each."""
         key = rotate(self._heads(attn, attn.to_k(hidden_states), attn.norm_k), rotary_emb)
-        value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
-        return self.attachment.current.branch.cache.update(self.layer, key, value)
+        return key, attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
 
     def _heads(self, attn, projected, norm):
         return _normalise(projected, norm, self.attachment.exact).unflatten(2, (attn.heads, -1))
@@ -208,31 +208,6 @@ def _normalise(hidden_states: torch.Tensor, norm, exact: bool) -> torch.Tensor:
     wide = hidden_states.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
     return wide.type_as(hidden_states) * norm.weight
-
-
-def rotate(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Apply RoPE: neighbouring dims are the two parts of a complex number. [B, S, H, D] and [1, S, 1, D/2]."""
-    real = torch.float64 if rotation.dtype == torch.complex128 else torch.float32
-    pairs = torch.view_as_complex(heads.to(real).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(heads)
-
-
-def rotary_angles(head_dim: int, start_frame: int, frames: int, height: int, width: int) -> torch.Tensor:
-    """Angles of Wan's 3-D RoPE in float64, [frames * height * width, head_dim / 2], on the CPU.
-
-    start_frame: absolute latent frame; any size, since nothing is looked up in a table. height, width: in tokens.
-    """
-    spatial = head_dim // 6  # complex dims of height and of width; time gets the rest
-    parts = []
-    for axis, (start, count, dims) in enumerate(
-        [(start_frame, frames, head_dim // 2 - 2 * spatial), (0, height, spatial), (0, width, spatial)]
-    ):
-        frequency = 1.0 / ROPE_THETA ** (torch.arange(0, 2 * dims, 2, dtype=torch.float64) / (2 * dims))
-        angles = torch.outer(torch.arange(start, start + count, dtype=torch.float64), frequency)
-        view = [1, 1, 1, dims]
-        view[axis] = count
-        parts.append(angles.view(view).expand(frames, height, width, dims))
-    return torch.cat(parts, dim=-1).flatten(0, 2)
 
 
 def time_sinusoid(timestep: torch.Tensor, channels: int) -> torch.Tensor:

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 
 from .config import CacheConfig
+from .rope import rotate, time_shift_angles, turns
+from .storage import CODECS, Offloaded, Parts, Resident, Sizes
 
 
 class Segment(NamedTuple):
@@ -67,12 +69,13 @@ class FrameWindow:
     def segments(self) -> list[Segment]:
         """Where the open chunk's frames go; more than one segment where the ring wraps around."""
         segments: list[Segment] = []
-        for source in range(self.open):
+        source = 0
+        while source < self.open:
             slot = self.slot(self.end + source)
-            if segments and segments[-1].slot + segments[-1].count == slot:
-                segments[-1] = segments[-1]._replace(count=segments[-1].count + 1)
-            else:
-                segments.append(Segment(source, slot, 1))
+            # Slots run on from the sink into the ring, up to the buffer's end.
+            count = min(self.open - source, self.capacity - slot)
+            segments.append(Segment(source, slot, count))
+            source += count
         return segments
 
     def frames(self) -> list[int]:
@@ -102,18 +105,24 @@ class CacheShape:
         tokens = (latent_height // patch_height) * (latent_width // patch_width)
         return cls(config.num_layers, batch, tokens, config.num_attention_heads, config.attention_head_dim, dtype)
 
-    @property
-    def bytes_per_frame(self) -> int:
+    def bytes_per_frame(self, storage: str = "model") -> int:
         """Bytes that the keys and values of one latent frame take over all layers and the whole batch."""
-        values = self.layers * 2 * self.batch * self.tokens_per_frame * self.heads * self.head_dim
-        return values * self.dtype.itemsize
+        heads = self.layers * 2 * self.batch * self.tokens_per_frame * self.heads
+        return heads * CODECS[storage](self.dtype).bytes_per_head(self.head_dim)
+
+
+class CacheBytes(NamedTuple):
+    """device: where the model computes. host: in CPU memory, beside it."""
+
+    device: int
+    host: int
 
 
 class RollingKVCache:
     """Keys and values of the latent frames in the window, for one guidance branch.
 
-    shape: sizes; `config`: window and sink in latent frames; `capacity`: frames to allocate when the window is
-    unlimited (-1), where `reserve` can add more. With a window, capacity is the window.
+    shape: sizes. config: window and sink in latent frames, and how bytes are kept. capacity: frames to allocate when the
+    window is unlimited (-1), where `reserve` can add more; with a window, capacity is the window.
     """
 
     def __init__(self, shape: CacheShape, config: CacheConfig, device: torch.device | str, capacity: int | None = None):
@@ -125,39 +134,46 @@ class RollingKVCache:
         self.config = config
         self.device = torch.device(device)
         self.window = FrameWindow(capacity, config.sink)
-        self._layers = [self._allocate(capacity) for _ in range(shape.layers)]
+        self.codec = CODECS[config.storage](shape.dtype)
+        self.store = (Offloaded if config.offload else Resident)(shape.layers, self._sizes(capacity), self.device)
+        self._sink_keys: dict[int, Parts] = {}  # per layer, as first written: only for a rebased sink
+        self._sink_shifts = [0] * shape.layers  # latent frames by which each layer's sink keys have been moved
 
     @staticmethod
-    def bytes_needed(shape: CacheShape, frames: int) -> int:
+    def bytes_needed(shape: CacheShape, config: CacheConfig, frames: int) -> CacheBytes:
         """Bytes of a cache that holds `frames` latent frames, known before anything is allocated."""
-        return shape.bytes_per_frame * frames
+        total = shape.bytes_per_frame(config.storage) * frames
+        sink_keys = shape.bytes_per_frame(config.storage) * config.sink // 2 if config.sink_phase == "rebased" else 0
+        if config.offload:
+            return CacheBytes(total // shape.layers * 2, total + sink_keys)
+        return CacheBytes(total + sink_keys, 0)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held by the buffers."""
-        return sum(layer.nbytes for layer in self._layers)
+    def nbytes(self) -> CacheBytes:
+        """Bytes held now."""
+        sink_keys = sum(part.nbytes for parts in self._sink_keys.values() for part in parts)
+        if self.config.offload:
+            return CacheBytes(self.store.device_bytes, self.store.host_bytes + sink_keys)
+        return CacheBytes(self.store.device_bytes + sink_keys, self.store.host_bytes)
 
-    def _allocate(self, frames: int) -> torch.Tensor:
+    def _sizes(self, frames: int) -> Sizes:
         shape = self.shape
-        size = (2, shape.batch, frames * shape.tokens_per_frame, shape.heads, shape.head_dim)  # [K/V, B, S, H, D]
-        return torch.zeros(size, dtype=shape.dtype, device=self.device)
+        size = (2, shape.batch, frames * shape.tokens_per_frame, shape.heads)  # [K/V, B, S, H]
+        return [((*size, width), dtype) for width, dtype in self.codec.widths(shape.head_dim)]
 
     def reserve(self, frames: int) -> None:
         """Make room for a video of `frames` latent frames. Only an unlimited window ever grows."""
-        if self.config.window != -1 or frames <= self.window.capacity:
-            return
-        # Nothing has ever left an unlimited window: slot equals frame, so a plain copy keeps the layout. One layer at
-        # a time, so that old and new buffers of only one layer coexist.
-        used = self.window.filled * self.shape.tokens_per_frame
-        for index, old in enumerate(self._layers):
-            new = self._allocate(frames)
-            new[:, :, :used] = old[:, :, :used]
-            self._layers[index] = new
-        self.window.capacity = frames
+        if self.config.window == -1 and frames > self.window.capacity:
+            # Nothing has ever left an unlimited window: slot equals frame, so the layout stays.
+            self.store.resize(self._sizes(frames), self.window.filled * self.shape.tokens_per_frame)
+            self.window.capacity = frames
 
     def reset(self) -> None:
         """Forget every frame; the buffers stay allocated."""
         self.window = FrameWindow(self.window.capacity, self.window.sink)
+        self._sink_keys.clear()
+        self._sink_shifts = [0] * self.shape.layers
+        self.store.discard()
 
     def begin(self, frames: int) -> None:
         """Open a chunk of `frames` latent frames. See `FrameWindow.begin`; an unlimited window grows if it must."""
@@ -174,14 +190,42 @@ class RollingKVCache:
     def update(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the open chunk's keys and values of one layer, and return everything it attends to.
 
-        key, value: [B, S, H, D] with S tokens of the open chunk, the key after RoPE. Returns views of the buffer,
-        [B, used tokens, H, D], valid until the next update.
+        key, value: [B, S, H, D] with S tokens of the open chunk, the key after RoPE. Returns [B, used tokens, H, D]
+        each, valid until the next update: views of the buffer, or copies where the storage has another dtype.
         """
-        buffer = self._layers[layer]
-        for source, slot, count in self._writes:
-            buffer[0, :, slot : slot + count] = key[:, source : source + count]
-            buffer[1, :, slot : slot + count] = value[:, source : source + count]
-        return buffer[0, :, : self._used], buffer[1, :, : self._used]
+        parts = self.write(layer, key, value)
+        keys, values = (tuple(part[kind, :, : self._used] for part in parts) for kind in (0, 1))
+        return self.codec.unpack(keys), self.codec.unpack(values)
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> Parts:
+        """The writing half of `update`; returns the layer's stored parts."""
+        parts = self.store.open(layer, self._used)
+        written = [(slot, count) for _, slot, count in self._writes]
+        if self.config.sink_phase == "rebased" and self._rebase_sink(layer, parts):
+            written.append((0, self.config.sink * self.shape.tokens_per_frame))
+        for kind, packed in enumerate((self.codec.pack(key), self.codec.pack(value))):
+            for part, fresh in zip(parts, packed):
+                for source, slot, count in self._writes:
+                    part[kind, :, slot : slot + count] = fresh[:, source : source + count]
+        self.store.close(layer, written)
+        return parts
+
+    def _rebase_sink(self, layer: int, parts: Parts) -> bool:
+        """Move the sink's keys in time to just before the rest of the window; tells whether they had to be."""
+        shift = max(0, self.window.end + self.window.open - self.window.capacity)
+        if shift == self._sink_shifts[layer]:
+            return False
+        tokens = self.config.sink * self.shape.tokens_per_frame
+        if layer not in self._sink_keys:
+            # Turned from the keys as they were written, every time: rounding does not add up.
+            originals = tuple(part[0, :, :tokens].clone() for part in parts)
+            self._sink_keys[layer] = tuple(part.cpu() for part in originals) if self.config.offload else originals
+        keys = self.codec.unpack(tuple(part.to(self.device) for part in self._sink_keys[layer]))
+        turn = turns(time_shift_angles(self.shape.head_dim, shift)).to(torch.complex64).to(self.device)
+        for part, packed in zip(parts, self.codec.pack(rotate(keys, turn))):
+            part[0, :, :tokens] = packed
+        self._sink_shifts[layer] = shift
+        return True
 
 
 class PromptCache:

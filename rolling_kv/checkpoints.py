@@ -90,8 +90,8 @@ def load_model(
 ) -> CausalModel:
     """Load a causal Wan text-to-video model.
 
-    path: a diffusers folder (with transformer/ in it, or that folder itself), or a .safetensors, .pt or .pth file in the
-        original Wan or diffusers names, inside the usual wrappers and prefixes.
+    path: a diffusers folder (with transformer/ in it, or that folder itself), or a .safetensors, .pt or .pth file in
+        the original Wan or diffusers names, inside the usual wrappers and prefixes.
     dtype: "float32", "float16", "bfloat16", a torch dtype, or "auto": the file's own, float8 as bfloat16, and on CUDA
         float32 as bfloat16. In half precision the norms and the time embedding stay float32, as diffusers does.
     preset: a preset, the name of one, or "auto": detected, self-forcing where nothing tells.
@@ -174,9 +174,7 @@ def _settings(checkpoint: Checkpoint) -> dict:
     return checkpoint.config | transformer_metadata(checkpoint)
 
 
-def _prepare(
-    tensors: dict[str, Tensor], settings: dict
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict, str]:
+def _prepare(tensors: dict[str, Tensor], settings: dict) -> tuple[dict[str, Tensor], dict[str, Tensor], dict, str]:
     """Weights in diffusers' names, float8 scales, the model's config and the naming they had."""
     stripped, prefix = strip_prefixes(tensors)
     kind = kind_of(stripped)
@@ -200,13 +198,13 @@ def _config(weights: dict[str, Tensor], settings: dict) -> dict:
     out_channels = shape("proj_out.weight")[0] // math.prod(patch)
     if out_channels == 48:
         raise CheckpointError(
-            f"this is the Wan 2.2 5B model (dim {dim}, {channels} latent channels). It belongs to another VAE; the causal "
-            f"models here have {LATENT_CHANNELS} latent channels (Wan 2.1, 1.3B or 14B)."
+            f"this is the Wan 2.2 5B model (dim {dim}, {channels} latent channels), which belongs to another VAE. The "
+            f"causal models here have {LATENT_CHANNELS} latent channels (Wan 2.1, 1.3B or 14B)."
         )
     if channels != LATENT_CHANNELS or any("image_embedder" in name for name in weights):
         raise CheckpointError(
-            f"this is an image-conditioned Wan model ({channels} input channels instead of {LATENT_CHANNELS}, or an image "
-            "encoder's projection). Use a causal text-to-video model: it also continues a given image."
+            f"this is an image-conditioned Wan model ({channels} input channels instead of {LATENT_CHANNELS}, or an "
+            "image encoder's projection). Use a causal text-to-video model: it also continues a given image."
         )
     ffn_dim = shape("blocks.0.ffn.net.0.proj.weight")[0]
     text_dim = shape("condition_embedder.text_embedder.linear_1.weight")[1]
@@ -233,8 +231,8 @@ def _heads(dim: int, given: dict) -> dict:
         head_dim = dim // heads
     if heads * head_dim != dim or not heads:
         raise CheckpointError(
-            f"the width of this model is {dim}, which is not {heads or 'any number of'} heads of {head_dim}. A model with "
-            "other heads has to say how many: `num_attention_heads` in its config.json, or in the config argument."
+            f"the width of this model is {dim}, which is not {heads or 'any number of'} heads of {head_dim}. A model "
+            "with other heads has to say how many: `num_attention_heads` in its config.json, or in the config argument."
         )
     return {"num_attention_heads": heads, "attention_head_dim": head_dim}
 

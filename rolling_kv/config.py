@@ -20,6 +20,8 @@ SIZE_MULTIPLE = 16
 """Pixel height and width must be multiples of this: the VAE's 8 times the transformer's 2x2 patches."""
 
 SAMPLERS = ("renoise", "unipc", "euler")
+SINK_PHASES = ("absolute", "rebased")
+STORAGES = ("model", "float8", "int8")
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,24 @@ class CacheConfig:
 
     window: latent frames that a chunk attends to, counting the sink and the chunk itself; -1 keeps every frame.
     sink: the first latent frames of the video, which never leave the window.
+    sink_phase: "absolute" leaves the sink's keys where the frames were, as the original does; their distance grows with
+        the video. "rebased" turns them so that they always stand just before the rest of the window.
+    storage: "model" (the model's dtype), "float8" or "int8": see `storage.CODECS`.
+    offload: keep the keys and values in CPU memory and bring one layer at a time to the device.
     """
 
     window: int = 21
     sink: int = 0
+    sink_phase: str = "absolute"
+    storage: str = "model"
+    offload: bool = False
 
     def __post_init__(self):
+        for name, value, choices in (
+            ("sink_phase", self.sink_phase, SINK_PHASES), ("storage", self.storage, STORAGES),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if self.window != -1 and self.window < 1:
             raise ValueError(f"window must be -1 (keep every frame) or at least 1 latent frame, got {self.window}")
         if self.sink < 0:
@@ -57,6 +71,7 @@ class SamplingConfig:
     sampler: "renoise" is few-step (distilled models): predict the clean chunk, add fresh noise, repeat. "unipc" and
         "euler" integrate the flow in `num_inference_steps` steps, for models that are not distilled.
     denoising_steps: for "renoise", the training timesteps (1000 is pure noise) before the shift warps them.
+    first_chunk_steps: the same for the chunk that starts the video, where it differs (Causal-Forcing++).
     shift: timestep shift of the flow schedule.
     guidance_scale: classifier-free guidance; 1 turns it off (one model pass per step instead of two).
     context_noise: timestep at which a finished chunk is written to the cache.
@@ -66,6 +81,7 @@ class SamplingConfig:
     independent_first_frame: bool = False
     sampler: str = "renoise"
     denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
+    first_chunk_steps: tuple[int, ...] | None = None
     num_inference_steps: int = 50
     shift: float = 5.0
     guidance_scale: float = 1.0
@@ -73,6 +89,8 @@ class SamplingConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "denoising_steps", tuple(self.denoising_steps))
+        if self.first_chunk_steps is not None:
+            object.__setattr__(self, "first_chunk_steps", tuple(self.first_chunk_steps))
         if self.chunk < 1:
             raise ValueError(f"chunk must be at least 1 latent frame, got {self.chunk}")
         if self.sampler not in SAMPLERS:
@@ -83,18 +101,21 @@ class SamplingConfig:
             raise ValueError(f"shift must be positive, got {self.shift}")
         if not 0 <= self.context_noise <= 1000:
             raise ValueError(f"context_noise is a timestep from 0 to 1000, got {self.context_noise}")
-        steps = self.denoising_steps
-        if not steps or any(not 0 < step <= 1000 for step in steps) or list(steps) != sorted(set(steps), reverse=True):
-            raise ValueError(f"denoising_steps must fall from at most 1000 to above 0, got {list(steps)}")
+        for steps in (self.denoising_steps, self.first_chunk_steps or self.denoising_steps):
+            if not steps or any(not 0 < s <= 1000 for s in steps) or list(steps) != sorted(set(steps), reverse=True):
+                raise ValueError(f"denoising steps must fall from at most 1000 to above 0, got {list(steps)}")
 
     @property
     def guided(self) -> bool:
         return self.guidance_scale != 1.0
 
-    @property
-    def steps_per_chunk(self) -> int:
-        """Denoising steps of one chunk, not counting the context pass."""
-        return len(self.denoising_steps) if self.sampler == "renoise" else self.num_inference_steps
+    def steps_at(self, start_frame: int) -> tuple[int, ...]:
+        """Few-step timesteps of the chunk that starts at absolute latent frame `start_frame`."""
+        return self.first_chunk_steps if self.first_chunk_steps and start_frame == 0 else self.denoising_steps
+
+    def passes_at(self, start_frame: int) -> int:
+        """Denoising steps of the chunk that starts at `start_frame`, not counting its context pass."""
+        return len(self.steps_at(start_frame)) if self.sampler == "renoise" else self.num_inference_steps
 
     def prefill_sizes(self, frames: int) -> list[int]:
         """Chunk sizes in which `frames` given latent frames enter an empty cache; an odd remainder comes first."""
@@ -140,8 +161,7 @@ class ModelPreset:
         """Plain JSON values; `from_dict` reads them back."""
         values = {"name": self.name, "window": self.cache.window, "sink": self.cache.sink}
         values |= {f.name: getattr(self.sampling, f.name) for f in fields(SamplingConfig)}
-        values["denoising_steps"] = list(self.sampling.denoising_steps)
-        return values
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict) -> ModelPreset:
@@ -164,6 +184,14 @@ PRESETS: dict[str, ModelPreset] = {
         ModelPreset("self-forcing", _CHUNKWISE, CacheConfig(21)),
         ModelPreset("causal-forcing-chunkwise", _CHUNKWISE, CacheConfig(21)),
         ModelPreset("causal-forcing-framewise", _FRAMEWISE, CacheConfig(21)),
+        ModelPreset(
+            "causal-forcing++-2-step",
+            replace(_FRAMEWISE, denoising_steps=(1000, 500), first_chunk_steps=_FRAMEWISE.denoising_steps), CacheConfig(21),
+        ),
+        ModelPreset(
+            "causal-forcing++-1-step",
+            replace(_FRAMEWISE, denoising_steps=(1000,), first_chunk_steps=_FRAMEWISE.denoising_steps), CacheConfig(21),
+        ),
         ModelPreset("longlive", _CHUNKWISE, CacheConfig(12, sink=3)),
         ModelPreset("reward-forcing", _CHUNKWISE, CacheConfig(9, sink=3)),
         ModelPreset("krea-realtime", _CHUNKWISE, CacheConfig(6)),

@@ -27,6 +27,7 @@ _FLOATS = {  # by their names in a safetensors header; no other type holds weigh
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+_EXPECTED = "a .safetensors, .pt or .pth file, or a folder in the diffusers layout"
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 _WRAPPERS = ("generator_ema", "generator", "model", "state_dict", "generator_lora")
 
@@ -70,14 +71,12 @@ def open_checkpoint(path: Path, *, values: bool = True) -> Checkpoint:
     if path.is_dir():
         return _open_folder(path, values)
     if not path.exists():
-        raise CheckpointError("there is no such file or folder. Expected a .safetensors, .pt or .pth file, or a folder "
-                              "in the diffusers layout.")
+        raise CheckpointError(f"there is no such file or folder. Expected {_EXPECTED}.")
     if path.suffix.lower() == ".safetensors":
         return _open_safetensors(path, values)
     if path.suffix.lower() in _PICKLES:
         return _open_pickle(path)
-    raise CheckpointError(f"files of type {path.suffix or '(none)'} are not read here. Expected a .safetensors, .pt or "
-                          ".pth file, or a folder in the diffusers layout.")
+    raise CheckpointError(f"files of type {path.suffix or '(none)'} are not read here. Expected {_EXPECTED}.")
 
 
 def _open_folder(folder: Path, values: bool) -> Checkpoint:
@@ -94,19 +93,23 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         names = sorted(set(read_json(indices[0]).get("weight_map", {}).values()))
         absent = [name for name in names if not (folder / name).exists()]
         if absent or not names:
-            raise CheckpointError(f"{indices[0].name} lists {len(names)} files, and {len(absent)} of them are not in the "
-                                  f"folder ({', '.join(absent[:3])}). Download the missing ones.")
+            raise CheckpointError(
+                f"{indices[0].name} lists {len(names)} files, and {len(absent)} of them are not in the folder "
+                f"({', '.join(absent[:3])}). Download the missing ones."
+            )
         return tuple(folder / name for name in names)
-    for pattern in ("diffusion_pytorch_model.safetensors", "model.safetensors", "*.safetensors",
-                    *(f"*{suffix}" for suffix in _PICKLES)):
+    pickles = (f"*{suffix}" for suffix in _PICKLES)
+    for pattern in ("diffusion_pytorch_model.safetensors", "model.safetensors", "*.safetensors", *pickles):
         found = sorted(folder.glob(pattern))
         if len(found) == 1:
             return tuple(found)
         if found:
-            raise CheckpointError(f"the folder holds several weight files ({', '.join(f.name for f in found[:4])}): "
-                                  "choose one of them instead of the folder.")
-    raise CheckpointError("the folder holds no weights (.safetensors or .pt). Choose the model's own folder, the one with "
-                          "config.json in it, or the folder above it.")
+            names = ", ".join(file.name for file in found[:4])
+            raise CheckpointError(f"the folder holds several weight files ({names}): choose one instead of the folder.")
+    raise CheckpointError(
+        "the folder holds no weights (.safetensors or .pt). Choose the model's own folder, the one with config.json in "
+        "it, or the folder above it."
+    )
 
 
 def read_json(path: Path) -> dict:
@@ -141,10 +144,7 @@ def _open_pickle(path: Path) -> Checkpoint:
     except pickle.UnpicklingError as error:
         # torch's own text tells people to allow the code; its cause is the one thing of use in it.
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise CheckpointError(_not_a_model(path) or (
-            f"the file holds more than tensors{f' ({code[1]})' if code else ''}, or is damaged. A file that holds more can "
-            "run code when it is opened, so it was not. Use the model's .safetensors version, or ask its author for one."
-        )) from None
+        raise CheckpointError(_not_a_model(path) or _more_than_tensors(code[1] if code else "")) from None
     except (RuntimeError, EOFError, KeyError) as error:
         raise CheckpointError(_not_a_model(path) or _damaged(path, error)) from error
     return _unwrap(path, content)
@@ -175,6 +175,13 @@ def _not_a_model(path: Path) -> str:
     if start.startswith(b"<"):
         return "this is a web page that was saved under a model's name. Download the file itself."
     return ""
+
+
+def _more_than_tensors(code: str) -> str:
+    return (
+        f"the file holds more than tensors{code and f' ({code})'}, or is damaged. A file that holds more can run code "
+        "when it is opened, so it was not. Use the model's .safetensors version, or ask its author for one."
+    )
 
 
 def _damaged(path: Path, error: Exception) -> str:

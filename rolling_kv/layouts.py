@@ -1,4 +1,4 @@
-"""What tensors are, and under which names: telling kinds of models apart, unpacking, renaming, float8 scales, dtypes."""
+"""What tensors are: telling kinds of models apart, names and prefixes, float8 scales, dtypes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ _SIGNS = (  # the first that matches any tensor name; LoRA names contain those o
     (r"(^|\.)encoder\.block\.0\.layer\.|^token_embedding\.weight$|^blocks\.0\.attn\.q\.weight$", UMT5),
     (r"(^|\.)decoder\.(conv1|conv_in|conv_out|mid_block|middle)\.|(^|\.)(post_)?quant_conv\.", VAE),
     (r"(^|\.)(text_model|vision_model|visual)\.", "a CLIP model"),
-    (r"(^|\.)(double_blocks|joint_blocks|transformer_blocks|input_blocks|down_blocks)\.", "an image or video model "
-     "of another family (Stable Diffusion, Flux, Hunyuan, LTX, …)"),
+    (
+        r"(^|\.)(double_blocks|joint_blocks|transformer_blocks|input_blocks|down_blocks)\.",
+        "an image or video model of another family (Stable Diffusion, Flux, Hunyuan, LTX, …)",
+    ),
 )
 
 
@@ -46,7 +48,7 @@ def named(tensors: dict[str, Tensor], names: list[str]) -> str:
 
 
 def check_fit(weights: dict[str, Tensor], needed: dict[str, Tensor], model: str) -> None:
-    """Raise CheckpointError unless the weights are those that are needed, by name and shape. `model` names the model."""
+    """Raise CheckpointError unless the weights are those that `model`, a noun, needs: by name and shape."""
     missing = [name for name in needed if name not in weights]
     surplus = [name for name in weights if name not in needed]
     wrong = [name for name in needed if name in weights and weights[name].shape != needed[name].shape]
@@ -59,15 +61,17 @@ def check_fit(weights: dict[str, Tensor], needed: dict[str, Tensor], model: str)
         expected = ", ".join(str(list(needed[name].shape)) for name in wrong[:3])
         problems.append(f"{len(wrong)} of the wrong shape: {named(weights, wrong)}, expected {expected}")
     if problems:
-        raise CheckpointError(f"the tensors do not fit {model}. {'; '.join(problems)}. "
-                              "The file is incomplete, or holds another kind of model.")
+        raise CheckpointError(
+            f"the tensors do not fit {model}. {'; '.join(problems)}. "
+            "The file is incomplete, or holds another kind of model."
+        )
 
 
 def strip_prefixes(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """Remove what training and packing tools put in front of a transformer's names, and tell what it was.
 
-    Strips `model.`, `model.diffusion_model.` and the marks of FSDP and torch.compile, in any nesting. Of a file that packs
-    the whole pipeline, only the transformer is kept.
+    Strips `model.`, `model.diffusion_model.` and the marks of FSDP and torch.compile, in any nesting. Of a file that
+    packs the whole pipeline, only the transformer is kept.
     """
     packed = {name: tensor for name, tensor in tensors.items() if name.startswith("model.diffusion_model.")}
     stripped, prefixes = {}, {}
@@ -103,8 +107,10 @@ def split_scales(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
             weights[name] = tensor
     strange = [name for name, tensor in weights.items() if not tensor.is_floating_point()]
     if strange:
-        raise CheckpointError(f"the weights are quantised in a way that is not read here: {strange[0]} is "
-                              f"{dtype_name(weights[strange[0]].dtype)}. Use the bf16, fp16 or fp8 version.")
+        raise CheckpointError(
+            f"the weights are quantised in a way that is not read here: {strange[0]} is "
+            f"{dtype_name(weights[strange[0]].dtype)}. Use the bf16, fp16 or fp8 version."
+        )
     return weights, scales
 
 

@@ -36,8 +36,8 @@ def choose_preset(preset: str | ModelPreset, path: Path, checkpoint: Checkpoint)
 def detect_preset(path: Path, checkpoint: Checkpoint) -> ModelPreset | None:
     """What the checkpoint says it was trained for; None when it does not say.
 
-    In this order: `rolling_kv.json` in or beside a diffusers folder and the safetensors metadata entry `rolling_kv`, both
-    `{"preset": {…}}`; well-known names of the file and its folder; ComfyUI's mark for causal models (frame-wise).
+    In this order: `rolling_kv.json` in or beside a diffusers folder and the safetensors metadata entry `rolling_kv`,
+    both `{"preset": {…}}`; well-known names of the file and its folder; ComfyUI's mark for causal models (frame-wise).
     """
     weights = checkpoint.files[0]
     if path.is_dir():

@@ -9,7 +9,7 @@ import torch
 
 from .attention import RollingAttachment, apply_rolling_kv_cache
 from .cache import Branch, CacheShape, PromptCache, RollingKVCache
-from .config import SIZE_MULTIPLE, SPATIAL_COMPRESSION, CacheConfig, SamplingConfig
+from .config import SIZE_MULTIPLE, SPATIAL_COMPRESSION, TEXT_LENGTH, CacheConfig, SamplingConfig
 from .model import CausalModel
 from .schedule import sample_chunk, seeded_noise
 from .state import CacheState
@@ -50,7 +50,8 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
-        return sum(cache.nbytes for cache in (self.caches or {}).values())
+        """Bytes on the compute device."""
+        return sum(cache.nbytes.device for cache in (self.caches or {}).values())
 
     def clear(self) -> None:
         """Let go of the working cache's memory."""
@@ -150,6 +151,7 @@ class RollingSession:
                     lambda x, timestep: self._predict(branches, x, timestep, total),
                     lambda draw: self._draw(noise_source, seed, start, shape, draw),
                     self.sampling,
+                    start,
                 ).to(self.dtype)
             self.state = self.state.extended(
                 latents, timestep=self.sampling.context_noise, prompt=self._prompt, negative=self._negative, seed=seed
@@ -159,7 +161,9 @@ class RollingSession:
     def passes_needed(self, chunks: int) -> int:
         """Model passes (counting a guided pair as one) until `chunks` more chunks are done, from the start."""
         backlog = len(self.state.records) - self._cached
-        return self._passes_done + backlog + chunks * self.sampling.steps_per_chunk + max(chunks - 1, 0)
+        first = self.sampling.passes_at(self.state.frames)
+        others = self.sampling.passes_at(self.state.frames + 1)
+        return self._passes_done + backlog + first + (chunks - 1) * (others + 1) if chunks else self._passes_done
 
     def _draw(self, noise_source, seed, start, shape, draw) -> torch.Tensor:
         noise = noise_source(start, draw, shape) if noise_source else seeded_noise(seed, start, shape, draw)
@@ -281,9 +285,9 @@ def check_size(height: int, width: int) -> tuple[int, int]:
 
 def working_bytes(
     model: CausalModel, height: int, width: int, *, batch: int = 1, sampling: SamplingConfig | None = None,
-    cache: CacheConfig | None = None, frames: int = 0, prompt_tokens: int = 512,
+    cache: CacheConfig | None = None, frames: int = 0, prompt_tokens: int = TEXT_LENGTH,
 ) -> int:
-    """Bytes of the caches that a session will allocate: rolling keys and values and the prompt's, of every branch.
+    """Bytes on the device that a session will allocate for rolling and prompt caches, of every guidance branch.
 
     frames: latent frames of the whole video; decides the size when the window is unlimited.
     """
@@ -291,7 +295,7 @@ def working_bytes(
     cache = cache or model.preset.cache
     shape = CacheShape.of(model.transformer, batch, *check_size(height, width), model.dtype)
     kept = frames if cache.window == -1 else cache.window
-    branch = RollingKVCache.bytes_needed(shape, kept) + PromptCache.bytes_needed(shape, prompt_tokens)
+    branch = RollingKVCache.bytes_needed(shape, cache, kept).device + PromptCache.bytes_needed(shape, prompt_tokens)
     return branch * (2 if sampling.guided else 1)
 
 

@@ -78,10 +78,10 @@ def make_scheduler(config: SamplingConfig):
     )
 
 
-def sample_chunk(predict: Predict, noise: Noise, config: SamplingConfig) -> torch.Tensor:
-    """One clean chunk by the sampler that `config` names. [B, C, f, h, w] in model space."""
+def sample_chunk(predict: Predict, noise: Noise, config: SamplingConfig, start_frame: int) -> torch.Tensor:
+    """The clean chunk that starts at absolute latent frame `start_frame`. [B, C, f, h, w] in model space."""
     if config.sampler == "renoise":
-        return renoise_chunk(predict, noise, warp_steps(config.denoising_steps, config.shift))
+        return renoise_chunk(predict, noise, warp_steps(config.steps_at(start_frame), config.shift))
     return integrate_chunk(predict, noise, config)
 
 

@@ -1,8 +1,8 @@
 """Prompt embeddings: UMT5 and its tokenizer, from a diffusers folder or from single files.
 
-A prompt becomes tokens exactly as ComfyUI's Wan CLIP makes them, and the encoder's arithmetic is float32 whatever dtype the
-weights are stored in, as there. So CLIPTextEncode and `TextEncoder.encode` give the same embedding to rounding. (ComfyUI's
-weight syntax, "(word:1.2)", is its own: here parentheses are text.)
+A prompt becomes the tokens that ComfyUI's Wan CLIP makes of it, and the encoder's arithmetic is float32 whatever dtype
+the weights are stored in, as there. So CLIPTextEncode and `TextEncoder.encode` give the same embedding, to rounding.
+What differs: ComfyUI's weight syntax "(word:1.2)", which is text here, and HTML entities, which are resolved here.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .layouts import UMT5, check_fit, choose_dtype, kind_of, load_tensor, split_
 
 _FILES = "umt5_xxl_fp16.safetensors or umt5_xxl_fp8_e4m3fn_scaled.safetensors"
 _TOKENIZER_TENSOR = "spiece_model"
+_NOT_IN_SHAPES = ("relative_attention_max_distance", "layer_norm_epsilon", "eos_token_id", "feed_forward_proj")
 _ORIGINAL_NAMES = (  # the original Wan release's names, and transformers'
     (r"^token_embedding\.", "shared."),
     (r"^norm\.", "encoder.final_layer_norm."),
     (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
     (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
     (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
-    (r"^blocks\.(\d+)\.pos_embedding\.embedding\.",
-     r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
+    (r"^blocks\.(\d+)\.pos_embedding\.embedding\.", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
     (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
     (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
     (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
@@ -88,8 +88,8 @@ class TextEncoder(nn.Module):
     def encode(self, prompts: list[str]) -> Tensor:
         """Embed prompts: float32 [B, 512, dim] on the encoder's device, zero after each prompt's EOS.
 
-        A prompt is encoded alone and unpadded: padding is invisible to the encoder, and so a prompt's embedding does not
-        depend on its neighbours, nor cost more than its own length.
+        A prompt is encoded alone and unpadded: padding is invisible to the encoder, and so a prompt's embedding does
+        not depend on its neighbours, nor cost more than its own length.
         """
         embeddings = torch.zeros(len(prompts), TEXT_LENGTH, self.dim, device=self.compute_device())
         for row, prompt in zip(embeddings, prompts):
@@ -116,8 +116,8 @@ def load_text_encoder(
 
     path: a diffusers folder (with text_encoder/ in it, or that folder itself), or a single file: ComfyUI's
         umt5_xxl_*.safetensors, scaled float8 too, or the original models_t5_umt5-xxl-enc-bf16.pth.
-    tokenizer: a folder or file with spiece.model or tokenizer.json. By default the one inside the file, else one beside it:
-        in tokenizer/, google/umt5-xxl/ or the same folder.
+    tokenizer: spiece.model or tokenizer.json, or a folder with one of them. By default the one inside the file, else
+        one beside it: in tokenizer/, google/umt5-xxl/ or the same folder.
     dtype: what the weights are stored in: "float32", "float16", "bfloat16", a torch dtype, or "auto": the file's own,
         float8 as bfloat16, and on CUDA float32 as bfloat16.
     runs_on: the device that "auto" chooses for, where the encoder is loaded to another one first.
@@ -138,8 +138,10 @@ def load_text_encoder(
         else:
             found = _read_tokenizer(_tokenizer_beside(source))
         if found.size > encoder.config.vocab_size:
-            raise CheckpointError(f"the tokenizer has {found.size} tokens and the text encoder {encoder.config.vocab_size}: "
-                                  "they do not belong together.")
+            raise CheckpointError(
+                f"the tokenizer has {found.size} tokens and the text encoder {encoder.config.vocab_size}: they do not "
+                "belong together."
+            )
     return TextEncoder(encoder, found)
 
 
@@ -159,12 +161,16 @@ def _config(weights: dict[str, Tensor], given: dict) -> UMT5Config:
     attention, feed_forward = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense"
     layers = 1 + max(int(number[1]) for name in weights if (number := re.match(r"encoder\.block\.(\d+)\.", name)))
     if layers > 1 and "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" not in weights:
-        raise CheckpointError(f"this is a T5 text encoder of another family (as for Flux or SD3). Wan models need {_FILES}.")
-    needed = ("shared.weight", f"{attention}.q.weight", f"{attention}.relative_attention_bias.weight",
-              f"{feed_forward}.wi_0.weight")
+        raise CheckpointError(f"this is the T5 of another family (as for Flux or SD3). Wan models need {_FILES}.")
+    needed = (
+        "shared.weight",
+        f"{attention}.q.weight",
+        f"{attention}.relative_attention_bias.weight",
+        f"{feed_forward}.wi_0.weight",
+    )
     missing = [name for name in needed if name not in weights]
     if missing:
-        raise CheckpointError(f"{missing[0]} is missing. The file is incomplete, or not a UMT5; Wan models need {_FILES}.")
+        raise CheckpointError(f"{missing[0]} is missing. The file is incomplete, or no UMT5; Wan models need {_FILES}.")
     (vocabulary, dim), (inner, _), (buckets, heads), (ffn, _) = (weights[name].shape for name in needed)
     return UMT5Config(
         vocab_size=vocabulary,
@@ -174,8 +180,7 @@ def _config(weights: dict[str, Tensor], given: dict) -> UMT5Config:
         num_layers=layers,
         num_heads=heads,
         relative_attention_num_buckets=buckets,
-        **{name: given[name] for name in ("relative_attention_max_distance", "layer_norm_epsilon", "eos_token_id",
-                                          "feed_forward_proj") if name in given},
+        **{name: given[name] for name in _NOT_IN_SHAPES if name in given},
     )
 
 

@@ -122,12 +122,12 @@ def _randomize(model: nn.Module, seed: int) -> nn.Module:
 
 
 def train_tokenizer(sentences: Iterable[str], size: int = VOCABULARY) -> bytes:
-    """Train a sentencepiece unigram model of at most `size` pieces, special tokens where UMT5 has them; the file's bytes."""
+    """Train a sentencepiece unigram model of at most `size` pieces, special tokens as in UMT5; the bytes of its file."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences), model_writer=model, model_type="unigram", vocab_size=size,
-        hard_vocab_limit=False, character_coverage=1.0, normalization_rule_name="identity", num_threads=1, minloglevel=2,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece=_PAD, eos_piece=_EOS, unk_piece=_UNKNOWN,
+        hard_vocab_limit=False, character_coverage=1.0, normalization_rule_name="identity", num_threads=1,
+        minloglevel=2, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece=_PAD, eos_piece=_EOS, unk_piece=_UNKNOWN,
     )  # fmt: skip
     return model.getvalue()
 
@@ -150,7 +150,8 @@ def save_tokenizer(folder: Path, model: bytes) -> None:
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (_PAD, _EOS, _UNKNOWN)])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": TEXT_LENGTH}
-    _write_json(folder / "tokenizer_config.json", config | {"pad_token": _PAD, "eos_token": _EOS, "unk_token": _UNKNOWN})
+    config |= {"pad_token": _PAD, "eos_token": _EOS, "unk_token": _UNKNOWN}
+    _write_json(folder / "tokenizer_config.json", config)
 
 
 def corpus() -> Iterator[str]:

@@ -114,7 +114,8 @@ class _CausalStream:
             raise ValueError(f"{what} must be [B, {channels}, F, H, W], got {list(x.shape)}")
         shape = (x.shape[0], *x.shape[3:])
         if self._shape not in (None, shape):
-            raise ValueError(f"batch, height and width are {list(shape)}, but the stream began with {list(self._shape)}")
+            began = list(self._shape)
+            raise ValueError(f"batch, height and width are {list(shape)}, but the stream began with {began}")
 
     def _to_weights(self, x: Tensor) -> Tensor:
         weight = self._vae.quant_conv.weight
@@ -124,9 +125,9 @@ class _CausalStream:
 class StreamingDecoder(_CausalStream):
     """Decodes consecutive chunks of one video; any cut into chunks gives the same bits.
 
-    The frames equal `AutoencoderKLWan.decode` of all latents at once bit for bit, as long as PyTorch uses one kernel for
-    the 1x1x1 convolution before the decoder: on a CPU in float32 it changes kernels when 16 * B * F * h exceeds 20480
-    (more than 21 latent frames at 480 rows), and the stock decode of a longer video differs in rounding (1e-6).
+    The frames equal `AutoencoderKLWan.decode` of all latents at once bit for bit, as long as PyTorch uses one kernel
+    for the 1x1x1 convolution before the decoder: on a CPU in float32 it changes kernels when 16 * B * F * h exceeds
+    20480 (more than 21 latent frames at 480 rows), and the stock decode of a longer video differs in rounding.
     """
 
     def __init__(self, vae: AutoencoderKLWan):
@@ -174,7 +175,8 @@ class StreamingEncoder(_CausalStream):
         self._check(pixels, 3, "pixels")
         frames, height, width = pixels.shape[2:]
         if height % SPATIAL_COMPRESSION or width % SPATIAL_COMPRESSION:
-            raise ValueError(f"height and width must be multiples of {SPATIAL_COMPRESSION} pixels, got {height}x{width}")
+            size = f"{height}x{width}"
+            raise ValueError(f"height and width must be multiples of {SPATIAL_COMPRESSION} pixels, got {size}")
         first = 0 if self._started else 1
         rest = (frames - first) % PIXEL_FRAMES_PER_LATENT
         if rest:
@@ -236,8 +238,10 @@ def _widths(tensors: dict[str, Tensor]) -> dict[str, int]:
     channels = next((tensors[n].shape[0] for n in ("conv2.weight", "post_quant_conv.weight") if n in tensors), None)
     if channels not in (None, LATENT_CHANNELS):
         kind = "the VAE of Wan 2.2 5B" if channels == 48 else "another VAE"
-        raise CheckpointError(f"this is {kind}, with {channels} latent channels. The causal models here need the Wan 2.1 "
-                              f"VAE, with {LATENT_CHANNELS}.")  # fmt: skip
+        raise CheckpointError(
+            f"this is {kind}, with {channels} latent channels. The causal models here need the Wan 2.1 VAE, with "
+            f"{LATENT_CHANNELS}."
+        )
     encoder, decoder = (tensors[name].shape[0] // _MIDDLE_WIDTH for name in marks)
     return {"base_dim": encoder} | ({"decoder_base_dim": decoder} if decoder != encoder else {})
 
@@ -246,5 +250,7 @@ def _check_statistics(config: dict) -> None:
     """A folder's config.json may name other statistics than those that LATENT has in ComfyUI."""
     for name, known in (("latents_mean", LATENTS_MEAN), ("latents_std", LATENTS_STD)):
         if list(config.get(name, known)) != list(known):
-            raise CheckpointError(f"its {name} in config.json is not that of Wan 2.1, which the models here are trained on: "
-                                  f"{config[name]}. Use the Wan 2.1 VAE.")  # fmt: skip
+            raise CheckpointError(
+                f"its {name} in config.json is not that of Wan 2.1, which the models here are trained on: "
+                f"{config[name]}. Use the Wan 2.1 VAE."
+            )

@@ -61,7 +61,8 @@ class VideoWriter:
             raise ValueError(f"crf must be from 0 to 51, got {crf}")
         if fps <= 0:
             raise ValueError(f"fps must be positive, got {fps}")
-        self.width, self.height, self.fps, self.crf, self.scale = width, height, Fraction(fps).limit_denominator(1001), crf, scale
+        self.width, self.height, self.crf, self.scale = width, height, crf, scale
+        self.fps = Fraction(fps).limit_denominator(1001)
         self.metadata = dict(metadata or {})
         self.frames = 0
 
@@ -111,7 +112,7 @@ class VideoWriter:
         if frames.dtype != torch.uint8 or list(frames.shape[1:]) != [self.height, self.width, 3]:
             height, width = self.height, self.width
             raise ValueError(
-                f"frames must be floats [3, T, {height}, {width}], with or without a batch dimension of 1 in front, or "
+                f"frames must be floats [3, T, {height}, {width}], with or without a batch dimension of 1, or "
                 f"uint8 [T, {height}, {width}, 3]; got {given}"
             )
         return frames.cpu()
@@ -140,7 +141,8 @@ class VideoWriter:
         except OSError as error:
             kept = self._unfinished.with_suffix(".mp4")
             os.replace(self._unfinished, kept)
-            raise OSError(f"{self.path} cannot be replaced (is it open in a player?); the video is kept as {kept}") from error
+            reason = f"{self.path} cannot be replaced (is it open in a player?)"
+            raise OSError(f"{reason}; the video is kept as {kept}") from error
 
 
 def to_uint8(frames: Tensor) -> Tensor:

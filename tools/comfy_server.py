@@ -16,6 +16,8 @@ from .comfy_client import ComfyClient
 from .comfy_env import PACK, ComfyError, ComfyInstall
 
 START_SECONDS = 300
+SEARCHED = ("custom_nodes", "models/diffusion_models", "models/text_encoders", "models/vae", "models/diffusers")
+"""Folders of a server's own that it searches besides those of the ComfyUI installation."""
 
 
 class ComfyServer:
@@ -23,7 +25,7 @@ class ComfyServer:
 
     options: further arguments of ComfyUI's main.py. environment: variables to set for the server's process. packs: the
     node packs to load, folders by name. Output, input (with ComfyUI's example image), temporary and user files lie
-    below `folder`.
+    below `folder`, and so do empty model folders, searched besides ComfyUI's own.
     """
 
     def __init__(self, install: ComfyInstall, options=(), environment=None, packs=None):
@@ -58,7 +60,7 @@ class ComfyServer:
         return re.sub(r"\x1b\[[0-9;]*m", "", (self.folder / "server.log").read_text(encoding="utf-8", errors="replace"))
 
     def _start(self) -> None:
-        for name in ("output", "input", "temp", "user/default", "custom_nodes"):
+        for name in ("output", "input", "temp", "user/default", *SEARCHED):
             (self.folder / name).mkdir(parents=True)
         example = self.install.path / "input" / "example.png"
         if example.is_file():
@@ -70,7 +72,7 @@ class ComfyServer:
         self.client = ComfyClient(f"http://127.0.0.1:{port}")
         names = [self._make_visible(name, pack) for name, pack in self.packs.items()]
         search_paths = self.folder / "search_paths.yaml"  # JSON is YAML
-        search_paths.write_text(json.dumps({"packs": {"custom_nodes": str(self.folder / "custom_nodes")}}))
+        search_paths.write_text(json.dumps({"own": {Path(name).name: str(self.folder / name) for name in SEARCHED}}))
         command = [self.install.python, "main.py", "--port", port, "--disable-auto-launch", "--disable-api-nodes"]
         command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *names]
         command += ["--extra-model-paths-config", search_paths, "--database-url", "sqlite:///:memory:"]

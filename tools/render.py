@@ -64,7 +64,7 @@ def render_on_server(client: ComfyClient, prompt: dict, output: Path) -> None:
 
 
 def engine_arguments(prompt: dict) -> list[str]:
-    """The request of the quickstart prompt as arguments of `python -m rolling_kv generate`; the model is the default."""
+    """The quickstart prompt as arguments of `python -m rolling_kv generate`, whose default model is the same."""
     inputs = {node["class_type"]: node["inputs"] for node in prompt.values()}
     sample, cache = inputs["RollingKVSample"], inputs["RollingKVAttachCache"]
     if sample["length_unit"] != "seconds":

@@ -12,8 +12,9 @@ from diffusers import WanTransformer3DModel
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 SIZE = dict(
-    num_attention_heads=1, attention_head_dim=128, num_layers=2, ffn_dim=96, text_dim=32, freq_dim=32, rope_max_seq_len=64
-)
+    num_attention_heads=1, attention_head_dim=128, num_layers=2, ffn_dim=96, text_dim=32, freq_dim=32,
+    rope_max_seq_len=64,
+)  # fmt: skip
 
 _TO_ORIGINAL = (
     ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
@@ -85,7 +86,7 @@ def write_sparse_safetensors(path, shapes: dict) -> None:
 
 def sentencepiece_model() -> bytes:
     """A small SentencePiece model with the special tokens where UMT5 has them: pad 0, EOS 1, unknown 2."""
-    words = "a red blue green circle square moving left right up slowly across the stormy sea at dawn cats & dogs".split()
+    words = "a red blue circle square moving left right up slowly across the stormy sea at dawn cats & dogs".split()
     lines = (" ".join(words[i % len(words)] for i in range(k, k * k, k + 1)) for k in range(3, 60))
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

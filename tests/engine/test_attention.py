@@ -10,12 +10,11 @@ from rolling_kv.attention import (
     RollingSelfAttention,
     apply_rolling_kv_cache,
     remove_rolling_kv_cache,
-    rotary_angles,
-    rotate,
     time_sinusoid,
 )
 from rolling_kv.cache import Branch, CacheShape, PromptCache, RollingKVCache
 from rolling_kv.config import CacheConfig
+from rolling_kv.rope import rotary_angles, rotate
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +134,7 @@ def test_the_keys_only_pass_writes_what_a_full_pass_writes(transformer):
             result = attachment.forward(latents, 0.0, part, keys_only=keys_only)
             assert (result is None) == keys_only
             caches.append(part.cache)
-    for full, cut in zip(caches[0]._layers, caches[1]._layers):
+    for (full,), (cut,) in zip(caches[0].store.layers, caches[1].store.layers):
         assert full.abs().sum() > 0
         assert torch.equal(full, cut)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rolling_kv.cache import CacheShape, FrameWindow, PromptCache, RollingKVCache
-from rolling_kv.config import CacheConfig
+from rolling_kv.config import STORAGES, CacheConfig
 
 
 @st.composite
@@ -93,12 +93,12 @@ def test_writes_touch_each_slot_once_and_never_the_sink_again(history):
 
 def test_a_window_never_reallocates():
     cache = make_cache(window=4, sink=1, capacity=None)
-    before = [layer.data_ptr() for layer in cache._layers]
+    before = [layer[0].data_ptr() for layer in cache.store.layers]
     for _ in range(50):
         cache.begin(3)
         cache.update(0, torch.zeros(1, 6, 1, 2), torch.zeros(1, 6, 1, 2))
         cache.commit()
-    assert [layer.data_ptr() for layer in cache._layers] == before
+    assert [layer[0].data_ptr() for layer in cache.store.layers] == before
 
 
 @given(
@@ -107,14 +107,17 @@ def test_a_window_never_reallocates():
 )
 def test_bytes_are_known_before_allocation(layers, batch, tokens, heads, window, dtype):
     shape = CacheShape(layers, batch, tokens, heads, 8, dtype)
-    assert RollingKVCache(shape, CacheConfig(window), "cpu").nbytes == RollingKVCache.bytes_needed(shape, window)
+    for storage in STORAGES:
+        for offload in (False, True):
+            config = CacheConfig(window, storage=storage, offload=offload)
+            assert RollingKVCache(shape, config, "cpu").nbytes == RollingKVCache.bytes_needed(shape, config, window)
 
 
 def test_the_published_bytes_per_frame():
     """480x832 in bfloat16: 274 MiB for the 1.3B model, 1219 MiB for the 14B one."""
     small = CacheShape(30, 1, 1560, 12, 128, torch.bfloat16)
     large = CacheShape(40, 1, 1560, 40, 128, torch.bfloat16)
-    assert [round(shape.bytes_per_frame / 2**20) for shape in (small, large)] == [274, 1219]
+    assert [round(shape.bytes_per_frame() / 2**20) for shape in (small, large)] == [274, 1219]
 
 
 def test_prompt_bytes_count_what_is_kept():

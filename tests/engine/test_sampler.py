@@ -64,10 +64,10 @@ def test_taking_over_really_takes_over(model):
     passes = []
     workspace = Workspace()
     first = sample(model, 3, workspace=workspace)
-    buffers = [layer.data_ptr() for layer in workspace.caches["cond"]._layers]
+    buffers = [parts[0].data_ptr() for parts in workspace.caches["cond"].store.layers]
     sample(model, 1, state=first, workspace=workspace, on_pass=lambda done, total: passes.append((done, total)))
     assert passes == [(0, 3), (1, 3), (2, 3)]
-    assert [layer.data_ptr() for layer in workspace.caches["cond"]._layers] == buffers
+    assert [parts[0].data_ptr() for parts in workspace.caches["cond"].store.layers] == buffers
     passes.clear()
     sample(model, 1, state=first, on_pass=lambda done, total: passes.append((done, total)))
     assert passes == [(n, 5) for n in range(5)]
@@ -114,7 +114,7 @@ def test_guidance_keeps_its_branches_apart(model):
     assert same(sample(model, 2, sampling=guided, negative=negative, state=part, workspace=workspace), whole)
     assert not torch.equal(whole.latents(), sample(model, 4).latents())
     cond, uncond = workspace.caches["cond"], workspace.caches["uncond"]
-    assert not torch.equal(cond._layers[-1], uncond._layers[-1])
+    assert not torch.equal(cond.store.layers[-1][0], uncond.store.layers[-1][0])
 
 
 def test_guidance_of_one_prompt_against_itself_changes_nothing(model):

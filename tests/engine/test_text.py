@@ -54,8 +54,8 @@ def original_names(weights):
     renamed = {}
     for name, tensor in weights.items():
         name = name.replace("shared.", "token_embedding.").replace("encoder.final_layer_norm.", "norm.")
-        name = name.replace("encoder.block.", "blocks.").replace("layer.0.SelfAttention.relative_attention_bias", "pos_bias")
-        name = name.replace("pos_bias", "pos_embedding.embedding").replace("layer.0.SelfAttention.", "attn.")
+        name = name.replace("encoder.block.", "blocks.").replace("layer.0.SelfAttention.", "attn.")
+        name = name.replace("attn.relative_attention_bias", "pos_embedding.embedding")
         name = name.replace("layer.0.layer_norm", "norm1").replace("layer.1.layer_norm", "norm2")
         for ours, theirs in (("wi_0", "gate.0"), ("wi_1", "fc1"), ("wo", "fc2")):
             name = name.replace(f"layer.1.DenseReluDense.{ours}", f"ffn.{theirs}")
@@ -174,6 +174,12 @@ def test_half_precision_weights_compute_in_float32(dtype, single, tmp_path):
     assert after["encoder.encoder.block.1.layer.1.DenseReluDense.wo.weight"].dtype == getattr(torch, dtype)
 
 
+def test_auto_dtype_follows_the_device_that_the_encoder_will_run_on(single):
+    encoder = load_text_encoder(single, device="cpu", runs_on="cuda")
+    assert encoder.encoder.shared.weight.dtype == torch.bfloat16
+    assert encoder.compute_device().type == "cpu"
+
+
 def test_the_embedding_table_is_held_once(single):
     encoder = load_text_encoder(single, dtype="bfloat16").encoder
     assert encoder.encoder.embed_tokens is encoder.shared
@@ -195,7 +201,7 @@ def test_other_files_are_named(weights, pieces, tmp_path):
     refused(path, "a VAE, not a UMT5")
     one_bias = {name: t for name, t in weights.items() if not ("block.1" in name and "relative" in name)}
     save_file(one_bias | spiece(pieces), path)
-    refused(path, "T5 text encoder of another family")
+    refused(path, "the T5 of another family")
     path.write_bytes(path.read_bytes()[:-10])
     refused(path, "damaged or incomplete")
 

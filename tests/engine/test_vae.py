@@ -344,7 +344,8 @@ def test_missing_surplus_and_misshapen_tensors_are_listed(named, tmp_path):
     gone = next(name for name in tensors if name.startswith("decoder") and name.endswith("time_conv.weight"))
     shape = re.escape(str(list(tensors.pop(gone).shape)))
     save_file(tensors | {"extra.weight": torch.zeros(2, 3)}, tmp_path / "vae.safetensors")
-    with pytest.raises(CheckpointError, match=rf"1 missing: .*time_conv.weight {shape}; 1 that do not belong there: extra.weight \[2, 3\]"):
+    said = rf"1 missing: .*time_conv.weight {shape}; 1 that do not belong there: extra.weight \[2, 3\]"
+    with pytest.raises(CheckpointError, match=said):
         load_vae(tmp_path / "vae.safetensors")
     bent = next(name for name in tensors if name.endswith("to_qkv.bias"))
     save_file(named(STOCK) | {bent: torch.zeros(7)}, tmp_path / "vae.safetensors")

@@ -116,6 +116,20 @@ def test_an_exception_leaves_the_folder_as_it_was(error, written, tmp_path):
     assert (tmp_path / "video.mp4").read_bytes() == earlier
 
 
+def test_an_interrupt_while_opening_or_closing_leaves_nothing(monkeypatch, tmp_path):
+    def interrupt(*_, **__):
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        with VideoWriter(tmp_path / "video.mp4", 48, 32) as writer:
+            writer.write(plain_frames())
+            writer._finish = interrupt
+    monkeypatch.setattr(av, "open", interrupt)
+    with pytest.raises(Cancelled):
+        VideoWriter(tmp_path / "video.mp4", 48, 32).__enter__()
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_finished_video_replaces_an_earlier_one(tmp_path):
     write(tmp_path / "video.mp4")
     write(tmp_path / "video.mp4", plain_frames()[:2])

@@ -1,0 +1,57 @@
+"""Wan's three-dimensional rotary position embedding, for any frame of a video of any length.
+
+Scores depend only on the difference of positions, so absolute frame indices need no table and no re-basing: the angles
+of a chunk are computed in float64 when it is made.
+"""
+
+from __future__ import annotations
+
+import torch
+
+THETA = 10000.0
+
+
+def rotate(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Apply RoPE: neighbouring dims are the two parts of a complex number. [B, S, H, D] and [1, S, 1, D/2].
+
+    The arithmetic is float64 for a complex128 rotation, float32 for a complex64 one; the dtype of `heads` is kept.
+    """
+    real = torch.float64 if rotation.dtype == torch.complex128 else torch.float32
+    pairs = torch.view_as_complex(heads.to(real).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(heads)
+
+
+def turns(angles: torch.Tensor) -> torch.Tensor:
+    """Unit complex numbers (complex128) of angles in float64."""
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotary_angles(head_dim: int, start_frame: int, frames: int, height: int, width: int) -> torch.Tensor:
+    """Angles of each token's position in float64, [frames * height * width, head_dim / 2], on the CPU.
+
+    start_frame: absolute latent frame. height, width: in tokens.
+    """
+    time, space = _split(head_dim)
+    parts = []
+    for axis, (start, count, dims) in enumerate([(start_frame, frames, time), (0, height, space), (0, width, space)]):
+        angles = torch.outer(torch.arange(start, start + count, dtype=torch.float64), _frequencies(dims))
+        view = [1, 1, 1, dims]
+        view[axis] = count
+        parts.append(angles.view(view).expand(frames, height, width, dims))
+    return torch.cat(parts, dim=-1).flatten(0, 2)
+
+
+def time_shift_angles(head_dim: int, frames: int) -> torch.Tensor:
+    """Angles that move any token by `frames` latent frames in time, [head_dim / 2], float64."""
+    time, space = _split(head_dim)
+    return torch.cat([frames * _frequencies(time), torch.zeros(2 * space, dtype=torch.float64)])
+
+
+def _split(head_dim: int) -> tuple[int, int]:
+    """Complex dims of time, and of height and width each."""
+    space = head_dim // 6
+    return head_dim // 2 - 2 * space, space
+
+
+def _frequencies(dims: int) -> torch.Tensor:
+    return 1.0 / THETA ** (torch.arange(0, 2 * dims, 2, dtype=torch.float64) / (2 * dims))

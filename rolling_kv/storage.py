@@ -1,0 +1,182 @@
+"""How a cache keeps its bytes: in the model's dtype, float8 or int8; on the compute device, or in CPU memory.
+
+Whatever the form, only one layer at a time is read back into the model's dtype, never the whole cache.
+"""
+
+from __future__ import annotations
+
+import torch
+
+Parts = tuple[torch.Tensor, ...]
+"""The tensors that together hold some keys or values: the codes, and with int8 their scales. [..., S, H, ·] each."""
+
+
+class ModelDtype:
+    """Keeps what it is given. Reading gives views, not copies."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def widths(self, head_dim: int) -> list[tuple[int, torch.dtype]]:
+        """Trailing size and dtype of each part."""
+        return [(head_dim, self.dtype)]
+
+    def bytes_per_head(self, head_dim: int) -> int:
+        """Bytes that one key or one value of one head takes."""
+        return sum(width * dtype.itemsize for width, dtype in self.widths(head_dim))
+
+    def pack(self, x: torch.Tensor) -> Parts:
+        return (x,)
+
+    def unpack(self, parts: Parts) -> torch.Tensor:
+        return parts[0]
+
+
+class Float8(ModelDtype):
+    """float8_e4m3fn: half the bytes of bfloat16, 3 bits of mantissa. Keys are normalised, so no scale is needed."""
+
+    limit = torch.finfo(torch.float8_e4m3fn).max
+
+    def widths(self, head_dim):
+        return [(head_dim, torch.float8_e4m3fn)]
+
+    def pack(self, x):
+        return (x.clamp(-self.limit, self.limit).to(torch.float8_e4m3fn),)
+
+    def unpack(self, parts):
+        return parts[0].to(self.dtype)
+
+
+class Int8(ModelDtype):
+    """int8 with a float32 scale per token and head: about half the bytes of bfloat16, and a tenth of float8's error."""
+
+    def widths(self, head_dim):
+        return [(head_dim, torch.int8), (1, torch.float32)]
+
+    def pack(self, x):
+        x = x.float()
+        scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+        return (x / scale).round().to(torch.int8), scale
+
+    def unpack(self, parts):
+        codes, scale = parts
+        return (codes * scale).to(self.dtype)  # int8 times float32 is float32
+
+
+CODECS = {"model": ModelDtype, "float8": Float8, "int8": Int8}
+
+
+Sizes = list[tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of each part of a layer, [2 (keys, values), B, S, H, ·]."""
+
+
+class Resident:
+    """Every layer's parts on one device."""
+
+    def __init__(self, layers: int, sizes: Sizes, device: torch.device, pinned: bool = False):
+        self.device = device
+        self.pinned = pinned
+        self.layers = [self._allocate(sizes) for _ in range(layers)]
+
+    def _allocate(self, sizes: Sizes) -> Parts:
+        return tuple(torch.zeros(s, dtype=d, device=self.device, pin_memory=self.pinned) for s, d in sizes)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the compute device."""
+        return _nbytes(self.layers)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes in CPU memory beside those."""
+        return 0
+
+    def resize(self, sizes: Sizes, used: int) -> None:
+        """Move to parts of other sizes, keeping the first `used` tokens. Old and new coexist for one layer at a time."""
+        for index, old in enumerate(self.layers):
+            new = self._allocate(sizes)
+            for source, target in zip(old, new):
+                target[:, :, :used] = source[:, :, :used]
+            self.layers[index] = new
+
+    def open(self, layer: int, tokens: int) -> Parts:
+        """The parts of a layer, of which the first `tokens` tokens are going to be read; writable until `close`."""
+        return self.layers[layer]
+
+    def close(self, layer: int, written: list[tuple[int, int]]) -> None:
+        """What was written in the opened parts: (first token, count) each."""
+
+    def discard(self) -> None:
+        """Forget what is on its way: the next pass starts at the first layer again."""
+
+
+class Offloaded(Resident):
+    """Every layer's parts in CPU memory (pinned under CUDA), two layers' worth on the device.
+
+    While one layer computes, the next one is copied in on a second stream; what a pass writes is copied back. Layers
+    must be opened in order, 0 to the last, over and over.
+    """
+
+    def __init__(self, layers: int, sizes: Sizes, device: torch.device):
+        cuda = device.type == "cuda"
+        super().__init__(layers, sizes, torch.device("cpu"), pinned=cuda)
+        self.staging = Resident(2, sizes, device)
+        self.stream = torch.cuda.Stream(device) if cuda else None
+        self.staged = [-1, -1]  # which layer each staging buffer holds, or is about to hold
+        self.arrived = [None, None]  # event after its copy
+        self.place = 0  # the staging buffer that is open
+
+    @property
+    def device_bytes(self) -> int:
+        return self.staging.device_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        return _nbytes(self.layers)
+
+    def resize(self, sizes: Sizes, used: int) -> None:
+        super().resize(sizes, used)
+        self.staging.resize(sizes, 0)
+        self.discard()
+
+    def open(self, layer: int, tokens: int) -> Parts:
+        self.place = place = 1 - self.place
+        if self.staged[place] != layer:
+            self._copy_in(layer, place, tokens)
+        if self.arrived[place] is not None:
+            torch.cuda.current_stream().wait_event(self.arrived[place])
+        if len(self.layers) > 1:
+            # The other buffer was last read by the layer before this one, whose work is already queued.
+            self._copy_in((layer + 1) % len(self.layers), 1 - place, tokens)
+        else:
+            self.staged[1 - place] = -1
+        return self.staging.layers[place]
+
+    def close(self, layer: int, written: list[tuple[int, int]]) -> None:
+        for staged, kept in zip(self.staging.layers[self.place], self.layers[layer]):
+            for first, count in written:
+                self._copy(kept[:, :, first : first + count], staged[:, :, first : first + count])
+
+    def discard(self) -> None:
+        self.staged = [-1, -1]
+
+    def _copy_in(self, layer: int, place: int, tokens: int) -> None:
+        for staged, kept in zip(self.staging.layers[place], self.layers[layer]):
+            self._copy(staged[:, :, :tokens], kept[:, :, :tokens])
+        self.staged[place] = layer
+        if self.stream is not None:
+            self.arrived[place] = self.stream.record_event()
+
+    def _copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        if self.stream is None:
+            to.copy_(source)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            # Row by row: only contiguous memory is copied asynchronously.
+            for pair in zip(to.flatten(0, 1), source.flatten(0, 1)):
+                pair[0].copy_(pair[1], non_blocking=True)
+
+
+def _nbytes(layers: list[Parts]) -> int:
+    return sum(part.nbytes for parts in layers for part in parts)

@@ -1,0 +1,126 @@
+"""What the cache keeps in other forms and places is what a plain cache keeps, exactly or within a stated error."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from test_cache import histories
+
+from rolling_kv.cache import CacheShape, RollingKVCache
+from rolling_kv.config import CacheConfig
+from rolling_kv.rope import rotary_angles, rotate, turns
+from rolling_kv.storage import CODECS
+
+TOKENS, HEADS, HEAD_DIM = 2, 2, 12
+
+
+def shape(layers=3):
+    return CacheShape(layers, 1, TOKENS, HEADS, HEAD_DIM, torch.float32)
+
+
+def run(cache, chunks, seed=0, passes=2):
+    """Writes random chunks; yields (first frame, frames, layer, keys, values) of every last pass."""
+    generator = torch.Generator().manual_seed(seed)
+    start = 0
+    for size in chunks:
+        cache.begin(size)
+        fresh = torch.randn(passes, cache.shape.layers, 2, 1, size * TOKENS, HEADS, HEAD_DIM, generator=generator)
+        for n in range(passes):
+            for layer in range(cache.shape.layers):
+                keys, values = cache.update(layer, *fresh[n, layer])
+                if n == passes - 1:
+                    yield start, size, layer, keys.clone(), values.clone()
+        cache.commit()
+        start += size
+
+
+@settings(max_examples=60, deadline=None)
+@given(histories())
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("storage", list(CODECS))
+def test_offloading_changes_no_bit(layers, storage, history):
+    window, sink, chunks = history
+    here = RollingKVCache(shape(layers), CacheConfig(window, sink, storage=storage), "cpu", 3)
+    there = RollingKVCache(shape(layers), CacheConfig(window, sink, storage=storage, offload=True), "cpu", 3)
+    for a, b in zip(run(here, chunks), run(there, chunks)):
+        assert torch.equal(a[3], b[3]) and torch.equal(a[4], b[4])
+
+
+def test_offloading_keeps_two_layers_on_the_device():
+    small = RollingKVCache(shape(8), CacheConfig(5), "cpu").nbytes.device
+    held = RollingKVCache(shape(8), CacheConfig(5, offload=True), "cpu").nbytes
+    assert held.device == small // 4 and held.host == small
+
+
+def test_an_aborted_pass_does_not_disturb_an_offloaded_cache():
+    caches = [RollingKVCache(shape(), CacheConfig(4, offload=offload), "cpu") for offload in (False, True)]
+    results = []
+    for cache in caches:
+        list(run(cache, [2, 2]))
+        cache.begin(2)
+        cache.update(0, *torch.ones(2, 1, 2 * TOKENS, HEADS, HEAD_DIM))  # and then nothing: cancelled
+        results.append([item[3] for item in run(cache, [2, 2], seed=5)])
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("storage, share, error", [("model", 1.0, 0.0), ("float8", 0.5, 0.03), ("int8", 0.516, 0.007)])
+def test_bytes_and_error_of_each_storage(storage, share, error):
+    """Against bfloat16, at the head size of every Wan model; the error is relative to the root mean square."""
+    big = CacheShape(1, 1, 40, 2, 128, torch.bfloat16)
+    assert big.bytes_per_frame(storage) / big.bytes_per_frame() == pytest.approx(share, abs=0.002)
+    codec = CODECS[storage](torch.float32)
+    x = torch.randn(1, 40, 2, 128, generator=torch.Generator().manual_seed(0))
+    worst = (codec.unpack(codec.pack(x)) - x).pow(2).mean().sqrt() / x.pow(2).mean().sqrt()
+    assert worst.item() <= error
+    assert error == 0 or worst.item() > error / 3  # the bound is not an empty one
+
+
+def test_float8_saturates_rather_than_overflows():
+    codec = CODECS["float8"](torch.float32)
+    extreme = codec.unpack(codec.pack(torch.tensor([[1e6, -1e6, 448.0]])))
+    assert extreme.tolist() == [[448.0, -448.0, 448.0]]
+
+
+@pytest.mark.parametrize("storage, tolerance", [("model", 1e-5), ("float8", 0.5), ("int8", 0.05)])
+def test_a_rebased_sink_stands_just_before_the_window(storage, tolerance):
+    """Scores of any query with the sink's keys equal those of keys made at that place, and stay so for long."""
+    window, sink, size = 7, 2, 1
+    cache = RollingKVCache(shape(1), CacheConfig(window, sink, sink_phase="rebased", storage=storage), "cpu")
+    generator = torch.Generator().manual_seed(0)
+    plain = [torch.randn(1, TOKENS, HEADS, HEAD_DIM, generator=generator) for _ in range(sink)]
+    for frame in [*range(30), *range(3000, 3002)]:
+        cache.window.end = frame
+        key = plain[frame] if frame < sink else torch.zeros(1, TOKENS, HEADS, HEAD_DIM)
+        turn = turns(rotary_angles(HEAD_DIM, frame, 1, 1, TOKENS)).to(torch.complex64)[None, :, None]
+        cache.begin(size)
+        keys, _ = cache.update(0, rotate(key, turn), torch.zeros_like(key))
+        first_in_ring = max(frame + 1 - (window - sink), sink)
+        for index in range(min(sink, frame)):
+            place = first_in_ring - sink + index
+            turn = turns(rotary_angles(HEAD_DIM, place, 1, 1, TOKENS)).to(torch.complex64)[None, :, None]
+            stored = keys[:, index * TOKENS : (index + 1) * TOKENS]
+            torch.testing.assert_close(stored, rotate(plain[index], turn), atol=tolerance, rtol=0)
+        cache.commit()
+
+
+def test_a_rebased_sink_is_the_absolute_one_until_a_frame_leaves():
+    caches = [RollingKVCache(shape(), CacheConfig(6, 2, sink_phase=phase), "cpu") for phase in ("absolute", "rebased")]
+    for a, b in zip(run(caches[0], [3, 3, 3]), run(caches[1], [3, 3, 3])):
+        assert torch.equal(a[3], b[3]) == (a[0] < 6)
+        assert torch.equal(a[4], b[4])
+    assert caches[1].nbytes == RollingKVCache.bytes_needed(shape(), caches[1].config, 6)
+
+
+def test_a_reset_forgets_the_sink():
+    cache = RollingKVCache(shape(), CacheConfig(5, 2, sink_phase="rebased"), "cpu")
+    fresh = RollingKVCache(shape(), CacheConfig(5, 2, sink_phase="rebased"), "cpu")
+    list(run(cache, [3, 3, 3], seed=1))
+    cache.reset()
+    for a, b in zip(run(cache, [3, 3, 3]), run(fresh, [3, 3, 3])):
+        assert torch.equal(a[3], b[3])
+
+
+@pytest.mark.parametrize("field", ["storage", "sink_phase"])
+def test_unknown_choices_are_refused(field):
+    with pytest.raises(ValueError, match=f"{field} must be one of .*, got 'other'"):
+        CacheConfig(**{field: "other"})

@@ -1,0 +1,90 @@
+"""What travels along the edges: split, forked and repeated runs give the bits of one fresh run, also after a cancel."""
+
+import pytest
+import torch
+from graphs import loaders, one_sampler, prompt, sample, save_latent, saved_latent
+
+from tools.comfy_client import PromptInterrupted
+
+
+def run_latent(client, graph: dict) -> torch.Tensor:
+    return saved_latent(client, client.run(graph))
+
+
+def fresh_latent(client, graph: dict) -> torch.Tensor:
+    """The result on a server that has just dropped its models and its cached outputs."""
+    client.free()
+    return run_latent(client, graph)
+
+
+def test_two_chained_samplers_give_the_bits_of_one(any_client):
+    whole = run_latent(any_client, one_sampler(5))
+    graph = one_sampler(2)
+    graph["second"] = sample(3, state=["sample", 1])
+    graph["save"] = save_latent("second")
+    assert torch.equal(fresh_latent(any_client, graph), whole)
+
+
+def test_a_changed_seed_gives_what_a_fresh_server_gives(any_client):
+    run_latent(any_client, one_sampler(2, seed=1))
+    changed = run_latent(any_client, one_sampler(2, seed=2))
+    assert torch.equal(fresh_latent(any_client, one_sampler(2, seed=2)), changed)
+
+
+def fork(*branches: str) -> dict:
+    """One sampler, and from its state the named branches."""
+    graph = {**loaders(), "positive": prompt("a red circle moving right"), "sample": sample(2)}
+    for seed, name in enumerate(branches, start=10):
+        graph[f"{name} prompt"] = prompt(f"a {name} square moving left")
+        graph[name] = sample(2, seed=seed if name == "blue" else 99, positive=f"{name} prompt", state=["sample", 1])
+        graph[f"save {name}"] = save_latent(name)
+    return graph
+
+
+def test_two_branches_from_one_state_do_not_disturb_each_other(any_client):
+    outputs = any_client.run(fork("blue", "green"))
+    both = {name: saved_latent(any_client, outputs, f"save {name}") for name in ("blue", "green")}
+    assert not torch.equal(both["blue"], both["green"])
+    assert torch.equal(both["blue"][:, :, :6], both["green"][:, :, :6])
+    for name, latent in both.items():
+        any_client.free()
+        assert torch.equal(saved_latent(any_client, any_client.run(fork(name)), f"save {name}"), latent), name
+
+
+def test_changing_the_second_of_two_prompts_samples_only_from_there(client):
+    graph = fork("blue")
+    client.free()
+    client.run(graph)
+    graph["blue prompt"]["inputs"]["text"] = "a yellow square moving up"
+    sampled = set()
+    client.run(graph, lambda node_id, step, steps: sampled.add(node_id))
+    assert "blue" in sampled and "sample" not in sampled
+
+
+def test_a_cancelled_run_stops_at_once_and_the_next_is_as_ever(any_client):
+    expected = fresh_latent(any_client, one_sampler(3, seed=5))
+    any_client.free()
+    steps_seen = []
+
+    def cancel_in_the_second_chunk(node_id, step, steps):
+        if node_id == "sample":
+            steps_seen.append((step, steps))
+            if step == 7:
+                any_client.interrupt()
+
+    with pytest.raises(PromptInterrupted, match="RollingKVSample"):
+        any_client.run(one_sampler(200, seed=5), cancel_in_the_second_chunk)
+    last, total = steps_seen[-1]
+    assert total >= 800 and last < 100
+    assert torch.equal(run_latent(any_client, one_sampler(3, seed=5)), expected)
+
+
+def test_a_cancelled_continuation_leaves_the_state_it_came_from(any_client):
+    graph = one_sampler(2)
+    graph["second"] = sample(200, seed=3, state=["sample", 1])
+    graph["save"] = save_latent("second")
+    with pytest.raises(PromptInterrupted):
+        any_client.run(graph, lambda node_id, step, steps: node_id == "second" and step == 7 and any_client.interrupt())
+    graph["second"] = sample(2, seed=3, state=["sample", 1])
+    continued = run_latent(any_client, graph)
+    assert torch.equal(fresh_latent(any_client, graph), continued)

@@ -1,0 +1,122 @@
+"""Record the nodes' schemas from a ComfyUI that has the pack, for the tests that run without one.
+
+    python -m tools.object_info [URL]
+
+Run it after a node has changed. It writes tests/data/object_info.json (the pack's nodes and the core nodes of the
+example workflows, as /object_info describes them, without what differs from one machine to the next) and
+locales/en/nodeDefs.json (the same texts, as the frontend's translations name them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from .comfy_client import ComfyClient, load_prompt
+from .comfy_env import PACK
+
+RECORD = PACK / "tests" / "data" / "object_info.json"
+ENGLISH = PACK / "locales" / "en" / "nodeDefs.json"
+
+PREFIX = "RollingKV"
+"""What the ids of the pack's own nodes begin with."""
+
+FILE_INPUTS = ("model_name", "text_encoder_name", "vae_name", "image")
+"""Inputs that list the files of the machine."""
+SHIPPED = ("tiny (bundled)", "example.png")
+"""Files that every machine has: the pack's model and ComfyUI's example image."""
+
+KEPT = (
+    "name", "display_name", "description", "category", "search_aliases", "output_node", "input", "input_order",
+    "output", "output_is_list", "output_name", "output_tooltips",
+)  # fmt: skip
+"""Entries of a schema that every supported ComfyUI has, without the name of the folder that the pack lies in."""
+
+
+def record(client: ComfyClient) -> dict[str, dict]:
+    """What the server at `client` knows of the pack's nodes and of those that the workflows use, normalised, by id."""
+    known = client.object_info()
+    names = {name for name in known if name.startswith(PREFIX)} | nodes_of_workflows()
+    return {name: normalised(known[name]) for name in sorted(names)}
+
+
+def nodes_of_workflows() -> set[str]:
+    prompts = (PACK / "workflows" / "api").glob("*.json")
+    return {node["class_type"] for path in prompts for node in load_prompt(path).values()}
+
+
+def normalised(schema: dict) -> dict:
+    """A node's schema without what differs between machines: entries not in KEPT, and files not in SHIPPED."""
+    schema = {key: schema[key] for key in KEPT if key in schema}
+    schema["input"] = {
+        section: {name: _without_local_files(name, spec) for name, spec in inputs.items()}
+        for section, inputs in schema["input"].items()
+    }
+    return schema
+
+
+def _without_local_files(name: str, spec: list) -> list:
+    if name not in FILE_INPUTS:
+        return spec
+    kind, *options = spec
+    if isinstance(kind, list):  # a combo of a node in the older API: [[choices], {options}]
+        return [_shipped(kind), *options]
+    if kind == "COMBO":
+        return [kind, options[0] | {"options": _shipped(options[0]["options"])}]
+    return spec
+
+
+def _shipped(files: list[str]) -> list[str]:
+    return [file for file in files if file in SHIPPED]
+
+
+def inputs_of(schema: dict) -> dict[str, list]:
+    """The inputs of a node by name, required ones first, in the order in which the frontend shows them."""
+    order = schema["input_order"]
+    return {
+        name: schema["input"][section][name] for section in ("required", "optional") for name in order.get(section, ())
+    }
+
+
+def has_seed_control(spec: list) -> bool:
+    """Whether the frontend puts a "control after generate" widget behind this input."""
+    return len(spec) > 1 and bool(spec[1].get("control_after_generate"))
+
+
+def english(schemas: dict[str, dict]) -> dict[str, dict]:
+    """The pack's nodes as an English nodeDefs.json: the texts of the schemas, outputs keyed by number."""
+    return {name: _texts(schema) for name, schema in schemas.items() if name.startswith(PREFIX)}
+
+
+def _texts(schema: dict) -> dict:
+    inputs = {}
+    for name, spec in inputs_of(schema).items():
+        inputs[name] = {"name": name, "tooltip": spec[1]["tooltip"]}
+        if has_seed_control(spec):
+            inputs["control_after_generate"] = {"name": "control after generate"}
+    outputs = {
+        str(index): {"name": name, "tooltip": tooltip}
+        for index, (name, tooltip) in enumerate(zip(schema["output_name"], schema["output_tooltips"]))
+    }
+    return {key: schema[key] for key in ("display_name", "description")} | {"inputs": inputs, "outputs": outputs}
+
+
+def write(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(path.relative_to(PACK))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.object_info", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8188", help="of a ComfyUI that has the pack")
+    schemas = record(ComfyClient(parser.parse_args().url))
+    write(RECORD, schemas)
+    write(ENGLISH, english(schemas))
+
+
+if __name__ == "__main__":
+    main()
