@@ -2,7 +2,7 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..rolling_kv.config import CacheConfig
+from ..rolling_kv.config import SINK_PHASES, STORAGES
 from .types import CATEGORY, Model
 
 
@@ -30,13 +30,28 @@ class RollingKVAttachCache(io.ComfyNode):
                     tooltip="The first latent frames of the video, which never leave the window. Avoids the flicker when "
                     "frame 0 would leave. -1: what the model was trained with.",
                 ),
+                io.Combo.Input(
+                    "sink_phase", options=list(SINK_PHASES), advanced=True,
+                    tooltip="Absolute: as the models were trained. Rebased: the sink always counts as just before the "
+                    "window; try it when a very long video drifts.",
+                ),
+                io.Combo.Input(
+                    "storage", options=list(STORAGES), advanced=True,
+                    tooltip="How the cache is kept. Model: the model's own precision. Float8 and int8 take about half the "
+                    "memory of bfloat16; int8 is the more exact of the two.",
+                ),
+                io.Boolean.Input(
+                    "offload", default=False, advanced=True,
+                    tooltip="Keep the cache in main memory and bring one layer at a time to the GPU. Slower; for long "
+                    "windows on small cards.",
+                ),
             ],
             outputs=[Model.Output(display_name="model", tooltip="The model with these cache settings.")],
         )
 
     @classmethod
-    def execute(cls, model, window, sink) -> io.NodeOutput:
-        cache: CacheConfig = model.cache
+    def execute(cls, model, window, sink, sink_phase, storage, offload) -> io.NodeOutput:
+        cache = replace(model.cache, sink_phase=sink_phase, storage=storage, offload=offload)
         if window != 0:
             cache = replace(cache, window=window)
         if sink != -1:

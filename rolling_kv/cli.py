@@ -12,7 +12,7 @@ from diffusers.utils import logging
 from tqdm import tqdm
 
 from .checkpoints import inspect_checkpoint
-from .config import PRESETS, CacheConfig, pixel_frames
+from .config import PRESETS, SINK_PHASES, STORAGES, pixel_frames
 from .pipeline import Pipeline
 from .tiny import BUNDLED, make_tiny
 from .video import read_video_info
@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: 64 for the tiny model, else 480)")
     generate.add_argument("--window", type=int, help="latent frames a chunk attends to, -1 for all (default: the preset's)")
     generate.add_argument("--sink", type=int, help="first latent frames that never leave the window (default: the preset's)")
+    generate.add_argument("--sink-phase", choices=SINK_PHASES, default="absolute", help="where the sink's keys stand in time")
+    generate.add_argument("--cache-storage", choices=STORAGES, default="model", help="how the cache keeps its bytes")
+    generate.add_argument("--offload-cache", action="store_true", help="keep the cache in CPU memory")
     generate.add_argument("--guidance", type=float, help="classifier-free guidance, 1 is off (default: the preset's)")
     generate.add_argument("--negative-prompt", default="", help="what to avoid; only read with guidance")
     generate.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto", help="precision")
@@ -83,9 +86,9 @@ def _generate(args: argparse.Namespace) -> None:
         device=args.device,
     )
     preset = pipeline.model.preset
-    cache = CacheConfig(
-        preset.cache.window if args.window is None else args.window, preset.cache.sink if args.sink is None else args.sink
-    )
+    chosen = {"window": args.window, "sink": args.sink, "sink_phase": args.sink_phase, "storage": args.cache_storage}
+    chosen["offload"] = args.offload_cache
+    cache = replace(preset.cache, **{name: value for name, value in chosen.items() if value is not None})
     sampling = preset.sampling
     if args.guidance is not None:
         sampling = replace(sampling, guidance_scale=args.guidance)
@@ -110,19 +113,23 @@ def _inspect(args: argparse.Namespace) -> None:
     preset = PRESETS.get(info.preset)
     print(f"file       {info.path}")
     print(f"layout     {info.layout}")
-    print(f"size       {info.file_bytes / 2**30:.2f} GiB, {info.parameters / 1e9:.2f} billion parameters")
+    print(f"size       {_size(info.file_bytes)}, {info.parameters / 1e6:,.1f} million parameters")
     print(f"dtype      {', '.join(info.dtypes)}")
     print(f"model      {config['layers']} layers, dim {config['dim']}, {config['heads']} heads, ffn {config['ffn']}")
     print(f"preset     {info.preset or 'none detected: self-forcing is assumed, choose another with --preset'}")
     per_frame = info.kv_bytes_per_frame
-    print(f"KV cache   {per_frame / 2**20:.1f} MiB per latent frame in bfloat16 at {info.width}x{info.height}")
+    print(f"KV cache   {_size(per_frame)} per latent frame in bfloat16 at {info.width}x{info.height}")
     if preset and preset.cache.window != -1:
         window = preset.cache.window
-        print(f"           {per_frame * window / 2**30:.2f} GiB for its window of {window} latent frames "
+        print(f"           {_size(per_frame * window)} for its window of {window} latent frames "
               f"({pixel_frames(window)} video frames)")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _make_tiny(args: argparse.Namespace) -> None:
     folder = make_tiny(args.folder, seed=args.seed)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"{folder}: a complete model, {size / 2**20:.1f} MiB, random weights")
+    print(f"{folder}: a complete model, {_size(size)}, random weights")

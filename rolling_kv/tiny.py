@@ -122,7 +122,7 @@ def _randomize(model: nn.Module, seed: int) -> nn.Module:
 
 
 def train_tokenizer(sentences: Iterable[str], size: int = VOCABULARY) -> bytes:
-    """Train a sentencepiece unigram model of at most `size` pieces, special tokens as in UMT5; the bytes of its file."""
+    """Train a sentencepiece unigram model of at most `size` pieces, special tokens as in UMT5; its bytes."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences), model_writer=model, model_type="unigram", vocab_size=size,

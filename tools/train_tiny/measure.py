@@ -81,7 +81,8 @@ def watch(
 
 
 def share(values) -> float:
-    return float(torch.as_tensor([float(value) for value in values]).mean())
+    values = [float(value) for value in values]
+    return sum(values) / len(values)
 
 
 def border_errors(seen: list[Sighting], chunks: int) -> tuple[float, float]:
