@@ -31,17 +31,17 @@ class RollingKVAttachCache(io.ComfyNode):
                     "frame 0 would leave. -1: what the model was trained with.",
                 ),
                 io.Combo.Input(
-                    "sink_phase", options=list(SINK_PHASES), advanced=True,
+                    "sink_phase", options=list(SINK_PHASES), optional=True, advanced=True,
                     tooltip="Absolute: as the models were trained. Rebased: the sink always counts as just before the "
                     "window; try it when a very long video drifts.",
                 ),
                 io.Combo.Input(
-                    "storage", options=list(STORAGES), advanced=True,
+                    "storage", options=list(STORAGES), optional=True, advanced=True,
                     tooltip="How the cache is kept. Model: the model's own precision. Float8 and int8 take about half the "
                     "memory of bfloat16; int8 is the more exact of the two.",
                 ),
                 io.Boolean.Input(
-                    "offload", default=False, advanced=True,
+                    "offload", default=False, optional=True, advanced=True,
                     tooltip="Keep the cache in main memory and bring one layer at a time to the GPU. Slower; for long "
                     "windows on small cards.",
                 ),
@@ -50,7 +50,9 @@ class RollingKVAttachCache(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, window, sink, sink_phase, storage, offload) -> io.NodeOutput:
+    def execute(
+        cls, model, window, sink, sink_phase="absolute", storage="model", offload=False
+    ) -> io.NodeOutput:
         cache = replace(model.cache, sink_phase=sink_phase, storage=storage, offload=offload)
         if window != 0:
             cache = replace(cache, window=window)

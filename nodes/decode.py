@@ -30,11 +30,11 @@ class RollingKVDecodeVideo(io.ComfyNode):
                 VAE.Input("vae", tooltip="From Load Streaming VAE."),
                 io.Latent.Input("latent", tooltip="From Sample Video."),
                 io.Float.Input(
-                    "fps", default=float(FPS), min=1.0, max=120.0, step=1.0, advanced=True,
+                    "fps", default=float(FPS), min=1.0, max=120.0, step=1.0, optional=True, advanced=True,
                     tooltip="Frames per second of the file. The models make 16.",
                 ),
                 io.Int.Input(
-                    "enlarge", default=1, min=1, max=16, advanced=True,
+                    "enlarge", default=1, min=1, max=16, optional=True, advanced=True,
                     tooltip="Repeat each pixel this many times in both directions. For very small videos.",
                 ),
             ],
@@ -43,7 +43,7 @@ class RollingKVDecodeVideo(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, vae, latent, fps, enlarge) -> io.NodeOutput:
+    def execute(cls, vae, latent, fps=FPS, enlarge=1) -> io.NodeOutput:
         samples = _check(latent)
         if samples.shape[0] != 1:
             raise ValueError(f"A video file holds one video, but the latent is a batch of {samples.shape[0]}.")

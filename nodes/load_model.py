@@ -33,7 +33,7 @@ class RollingKVLoadModel(io.ComfyNode):
                     "the file or its name, and assumes self-forcing where nothing tells.",
                 ),
                 io.Combo.Input(
-                    "dtype", options=["auto", "bfloat16", "float16", "float32"], advanced=True,
+                    "dtype", options=["auto", "bfloat16", "float16", "float32"], optional=True, advanced=True,
                     tooltip="Precision of the weights and of the cache. Auto: the file's own, bfloat16 for float32 files on "
                     "a GPU.",
                 ),
@@ -46,7 +46,7 @@ class RollingKVLoadModel(io.ComfyNode):
         return model_files.check(model_files.MODEL, model_name)
 
     @classmethod
-    def execute(cls, model_name, preset, dtype) -> io.NodeOutput:
+    def execute(cls, model_name, preset, dtype="auto") -> io.NodeOutput:
         device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
         path = model_files.find(model_files.MODEL, model_name)
         model = load_model(path, dtype=dtype, preset=preset, device=offload_device, runs_on=device)

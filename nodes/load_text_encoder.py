@@ -26,7 +26,7 @@ class RollingKVLoadTextEncoder(io.ComfyNode):
                     tooltip="A UMT5 file from models/text_encoders, or a diffusers folder from models/diffusers.",
                 ),
                 io.Combo.Input(
-                    "dtype", options=["auto", "bfloat16", "float16", "float32"], advanced=True,
+                    "dtype", options=["auto", "bfloat16", "float16", "float32"], optional=True, advanced=True,
                     tooltip="Precision in which the weights are kept in memory. Auto: the file's own.",
                 ),
             ],
@@ -38,7 +38,7 @@ class RollingKVLoadTextEncoder(io.ComfyNode):
         return model_files.check(model_files.TEXT_ENCODER, text_encoder_name)
 
     @classmethod
-    def execute(cls, text_encoder_name, dtype) -> io.NodeOutput:
+    def execute(cls, text_encoder_name, dtype="auto") -> io.NodeOutput:
         device, offload_device = mm.text_encoder_device(), mm.text_encoder_offload_device()
         path = model_files.find(model_files.TEXT_ENCODER, text_encoder_name)
         encoder = load_text_encoder(path, dtype=dtype, device=offload_device, runs_on=device)

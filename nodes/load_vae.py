@@ -26,7 +26,7 @@ class RollingKVLoadVAE(io.ComfyNode):
                     tooltip="wan_2.1_vae.safetensors from models/vae, or a diffusers folder from models/diffusers.",
                 ),
                 io.Combo.Input(
-                    "dtype", options=["auto", "bfloat16", "float16", "float32"], advanced=True,
+                    "dtype", options=["auto", "bfloat16", "float16", "float32"], optional=True, advanced=True,
                     tooltip="Precision of the VAE. Auto: the file's own, bfloat16 for float32 files on a GPU.",
                 ),
             ],
@@ -38,7 +38,7 @@ class RollingKVLoadVAE(io.ComfyNode):
         return model_files.check(model_files.VAE, vae_name)
 
     @classmethod
-    def execute(cls, vae_name, dtype) -> io.NodeOutput:
+    def execute(cls, vae_name, dtype="auto") -> io.NodeOutput:
         device, offload_device = mm.vae_device(), mm.vae_offload_device()
         path = model_files.find(model_files.VAE, vae_name)
         vae = load_vae(path, dtype=dtype, device=offload_device, runs_on=device)

@@ -51,7 +51,7 @@ class RollingKVSample(io.ComfyNode):
                     tooltip="Pixels, a multiple of 16. Ignored when a state or an initial latent sets the size.",
                 ),
                 io.Float.Input(
-                    "guidance", default=0.0, min=0.0, max=30.0, step=0.1, advanced=True,
+                    "guidance", default=0.0, min=0.0, max=30.0, step=0.1, optional=True, advanced=True,
                     tooltip="Classifier-free guidance. 0: what the model was trained for. 1: off, right for distilled "
                     "few-step models. More needs a negative prompt, twice the time and twice the cache.",
                 ),
@@ -78,7 +78,7 @@ class RollingKVSample(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, length, length_unit, seed, width, height, guidance, negative=None, initial_latent=None,
+        cls, model, positive, length, length_unit, seed, width, height, guidance=0.0, negative=None, initial_latent=None,
         state=None,
     ) -> io.NodeOutput:
         if initial_latent is not None and state is not None:

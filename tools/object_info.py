@@ -34,6 +34,11 @@ KEPT = (
 """Entries of a schema that every supported ComfyUI has, without the name of the folder that the pack lies in."""
 
 
+def recorded() -> dict[str, dict]:
+    """The schemas in tests/data/object_info.json, by node id."""
+    return json.loads(RECORD.read_text(encoding="utf-8"))
+
+
 def record(client: ComfyClient) -> dict[str, dict]:
     """What the server at `client` knows of the pack's nodes and of those that the workflows use, normalised, by id."""
     known = client.object_info()

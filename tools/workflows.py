@@ -24,7 +24,7 @@ CIRCLE, SQUARE = "a red circle moving right", "a blue circle moving right"
 LOADERS = {
     "model": ("RollingKVLoadModel", (40, 60), {"model_name": TINY}),
     "text_encoder": ("RollingKVLoadTextEncoder", (40, 280), {"text_encoder_name": TINY}),
-    "vae": ("RollingKVLoadVAE", (40, 440), {"vae_name": TINY}),
+    "vae": ("RollingKVLoadVAE", (780, 440), {"vae_name": TINY}),
     "cache": ("RollingKVAttachCache", (400, 60), {"model": "model.0"}),
 }
 REAL_MODELS = """## With a real model
@@ -48,7 +48,7 @@ def sample(x: int, y: int, positive: str, length: float, seed: int, **inputs: st
 def output(x: int, latent: str, name: str) -> dict:
     return {
         "decode": ("RollingKVDecodeVideo", (x, 60), {"vae": "vae.0", "latent": latent, "fps": 16, "enlarge": 6}),
-        "save": ("SaveVideo", (x, 280), {"video": "decode.0", "filename_prefix": f"video/{name}"}),
+        "save": ("SaveVideo", (x + 380, 60), {"video": "decode.0", "filename_prefix": f"video/{name}"}),
     }
 
 
@@ -59,22 +59,23 @@ WORKFLOWS = {
         | output(1160, "sample.0", "rolling_kv_t2v"),
         "notes": [
             (
-                (40, 620),
-                (340, 250),
+                (40, 460),
+                (340, 190),
                 "## Text to video\nThe model writes the video chunk by chunk; each chunk sees the "
                 "frames before it through the rolling cache. **length** may be as long as you like: memory stays the same.",
             ),
-            ((400, 620), (720, 250), REAL_MODELS),
+            ((1160, 460), (720, 190), REAL_MODELS),
         ],
     },
     "rolling_kv_image_to_video": {
         "nodes": LOADERS
         | {
+            "vae": ("RollingKVLoadVAE", (40, 440), {"vae_name": TINY}),
             "prompt": prompt(CIRCLE, 280),
-            "image": ("LoadImage", (40, 620), {"image": "example.png"}),
+            "image": ("LoadImage", (40, 600), {"image": "example.png"}),
             "encode": (
                 "RollingKVEncodeVideo",
-                (400, 620),
+                (400, 600),
                 {
                     "vae": "vae.0",
                     "images": "image.0",
@@ -87,33 +88,34 @@ WORKFLOWS = {
         | output(1160, "sample.0", "rolling_kv_i2v"),
         "notes": [
             (
-                (780, 620),
-                (340, 250),
+                (780, 460),
+                (340, 190),
                 "## Image to video\nThe image becomes the first frame of the video. To extend a "
                 "video instead, give Encode Video its frames (Load Video, Get Video Components). The size is that of Encode "
                 "Video; width and height of Sample Video are ignored.",
             ),
-            ((1160, 620), (720, 250), REAL_MODELS),
+            ((1160, 460), (720, 190), REAL_MODELS),
         ],
     },
     "rolling_kv_two_prompts": {
         "nodes": LOADERS
         | {
+            "vae": ("RollingKVLoadVAE", (1160, 440), {"vae_name": TINY}),
             "first_prompt": prompt(CIRCLE, 280),
-            "second_prompt": prompt(SQUARE, 520),
+            "second_prompt": prompt(SQUARE, 460),
             "first": sample(780, 60, "first_prompt.0", 3.0, 1),
             "second": sample(1160, 60, "second_prompt.0", 3.0, 1, state="first.1"),
         }
         | output(1540, "second.0", "rolling_kv_two_prompts"),
         "notes": [
             (
-                (40, 620),
-                (340, 250),
+                (40, 460),
+                (340, 190),
                 "## Two prompts\nThe second sampler continues exactly where the first one stopped: "
                 "its **state** input is the first one's output. Chain as many as you like. When you change the second "
                 "prompt, only the second sampler runs again.",
             ),
-            ((780, 620), (720, 250), REAL_MODELS),
+            ((1540, 460), (720, 190), REAL_MODELS),
         ],
     },
     "quickstart": {
@@ -145,7 +147,7 @@ BUILD = """({ nodes, notes }) => {
     }
     for (const widget of node.widgets ?? [])
       if (widget.name === 'control_after_generate') widget.value = 'fixed'
-    node.setSize([type === 'RollingKVEncodePrompt' || type.startsWith('RollingKVLoad') ? 340 : 340, node.computeSize()[1]])
+    node.setSize([340, node.computeSize()[1]])
   }
   for (const [pos, size, text] of notes) {
     const note = LiteGraph.createNode('MarkdownNote')
@@ -159,7 +161,19 @@ EXPORT = """async () => {
   const { output } = await window.app.graphToPrompt()
   return { workflow: window.app.graph.serialize(), prompt: output }
 }"""
-FIT = "() => { window.app.canvas.fitViewToSelectionAnimated?.() }"
+FRAME = """async () => {
+  await window.app.extensionManager.setting.set('Comfy.Minimap.Visible', false)
+  const nodes = window.app.graph.nodes
+  const left = Math.min(...nodes.map(n => n.pos[0])) - 20, top = Math.min(...nodes.map(n => n.pos[1])) - 60
+  const right = Math.max(...nodes.map(n => n.pos[0] + n.size[0])) + 20
+  const bottom = Math.max(...nodes.map(n => n.pos[1] + n.size[1])) + 20
+  const view = window.app.canvas.ds, [x, y, width, height] = [70, 90, innerWidth - 90, innerHeight - 110]
+  view.scale = Math.min(width / (right - left), height / (bottom - top), 1)
+  view.offset = [x / view.scale - left, y / view.scale - top]
+  window.app.canvas.setDirty(true, true)
+  return { x, y, width: (right - left) * view.scale, height: (bottom - top) * view.scale }
+}"""
+"""Brings the whole graph into view and returns its rectangle on the page."""
 
 
 def build(url: str) -> None:
@@ -167,16 +181,25 @@ def build(url: str) -> None:
         chromium = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1920, "height": 1000})
-        page.goto(url)
-        page.wait_for_function("() => window.app?.vueAppReady && window.app.graph", timeout=120_000)
-        page.wait_for_timeout(3000)  # a first visit opens the template browser and loads its default graph
         for name, description in WORKFLOWS.items():
+            page.goto(url)  # anew: the page remembers pictures by node number
+            page.wait_for_function("() => window.app?.vueAppReady && window.app.graph", timeout=120_000)
+            page.wait_for_timeout(3000)  # a first visit opens the template browser and loads its default graph
             page.evaluate(BUILD, {key: description[key] for key in ("nodes", "notes")})
             saved = page.evaluate(EXPORT)
             write(PACK / "workflows" / "api" / f"{name.removeprefix('rolling_kv_')}.json", saved["prompt"])
             if not description.get("api_only"):
                 write(PACK / "workflows" / f"{name}.json", saved["workflow"])
+                rectangle = page.evaluate(FRAME)
+                page.wait_for_timeout(1000)
+                save_thumbnail(page.screenshot(clip=rectangle), PACK / "workflows" / f"{name}.jpg")
         browser.close()
+
+
+def save_thumbnail(png: bytes, path: Path) -> None:
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    picture.thumbnail((1024, 1024))
+    picture.save(path, quality=85)
 
 
 def write(path: Path, content: dict) -> None:

@@ -29,15 +29,6 @@ def make_vae(**config) -> AutoencoderKLWan:
 STOCK = make_vae()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A second thread does not help convolutions this small, and costs a lot on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def latents(frames: int, height=2, width=4, seed=0) -> torch.Tensor:
     return torch.randn(1, 16, frames, height, width, generator=torch.Generator().manual_seed(seed))
 

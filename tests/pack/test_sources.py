@@ -1,0 +1,140 @@
+"""Rules that the code keeps, read from its syntax: which way imports go, what is never called, how nodes look."""
+
+import ast
+import re
+
+import pytest
+
+from tools.comfy_env import PACK
+from tools.object_info import PREFIX, inputs_of, recorded
+
+ENGINE = sorted((PACK / "rolling_kv").rglob("*.py"))
+NODES = sorted((PACK / "nodes").rglob("*.py"))
+PUBLISHED = [PACK / "__init__.py", *ENGINE, *NODES]
+
+OWN = {"rolling_kv", "nodes", "tools", "tests", "models", "workflows", "web"}
+COMFY = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution", "app"}
+OUTSIDE = {
+    "subprocess", "multiprocessing", "socket", "socketserver", "ssl", "urllib", "http", "ftplib", "requests", "httpx",
+    "aiohttp", "websocket", "websockets", "huggingface_hub", "modelscope", "webbrowser", "ctypes", "marshal", "dill",
+    "cloudpickle", "pip",
+}  # fmt: skip
+CODE_FROM_TEXT = {"eval", "exec", "compile", "__import__"}
+DOWNLOADS = {"from_pretrained", "from_single_file", "hf_hub_download", "snapshot_download", "load_state_dict_from_url"}
+PROCESSES = {"os.system", "os.popen", "os.startfile", "os.fork", "os.kill"}
+
+each_file = pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.relative_to(PACK).as_posix())
+
+
+def parse(path):
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(path):
+    """(level, module) of every import in a file, wherever it stands; level 0 is absolute."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.level, node.module or ""
+
+
+def absolute(path):
+    return {module.partition(".")[0] for level, module in imports(path) if level == 0}
+
+
+def calls(path):
+    """(dotted name, call) of every call in a file."""
+    return [(ast.unparse(node.func), node) for node in ast.walk(parse(path)) if isinstance(node, ast.Call)]
+
+
+@each_file
+def test_the_pack_imports_itself_by_relative_names_only(path):
+    """Its folder can have any name, and an absolute `nodes` is ComfyUI's."""
+    assert not absolute(path) & OWN
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=lambda path: path.name)
+def test_the_engine_knows_neither_comfyui_nor_the_nodes(path):
+    assert not absolute(path) & COMFY
+    depth = len(path.relative_to(PACK / "rolling_kv").parts)
+    assert all(level <= depth for level, _ in imports(path)), "an import leaves rolling_kv"
+
+
+@each_file
+def test_nothing_starts_a_process_opens_a_connection_or_runs_code_from_text(path):
+    assert not absolute(path) & OUTSIDE
+    for name, call in calls(path):
+        assert name not in CODE_FROM_TEXT | PROCESSES, f"line {call.lineno}: {name}"
+        assert not re.match(r"os\.(spawn|exec)", name), f"line {call.lineno}: {name}"
+        assert name.rpartition(".")[2] not in DOWNLOADS, f"line {call.lineno}: {name} may download"
+
+
+@each_file
+def test_pickles_are_read_as_tensors_only(path):
+    for name, call in calls(path):
+        assert not re.match(r"pickle\.(load|Unpickler)", name), f"line {call.lineno}"
+        if name == "torch.load":
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert keywords.get("weights_only") == "True", f"line {call.lineno}"
+
+
+def test_scripts_talk_to_comfyui_only():
+    forbidden = r"\beval\(|new Function|importScripts|XMLHttpRequest|new WebSocket|https?://"
+    for path in (PACK / "web").rglob("*.js"):
+        assert not re.search(forbidden, path.read_text(encoding="utf-8")), path
+
+
+@each_file
+def test_imports_are_not_guarded(path):
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Try):
+            assert not any(isinstance(part, (ast.Import, ast.ImportFrom)) for part in node.body), f"line {node.lineno}"
+
+
+def node_classes():
+    """Every class in nodes/ that defines a schema."""
+    for path in NODES:
+        for node in parse(path).body:
+            if isinstance(node, ast.ClassDef):
+                methods = {part.name: part for part in node.body if isinstance(part, ast.FunctionDef)}
+                if "define_schema" in methods:
+                    yield node, methods
+
+
+def test_comfyui_managers_scanner_finds_every_node():
+    """It reads the source: a direct subclass of io.ComfyNode, and a literal node_id in the schema."""
+    found = {}
+    for node, methods in node_classes():
+        assert [ast.unparse(base) for base in node.bases] == ["io.ComfyNode"], node.name
+        (schema,) = [
+            call
+            for call in ast.walk(methods["define_schema"])
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "io.Schema"
+        ]
+        values = {keyword.arg: keyword.value for keyword in schema.keywords}
+        assert isinstance(values["node_id"], ast.Constant) and values["node_id"].value == node.name
+        found[node.name] = methods
+    entries = (PACK / "nodes" / "__init__.py").read_text(encoding="utf-8")
+    listed = re.findall(rf"^            ({PREFIX}\w+),$", entries, re.MULTILINE)
+    assert sorted(found) == sorted(listed) == sorted(name for name in recorded() if name.startswith(PREFIX))
+
+
+def test_execute_takes_the_inputs_of_the_recorded_schema():
+    for node, methods in node_classes():
+        parameters = [argument.arg for argument in methods["execute"].args.args][1:]
+        assert sorted(parameters) == sorted(inputs_of(recorded()[node.name])), node.name
+
+
+def test_node_classes_hold_no_state():
+    for node, _ in node_classes():
+        assert all(isinstance(part, ast.FunctionDef) for part in node.body), node.name
+
+
+def test_the_entry_is_what_comfyui_looks_for():
+    names = {node.name for node in parse(PACK / "__init__.py").body if hasattr(node, "name")}
+    source = (PACK / "__init__.py").read_text(encoding="utf-8")
+    assert "comfy_entrypoint" in names
+    assert "NODE_CLASS_MAPPINGS" not in source, "ComfyUI would skip the entrypoint"
+    (web,) = re.findall(r'^WEB_DIRECTORY = "(.+)"$', source, re.MULTILINE)
+    assert (PACK / web).is_dir()
