@@ -6,6 +6,7 @@ from .attach_cache import RollingKVAttachCache
 from .decode import RollingKVDecodeImages, RollingKVDecodeVideo
 from .encode_prompt import RollingKVEncodePrompt
 from .encode_video import RollingKVEncodeVideo
+from .load_lora import RollingKVLoadLoRA
 from .load_model import RollingKVLoadModel
 from .load_text_encoder import RollingKVLoadTextEncoder
 from .load_vae import RollingKVLoadVAE
@@ -16,6 +17,7 @@ class RollingKVExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             RollingKVLoadModel,
+            RollingKVLoadLoRA,
             RollingKVLoadTextEncoder,
             RollingKVLoadVAE,
             RollingKVEncodePrompt,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 import comfy.model_management as mm
 from comfy.model_patcher import ModelPatcher
 
+from ..rolling_kv.lora import Lora, load_lora
+from ..rolling_kv.lora_stack import LoraStack, check_lora
 from ..rolling_kv.sampler import Workspace
 
 
@@ -30,15 +34,39 @@ class ManagedModule(ModelPatcher):
 
 
 class ManagedModel(ManagedModule):
-    """A causal model and the working cache that its last run left behind.
+    """A causal model, and what its last run left behind: the working cache and the applied LoRAs.
 
-    The working cache only saves time, so it is the first thing to go when ComfyUI needs memory, and it goes whenever
-    the weights do.
+    The working cache only saves time, so it is the first thing to go when ComfyUI needs memory. Both go whenever the
+    weights do.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.workspace = Workspace()
+        self.loras = LoraStack(self.model)
+        self._opened: dict[tuple[Path, int], Lora] = {}  # by file and time of its last change
+
+    def open_lora(self, path: Path) -> Lora:
+        """The LoRA in a file, read once. Raises CheckpointError unless it is one, and fits the model."""
+        key = path, path.stat().st_mtime_ns
+        if key not in self._opened:
+            lora = load_lora(path)
+            check_lora(lora, self.model)
+            self._opened[key] = lora
+        return self._opened[key]
+
+    def lora_bytes(self, loras: tuple[tuple[Path, float], ...]) -> int:
+        """Bytes that applying these takes on the device, beside the weights."""
+        return sum(self.open_lora(path).nbytes(self.model.dtype) for path, _ in loras)
+
+    def use_loras(self, loras: tuple[tuple[Path, float], ...]) -> None:
+        """Make these the applied LoRAs, each with its strength; quick when they are already.
+
+        Call it with the weights on the device, before a run. Keys and values belong to the weights that made them, so a
+        change drops the working cache.
+        """
+        if self.loras.set((self.open_lora(path), strength) for path, strength in loras):
+            self.workspace.clear()
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
         freed = self.workspace.nbytes
@@ -49,6 +77,7 @@ class ManagedModel(ManagedModule):
     def detach(self, unpatch_all=True):
         if unpatch_all:  # False: ComfyUI is only replacing its own entry for these weights
             self.workspace.clear()
+            self.loras.clear()
         return super().detach(unpatch_all)
 
 

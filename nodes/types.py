@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 from comfy_api.latest import io
@@ -23,6 +24,8 @@ class ModelHandle(NamedTuple):
     patcher: ManagedModel
     sampling: SamplingConfig
     cache: CacheConfig
+    loras: tuple[tuple[Path, float], ...] = ()  # files and strengths; applied when a sampler runs
 
     def __repr__(self) -> str:  # error messages print their inputs
-        return f"ModelHandle({self.patcher.model.preset.name}, chunk {self.sampling.chunk}, {self.cache})"
+        loras = "".join(f", {path.stem} {strength:g}" for path, strength in self.loras)
+        return f"ModelHandle({self.patcher.model.preset.name}, chunk {self.sampling.chunk}, {self.cache}{loras})"

@@ -9,12 +9,20 @@ remainder the context pass does not need). The state dict and the module tree st
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _check_attention_backend_requirements,
+    dispatch_attention_fn,
+)
 
 from .cache import Branch
 from .rope import rotary_angles, rotate, turns
+
+ATTENTION_BACKENDS = ("native", "_native_cudnn", "flash", "_flash_3", "sage", "xformers")
+"""Those of diffusers' backends that attend without a mask and download nothing."""
 
 
 @dataclass
@@ -32,12 +40,15 @@ class RollingAttachment:
     exact: rotate in float64 and normalise queries and keys as the original code does: bit-equal to it in float32.
         Off: float32 rotation and torch's fused norm, which agree to rounding and are faster on a GPU.
     backend: attention backend of diffusers' dispatcher (None: its default, SDPA).
+    compile: run the blocks through torch.compile. What changes from chunk to chunk (the cache's indices, the number of
+        keys) stays outside the compiled parts, so a session compiles once per chunk size.
     """
 
-    def __init__(self, transformer, *, exact: bool = False, backend: str | None = None):
+    def __init__(self, transformer, *, exact: bool = False, backend: str | None = None, compile: bool = False):
         self.transformer = transformer
         self.exact = exact
         self.backend = backend
+        self.compile = compile
         self.current: _Pass | None = None
         self._rotations: dict[tuple, torch.Tensor] = {}
         self._undo = []
@@ -89,6 +100,10 @@ class RollingAttachment:
         self._set_forward(self.transformer.rope, self._rotation)
         self._set_forward(self.transformer.condition_embedder, self._embed_condition)
         self._set_forward(blocks[-1], self._last_block_forward(blocks[-1], blocks[-1].forward))
+        if self.compile:
+            for block in blocks:
+                block.compile(dynamic=False)
+                self._undo.append(partial(delattr, block, "_compiled_call_impl"))
 
     def _set_processor(self, module, processor) -> None:
         previous = module.processor
@@ -104,7 +119,7 @@ class RollingAttachment:
         module.forward = forward
 
     def _rotation(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Unit complex numbers that rotate each token's head dims, [1, S, 1, D/2], for the open chunk's positions."""
+        """The rotation for the open chunk's positions, as `rope.rotate` takes it."""
         window = self.current.branch.cache.window
         _, patch_height, patch_width = self.transformer.config.patch_size
         frames, height, width = hidden_states.shape[2:]
@@ -114,8 +129,10 @@ class RollingAttachment:
             # Every step of a chunk uses the same one; another chunk's will not be needed again.
             self._rotations.clear()
             rotation = turns(rotary_angles(self.transformer.config.attention_head_dim, window.end, *grid))
-            dtype = torch.complex128 if self.exact else torch.complex64
-            self._rotations[key] = rotation.to(device=hidden_states.device, dtype=dtype)[None, :, None]
+            rotation = rotation.to(torch.complex128 if self.exact else torch.complex64)[None, :, None]
+            # torch.compile fuses real arithmetic only.
+            rotation = torch.view_as_real(rotation) if self.compile else rotation
+            self._rotations[key] = rotation.to(hidden_states.device)
         return self._rotations[key]
 
     def _embed_condition(self, timestep, encoder_hidden_states, encoder_hidden_states_image=None, **_):
@@ -132,17 +149,23 @@ class RollingAttachment:
         return time[::rows], modulation[::rows], prompt.projected, None
 
     def _last_block_forward(self, block, forward):
+        @partial(torch.compiler.disable, recursive=False)
         def last_block(hidden_states, encoder_hidden_states, temb, rotary_emb):
             if not self.current.keys_only:
                 return forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
-            shift, scale = (block.scale_shift_table + temb.float())[:, :2].unbind(1)
-            normed = block.norm1(hidden_states.float()) * (1 + scale[:, None]) + shift[:, None]
-            processor = block.attn1.processor
-            key, value = processor.key_value(block.attn1, normed.type_as(hidden_states), rotary_emb)
-            self.current.branch.cache.write(processor.layer, key, value)
+            self._write_keys(block, hidden_states, temb, rotary_emb)
             return hidden_states
 
         return last_block
+
+    @torch.compiler.disable
+    def _write_keys(self, block, hidden_states, temb, rotary_emb) -> None:
+        """What a context pass needs of the last block: the beginning, up to the keys and values."""
+        shift, scale = (block.scale_shift_table + temb.float())[:, :2].unbind(1)
+        normed = block.norm1(hidden_states.float()) * (1 + scale[:, None]) + shift[:, None]
+        processor = block.attn1.processor
+        key, value = processor.key_value(block.attn1, normed.type_as(hidden_states), rotary_emb)
+        self.current.branch.cache.write(processor.layer, key, value)
 
 
 class RollingSelfAttention:
@@ -156,11 +179,15 @@ class RollingSelfAttention:
         self._attention_backend = attachment.backend
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        """hidden_states: [B, S, dim], the tokens of the open chunk. rotary_emb: [1, S, 1, D/2], complex."""
+        """hidden_states: [B, S, dim], the tokens of the open chunk. rotary_emb: see `rope.rotate`."""
         query = rotate(self._heads(attn, attn.to_q(hidden_states), attn.norm_q), rotary_emb)
         key, value = self.key_value(attn, hidden_states, rotary_emb)
+        return _project(attn, self._attend(query, key, value))
+
+    @torch.compiler.disable
+    def _attend(self, query, key, value):
         key, value = self.attachment.current.branch.cache.update(self.layer, key, value)
-        return _attend(self, attn, query, key, value)
+        return _attention(self, query, key, value)
 
     def key_value(self, attn, hidden_states, rotary_emb) -> tuple[torch.Tensor, torch.Tensor]:
         """The chunk's own keys, after RoPE, and values, [B, S, H, D] each."""
@@ -183,22 +210,28 @@ class PromptCrossAttention:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         """hidden_states: [B, S, dim]; encoder_hidden_states: the projected prompt, [B, L, dim]."""
-        exact = self.attachment.exact
+        query = _normalise(attn.to_q(hidden_states), attn.norm_q, self.attachment.exact)
+        return _project(attn, self._attend(attn, query.unflatten(2, (attn.heads, -1)), encoder_hidden_states))
+
+    @torch.compiler.disable
+    def _attend(self, attn, query, encoder_hidden_states):
         layers = self.attachment.current.branch.prompt.layers
         if self.layer not in layers:
-            key = _normalise(attn.to_k(encoder_hidden_states), attn.norm_k, exact).unflatten(2, (attn.heads, -1))
-            layers[self.layer] = key, attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1))
-        query = _normalise(attn.to_q(hidden_states), attn.norm_q, exact).unflatten(2, (attn.heads, -1))
-        return _attend(self, attn, query, *layers[self.layer])
+            key = _normalise(attn.to_k(encoder_hidden_states), attn.norm_k, self.attachment.exact)
+            value = attn.to_v(encoder_hidden_states)
+            layers[self.layer] = key.unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1))
+        return _attention(self, query, *layers[self.layer])
 
 
-def _attend(processor, attn, query, key, value) -> torch.Tensor:
+def _attention(processor, query, key, value) -> torch.Tensor:
     # A float32 norm weight in a half-precision model lifts the query: keys and values decide the dtype.
-    hidden_states = dispatch_attention_fn(
+    return dispatch_attention_fn(
         query.to(key.dtype), key, value, backend=processor._attention_backend, parallel_config=None
     )
-    hidden_states = hidden_states.flatten(2, 3).to(attn.to_out[0].weight.dtype)
-    return attn.to_out[1](attn.to_out[0](hidden_states))
+
+
+def _project(attn, heads) -> torch.Tensor:
+    return attn.to_out[1](attn.to_out[0](heads.flatten(2, 3)))
 
 
 def _normalise(hidden_states: torch.Tensor, norm, exact: bool) -> torch.Tensor:
@@ -218,22 +251,36 @@ def time_sinusoid(timestep: torch.Tensor, channels: int) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def apply_rolling_kv_cache(transformer, *, exact: bool = False, backend: str | None = None) -> RollingAttachment:
+def apply_rolling_kv_cache(
+    transformer, *, exact: bool = False, backend: str | None = None, compile: bool = False
+) -> RollingAttachment:
     """Attach to a stock `WanTransformer3DModel`. Use as a context manager, or call `detach` on what is returned.
 
-    Raises ValueError if a rolling cache is attached already, or if the model is conditioned on images.
+    Raises ValueError if a rolling cache is attached already, if the model is conditioned on images, or if the attention
+    backend is not one of ATTENTION_BACKENDS or is not installed. The arguments are those of `RollingAttachment`.
     """
+    if backend is not None:
+        _check_backend(backend)
     if any(isinstance(block.attn1.processor, RollingSelfAttention) for block in transformer.blocks):
         raise ValueError("this transformer has a rolling cache attached already; detach that one first")
     if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
         raise ValueError("this is an image-conditioned Wan model; causal models are text-conditioned (T2V) ones")
-    attachment = RollingAttachment(transformer, exact=exact, backend=backend)
+    attachment = RollingAttachment(transformer, exact=exact, backend=backend, compile=compile)
     try:
         attachment._attach()
     except BaseException:
         attachment.detach()
         raise
     return attachment
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in ATTENTION_BACKENDS:
+        raise ValueError(f"the attention backend must be one of {', '.join(ATTENTION_BACKENDS)}, got {backend!r}")
+    try:
+        _check_attention_backend_requirements(AttentionBackendName(backend))
+    except RuntimeError as error:
+        raise ValueError(f"the attention backend {backend} is not installed here: {error}") from error
 
 
 def remove_rolling_kv_cache(transformer) -> bool:

@@ -31,6 +31,7 @@ from .layouts import (
 )
 from .model import CausalModel, kv_bytes_per_frame
 from .presets import choose_preset, detect_preset, transformer_metadata
+from .weights import check_storage, gguf_types, is_packed, pack_linears, store_float8, unpack, unpacked_shapes
 
 __all__ = ["CheckpointError", "CheckpointInfo", "build_transformer", "inspect_checkpoint", "load_model"]
 
@@ -60,7 +61,7 @@ class CheckpointInfo:
 
     layout: naming, wrapper and prefix, for people.
     file_bytes: of all weight files together.
-    dtypes: of the stored weights, the one with the most values first.
+    dtypes: of the stored weights, the one with the most values first; the packings of a GGUF file before the rest.
     config: layers, dim, heads, ffn.
     preset: name of the detected preset, None where neither the file nor its name tells.
     kv_bytes_per_frame: keys and values of one latent frame in bfloat16 at `height` x `width` pixels.
@@ -87,16 +88,20 @@ def load_model(
     device: str | torch.device = "cpu",
     runs_on: str | torch.device | None = None,
     config: dict | None = None,
+    storage: str = "model",
 ) -> CausalModel:
     """Load a causal Wan text-to-video model.
 
-    path: a diffusers folder (with transformer/ in it, or that folder itself), or a .safetensors, .pt or .pth file in
-        the original Wan or diffusers names, inside the usual wrappers and prefixes.
+    path: a diffusers folder (with transformer/ in it, or that folder itself), or a .safetensors, .gguf, .pt or .pth
+        file in the original Wan or diffusers names, inside the usual wrappers and prefixes. The weights of a .gguf file
+        stay packed in memory.
     dtype: "float32", "float16", "bfloat16", a torch dtype, or "auto": the file's own, float8 as bfloat16, and on CUDA
         float32 as bfloat16. In half precision the norms and the time embedding stay float32, as diffusers does.
     preset: a preset, the name of one, or "auto": detected, self-forcing where nothing tells.
     runs_on: the device that "auto" chooses for, where the model is loaded to another one first.
     config: settings that shapes cannot tell and the file does not, such as `num_attention_heads`.
+    storage: "model" keeps the weights in `dtype`; "float8" keeps the blocks' Linear layers in one byte per value, and
+        brings each to `dtype` while it runs.
 
     Raises CheckpointError for a file that is no such model, with what it is instead, what is missing or what to do.
     """
@@ -105,7 +110,13 @@ def load_model(
         checkpoint = open_checkpoint(_transformer_path(path))
         chosen = choose_preset(preset, path, checkpoint)
         settings = _settings(checkpoint) | (config or {})
-        return CausalModel(build_transformer(checkpoint.tensors, settings, dtype, device, runs_on), chosen)
+        check_storage(storage, any(map(is_packed, checkpoint.tensors.values())))
+        if storage == "model":
+            return CausalModel(build_transformer(checkpoint.tensors, settings, dtype, device, runs_on), chosen)
+        # In float8 before it moves: the device may be too small for more.
+        transformer = build_transformer(checkpoint.tensors, settings, dtype, runs_on=runs_on or device)
+        store_float8(transformer)
+        return CausalModel(transformer.to(device), chosen)
 
 
 @torch.inference_mode(False)
@@ -124,13 +135,15 @@ def build_transformer(
     Tensors that already have the dtype and device are used as they are, not copied. Raises CheckpointError.
     """
     weights, scales, config, _ = _prepare(state_dict, config or {})
+    packed = _packed(state_dict)
     transformer = _empty_transformer(weights, config)
     dtype = choose_dtype(dtype, weights, runs_on or device)
     float32_parts = set(WanTransformer3DModel._keep_in_fp32_modules) if dtype.itemsize < 4 else set()
-    loaded = {}
+    weights |= packed
+    loaded = {name: weights.pop(name).to(device) for name in pack_linears(transformer, packed, dtype, float32_parts)}
     for name in list(weights):
         target = torch.float32 if float32_parts.intersection(name.split(".")) else dtype
-        loaded[name] = load_tensor(weights.pop(name), scales.get(name), target, device)
+        loaded[name] = load_tensor(unpack(weights.pop(name)), scales.get(name), target, device)
     transformer.load_state_dict(loaded, assign=True)
     # Its tables are no part of any checkpoint, and are still on the meta device.
     rope = WanRotaryPosEmbed(config["attention_head_dim"], config["patch_size"], transformer.config.rope_max_seq_len)
@@ -146,12 +159,13 @@ def inspect_checkpoint(path: str | Path, height: int = 480, width: int = 832) ->
         weights, _, config, naming = _prepare(checkpoint.tensors, _settings(checkpoint))
         _empty_transformer(weights, config)
         preset = detect_preset(path, checkpoint)
+    packings = gguf_types(checkpoint.tensors)
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     return CheckpointInfo(
         path=path,
         layout=", ".join(filter(None, (naming, checkpoint.wrapper and f"wrapper {checkpoint.wrapper}"))),
         file_bytes=sum(file.stat().st_size for file in checkpoint.files),
-        dtypes=tuple(dtype_name(dtype) for dtype in stored_dtypes(weights)),
+        dtypes=(*packings, *map(dtype_name, stored_dtypes(checkpoint.tensors if packings else weights))),
         config={
             "layers": config["num_layers"],
             "dim": dim,
@@ -176,13 +190,19 @@ def _settings(checkpoint: Checkpoint) -> dict:
 
 def _prepare(tensors: dict[str, Tensor], settings: dict) -> tuple[dict[str, Tensor], dict[str, Tensor], dict, str]:
     """Weights in diffusers' names, float8 scales, the model's config and the naming they had."""
-    stripped, prefix = strip_prefixes(tensors)
+    stripped, prefix = strip_prefixes(unpacked_shapes(tensors))
     kind = kind_of(stripped)
     if kind != WAN:
         raise CheckpointError(f"this is {kind}, not a Wan video model. {_ADVICE.get(kind, '')}".rstrip())
     renamed, naming = to_diffusers_names(stripped)
     weights, scales = split_scales(renamed)
     return weights, scales, _config(weights, settings), f"{naming}, prefix {prefix}." if prefix else naming
+
+
+def _packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the tensors that a GGUF file packs, under diffusers' names."""
+    packed = {name: tensor for name, tensor in tensors.items() if is_packed(tensor)}
+    return to_diffusers_names(strip_prefixes(packed)[0])[0] if packed else {}
 
 
 def _config(weights: dict[str, Tensor], settings: dict) -> dict:

@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .weights import read_gguf
+
 _FLOATS = {  # by their names in a safetensors header; no other type holds weights that are read here
     "F64": torch.float64,
     "F32": torch.float32,
@@ -27,7 +29,7 @@ _FLOATS = {  # by their names in a safetensors header; no other type holds weigh
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_EXPECTED = "a .safetensors, .pt or .pth file, or a folder in the diffusers layout"
+_EXPECTED = "a .safetensors, .gguf, .pt or .pth file, or a folder in the diffusers layout"
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 _WRAPPERS = ("generator_ema", "generator", "model", "state_dict", "generator_lora")
 
@@ -76,6 +78,8 @@ def open_checkpoint(path: Path, *, values: bool = True) -> Checkpoint:
         return _open_safetensors(path, values)
     if path.suffix.lower() in _PICKLES:
         return _open_pickle(path)
+    if path.suffix.lower() == ".gguf":
+        return _open_gguf(path)
     raise CheckpointError(f"files of type {path.suffix or '(none)'} are not read here. Expected {_EXPECTED}.")
 
 
@@ -148,6 +152,15 @@ def _open_pickle(path: Path) -> Checkpoint:
     except (RuntimeError, EOFError, KeyError) as error:
         raise CheckpointError(_not_a_model(path) or _damaged(path, error)) from error
     return _unwrap(path, content)
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    try:
+        return Checkpoint((path,), read_gguf(path))
+    except (ImportError, NotImplementedError) as error:
+        raise CheckpointError(str(error)) from error
+    except (ValueError, IndexError, OverflowError, KeyError) as error:
+        raise CheckpointError(_not_a_model(path) or _damaged(path, error)) from error
 
 
 def _unwrap(path: Path, content) -> Checkpoint:

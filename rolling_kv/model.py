@@ -10,6 +10,7 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from .config import PRESETS, SIZE_MULTIPLE, ModelPreset
+from .weights import plain
 
 
 class CausalModel(nn.Module):
@@ -57,7 +58,7 @@ def kv_bytes_per_frame(layers: int, dim: int, height: int, width: int, dtype: to
 def fingerprint(transformer: WanTransformer3DModel) -> str:
     """16 hex digits over the model's shape, dtype and a sample of each tensor's values."""
     config = transformer.config
-    tensors = sorted(transformer.state_dict().items())
+    tensors = [(name, plain(tensor)) for name, tensor in sorted(transformer.state_dict().items())]
     shape = {
         "heads": config.num_attention_heads,
         "patch": list(config.patch_size),

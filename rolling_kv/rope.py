@@ -12,13 +12,18 @@ THETA = 10000.0
 
 
 def rotate(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Apply RoPE: neighbouring dims are the two parts of a complex number. [B, S, H, D] and [1, S, 1, D/2].
+    """Apply RoPE to [B, S, H, D]: neighbouring dims are the two parts of a complex number.
 
-    The arithmetic is float64 for a complex128 rotation, float32 for a complex64 one; the dtype of `heads` is kept.
+    rotation: unit complex numbers, [1, S, 1, D/2], or their real and imaginary parts, [1, S, 1, D/2, 2]. Their precision
+    is that of the arithmetic; the dtype of `heads` is kept.
     """
-    real = torch.float64 if rotation.dtype == torch.complex128 else torch.float32
-    pairs = torch.view_as_complex(heads.to(real).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(heads)
+    pairs = heads.to(rotation.real.dtype if rotation.is_complex() else rotation.dtype).unflatten(-1, (-1, 2))
+    if rotation.is_complex():
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * rotation)
+    else:
+        (x, y), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
+        turned = torch.stack((x * cos - y * sin, x * sin + y * cos), dim=-1)
+    return turned.flatten(-2).type_as(heads)
 
 
 def turns(angles: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,7 @@ class RollingSession:
     prompt, negative: text embeddings [B or 1, L, D], zero-padded; negative is needed with guidance only.
     height, width: pixels, multiples of 16. sampling, cache: by default the model's preset.
     state: the video to continue; its tensors are only read. workspace: where to look for, and leave, a working cache.
-    exact: see `RollingAttachment`. on_pass: called as on_pass(done, total) before every model pass; whatever it raises
+    exact, backend, compile: see `RollingAttachment`. on_pass: called as on_pass(done, total) before every model pass; whatever it raises
     cancels the run, and the working cache is dropped.
     """
 
@@ -78,7 +78,8 @@ class RollingSession:
         self, model: CausalModel, prompt: torch.Tensor, *, height: int, width: int,
         negative: torch.Tensor | None = None, batch: int = 1, sampling: SamplingConfig | None = None,
         cache: CacheConfig | None = None, state: CacheState | None = None, workspace: Workspace | None = None,
-        exact: bool = False, backend: str | None = None, on_pass: Callable[[int, int], None] | None = None,
+        exact: bool = False, backend: str | None = None, compile: bool = False,
+        on_pass: Callable[[int, int], None] | None = None,
     ):
         self.model = model
         self.sampling = sampling or model.preset.sampling
@@ -90,6 +91,7 @@ class RollingSession:
         self.latent_size = check_size(height, width)
         self.exact = exact
         self.backend = backend
+        self.compile = compile
         self.on_pass = on_pass
         self._workspace = workspace or Workspace()
         self._attachment: RollingAttachment | None = None
@@ -221,7 +223,9 @@ class RollingSession:
         shape = CacheShape.of(self.model.transformer, self.batch, *self.latent_size, self.dtype)
         spec = CacheSpec(shape, self.cache_config, names, self.exact, self.device)
         workspace = self._workspace
-        self._attachment = apply_rolling_kv_cache(self.model.transformer, exact=self.exact, backend=self.backend)
+        self._attachment = apply_rolling_kv_cache(
+            self.model.transformer, exact=self.exact, backend=self.backend, compile=self.compile
+        )
         try:
             if workspace.spec == spec:
                 self._caches = workspace.caches

@@ -84,22 +84,13 @@ def inputs_of(schema: dict) -> dict[str, list]:
     }
 
 
-def has_seed_control(spec: list) -> bool:
-    """Whether the frontend puts a "control after generate" widget behind this input."""
-    return len(spec) > 1 and bool(spec[1].get("control_after_generate"))
-
-
 def english(schemas: dict[str, dict]) -> dict[str, dict]:
     """The pack's nodes as an English nodeDefs.json: the texts of the schemas, outputs keyed by number."""
     return {name: _texts(schema) for name, schema in schemas.items() if name.startswith(PREFIX)}
 
 
 def _texts(schema: dict) -> dict:
-    inputs = {}
-    for name, spec in inputs_of(schema).items():
-        inputs[name] = {"name": name, "tooltip": spec[1]["tooltip"]}
-        if has_seed_control(spec):
-            inputs["control_after_generate"] = {"name": "control after generate"}
+    inputs = {name: {"name": name, "tooltip": spec[1]["tooltip"]} for name, spec in inputs_of(schema).items()}
     outputs = {
         str(index): {"name": name, "tooltip": tooltip}
         for index, (name, tooltip) in enumerate(zip(schema["output_name"], schema["output_tooltips"]))

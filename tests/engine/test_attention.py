@@ -14,7 +14,7 @@ from rolling_kv.attention import (
 )
 from rolling_kv.cache import Branch, CacheShape, PromptCache, RollingKVCache
 from rolling_kv.config import CacheConfig
-from rolling_kv.rope import rotary_angles, rotate
+from rolling_kv.rope import rotary_angles, rotate, turns
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +203,17 @@ def test_deep_copies_are_independent(transformer):
     other = copy.deepcopy(transformer)
     with apply_rolling_kv_cache(transformer):
         assert not isinstance(other.blocks[0].attn1.processor, RollingSelfAttention)
+
+
+def test_real_and_complex_rotations_agree():
+    heads = torch.randn(2, 6, 3, 12, generator=torch.Generator().manual_seed(5))
+    rotation = turns(rotary_angles(12, 4, 1, 2, 3)).to(torch.complex64)[None, :, None]
+    torch.testing.assert_close(rotate(heads, torch.view_as_real(rotation)), rotate(heads, rotation))
+
+
+@pytest.mark.parametrize("backend, message", [("flash_hub", "must be one of native"), ("sage", "is not installed here")])
+def test_a_backend_that_cannot_be_used_is_refused(transformer, backend, message):
+    before = fingerprint(transformer)
+    with pytest.raises(ValueError, match=message):
+        apply_rolling_kv_cache(transformer, backend=backend)
+    assert fingerprint(transformer) == before

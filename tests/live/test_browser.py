@@ -1,4 +1,4 @@
-"""Each example workflow in the real frontend: nothing missing, nothing complained about, and it runs with the Run button."""
+"""Each example workflow in the real frontend: nothing missing, no complaints, and it runs with the Run button."""
 
 import pytest
 from graphs import PACK, read_video

@@ -23,7 +23,7 @@ def pixel_frames(latent_frames: int) -> int:
 
 
 def latent_frames(prompt: dict, sampler: dict) -> int:
-    """Latent frames that the video has after a sampler: what it starts from, and whole chunks of at least its length."""
+    """Latent frames of the video after a sampler: what it starts from, and whole chunks of at least its length."""
     frames = 0
     if "state" in sampler:
         frames = latent_frames(prompt, prompt[sampler["state"][0]]["inputs"])

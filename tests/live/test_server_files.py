@@ -3,36 +3,29 @@
 import json
 import os
 import urllib.parse
-from pathlib import Path
 
 import pytest
 from graphs import PACK, TINY
 
-RECORD = Path(__file__).parents[1] / "data/object_info.json"
+from tools.object_info import ENGLISH, PREFIX, RECORD, english, record, recorded, write
 
 
 def rolling_nodes(client) -> dict:
-    return {name: info for name, info in client.object_info().items() if name.startswith("RollingKV")}
+    return {name: info for name, info in client.object_info().items() if name.startswith(PREFIX)}
 
 
-def without_this_machine(schemas: dict) -> dict:
-    """Schemas less the pack's folder name and the model files that happen to lie on this machine."""
-    for schema in schemas.values():
-        del schema["python_module"]
-        for group in schema["input"].values():
-            for kind, *rest in group.values():
-                if kind == "COMBO" and TINY in rest[0].get("options", []):
-                    rest[0]["options"] = [TINY]
-    return schemas
+def folder_name(client) -> str:
+    """What the server calls the pack: the name of its folder in custom_nodes."""
+    (module,) = {schema["python_module"] for schema in rolling_nodes(client).values()}
+    return module.removeprefix("custom_nodes.")
 
 
 def test_recorded_schemas_are_those_of_the_server(client):
     """ROLLING_KV_RECORD=1 writes the record anew."""
-    schemas = without_this_machine(rolling_nodes(client))
     if os.environ.get("ROLLING_KV_RECORD"):
-        RECORD.write_text(json.dumps(schemas, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    recorded = json.loads(RECORD.read_text(encoding="utf-8"))
-    assert schemas == recorded, "a node has changed: run this test once with ROLLING_KV_RECORD=1"
+        write(RECORD, record(client))
+        write(ENGLISH, english(recorded()))
+    assert record(client) == recorded(), "a node has changed: run this test once with ROLLING_KV_RECORD=1"
 
 
 def test_the_bundled_model_is_the_first_choice(client):
@@ -43,16 +36,15 @@ def test_the_bundled_model_is_the_first_choice(client):
 
 
 def test_help_pages_are_served(client):
-    for name, schema in rolling_nodes(client).items():
-        pack = schema["python_module"].removeprefix("custom_nodes.")
-        assert client.get(f"/extensions/{pack}/docs/{name}/en.md").startswith(b"#"), name
+    for name in rolling_nodes(client):
+        assert client.get(f"/extensions/{folder_name(client)}/docs/{name}/en.md").startswith(b"#"), name
 
 
 def test_templates_are_offered_with_thumbnails(client):
-    offered = {pack: names for pack, names in json.loads(client.get("/workflow_templates")).items()}
-    expected = sorted(path.stem for path in (PACK / "workflows").glob("*.json"))
-    (pack,) = [pack for pack, names in offered.items() if sorted(names) == expected]
-    for name in expected:
+    pack = folder_name(client)
+    offered = json.loads(client.get("/workflow_templates"))[pack]
+    assert sorted(offered) == sorted(path.stem for path in (PACK / "workflows").glob("*.json"))
+    for name in offered:
         address = f"/api/workflow_templates/{pack}/{urllib.parse.quote(name)}"
         assert json.loads(client.get(address + ".json"))["nodes"]
         assert client.get(address + ".jpg").startswith(b"\xff\xd8")

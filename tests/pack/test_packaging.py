@@ -62,5 +62,6 @@ def test_the_published_archive_has_what_the_pack_needs_and_no_tools():
 
 def test_code_is_clean():
     ruff = shutil.which("ruff", path=Path(sys.executable).parent)
-    result = subprocess.run([ruff, "check", "--no-cache", "--output-format", "concise", PACK], capture_output=True, text=True)
+    command = [ruff, "check", "--no-cache", "--output-format", "concise", PACK]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout

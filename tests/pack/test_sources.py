@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from rolling_kv import config
 from tools.comfy_env import PACK
 from tools.object_info import PREFIX, inputs_of, recorded
 
@@ -124,6 +125,22 @@ def test_execute_takes_the_inputs_of_the_recorded_schema():
     for node, methods in node_classes():
         parameters = [argument.arg for argument in methods["execute"].args.args][1:]
         assert sorted(parameters) == sorted(inputs_of(recorded()[node.name])), node.name
+
+
+def value_of(default):
+    return getattr(config, default.id) if isinstance(default, ast.Name) else ast.literal_eval(default)
+
+
+def test_inputs_that_may_be_left_out_have_the_schemas_defaults():
+    for node, methods in node_classes():
+        arguments = methods["execute"].args
+        named = arguments.args[len(arguments.args) - len(arguments.defaults) :]
+        defaults = {argument.arg: value_of(default) for argument, default in zip(named, arguments.defaults)}
+        schema = recorded()[node.name]
+        assert defaults.keys() == schema["input"].get("optional", {}).keys(), node.name
+        for name, (kind, options) in schema["input"].get("optional", {}).items():
+            first = options["options"][0] if kind == "COMBO" else None
+            assert defaults[name] == options.get("default", first), f"{node.name}.{name}"
 
 
 def test_node_classes_hold_no_state():

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from tools.comfy_env import PACK
-from tools.object_info import has_seed_control, inputs_of, recorded
+from tools.object_info import inputs_of, recorded
 
 SCHEMAS = recorded()
 NOTES = ("MarkdownNote", "Note")
@@ -47,9 +47,10 @@ def widgets_of(schema):
     for name, spec in inputs_of(schema).items():
         if is_widget(spec):
             widgets[name] = spec
-            if has_seed_control(spec):
+            options = spec[1] if len(spec) > 1 else {}
+            if options.get("control_after_generate"):
                 widgets["control_after_generate"] = None
-            if len(spec) > 1 and spec[1].get("image_upload"):
+            if options.get("image_upload"):
                 widgets["upload"] = None
     return widgets
 

@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from .types import CATEGORY, Model
+
+FOLDER = "loras"
+
+
+class RollingKVLoadLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RollingKVLoadLoRA",
+            display_name="Load LoRA (Causal Video)",
+            category=CATEGORY,
+            description=(
+                "Changes a causal video model by a LoRA: LongLive's own, or one for style, motion or a person that was made "
+                "for Wan 2.1 of the same size. Chain several to add them up. Other branches keep the model as it was."
+            ),
+            search_aliases=["lora", "longlive lora", "adapter", "style lora", "wan lora"],
+            inputs=[
+                Model.Input("model", tooltip="From Load Causal Video Model, or another Load LoRA."),
+                io.Combo.Input(
+                    "lora_name", options=folder_paths.get_filename_list(FOLDER),
+                    tooltip="A file from models/loras (.safetensors or .pt; original Wan, diffusers, kohya or PEFT names).",
+                ),
+                io.Float.Input(
+                    "strength", default=1.0, min=-10.0, max=10.0, step=0.05,
+                    tooltip="How much of it: 1 is what it was trained for, 0 is none, below 0 is the opposite.",
+                ),
+            ],
+            outputs=[Model.Output(display_name="model", tooltip="The model with this LoRA.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora_name):
+        if find(lora_name) is not None:
+            return True
+        places = " or ".join(folder_paths.get_folder_paths(FOLDER))
+        return f"The LoRA {lora_name!r} was not found. Put the file into {places}, then press R to refresh."
+
+    @classmethod
+    def execute(cls, model, lora_name, strength) -> io.NodeOutput:
+        path = find(lora_name)
+        model.patcher.open_lora(path)  # one that does not fit is refused here, not in the sampler
+        return io.NodeOutput(model._replace(loras=(*model.loras, (path, strength))))
+
+
+def find(name: str) -> Path | None:
+    """The file that a combo's `name` stands for, with either kind of slash; None if there is none."""
+    parts = name.replace("\\", "/").split("/")
+    if ".." in parts or Path(name).is_absolute():
+        return None
+    path = folder_paths.get_full_path(FOLDER, str(Path(*parts)))
+    return None if path is None else Path(path)

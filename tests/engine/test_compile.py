@@ -1,0 +1,48 @@
+"""torch.compile: the same video, and no compilation from the second chunk on."""
+
+import pytest
+import torch
+from builders import tiny_transformer
+
+from rolling_kv.config import CacheConfig, ModelPreset, SamplingConfig
+from rolling_kv.model import CausalModel
+from rolling_kv.sampler import RollingSession
+
+SAMPLING = SamplingConfig(chunk=2, denoising_steps=(1000, 500))
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Counts graphs handed to the compiler; they then run as they are, so the test needs no C++ compiler."""
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: plain(self, backend=count, **options))
+    yield graphs
+    torch._dynamo.reset()
+
+
+def test_chunks_after_the_first_compile_nothing(compilations):
+    transformer = tiny_transformer(num_attention_heads=2, attention_head_dim=12, num_layers=6)
+    model = CausalModel(transformer, ModelPreset("test", SAMPLING, CacheConfig(5, sink=1)))
+    prompt = torch.randn(1, 6, transformer.config.text_dim, generator=torch.Generator().manual_seed(0))
+
+    def video(**options):
+        with RollingSession(model, prompt, height=32, width=48, **options) as session:
+            counts = [len(compilations) for _ in session.generate(8, seed=7)]
+        return session.state.latents(), counts
+
+    plain, _ = video()
+    compiled, counts = video(compile=True)
+    torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)
+    # The second chunk brings the context pass of the first one; the window fills, evicts and wraps after that.
+    assert 0 < counts[0] <= counts[1] and counts[1:] == counts[1:2] * 7
+    assert counts[1] < 2 * len(transformer.blocks)  # one compilation serves every block
+    assert not any("_compiled_call_impl" in vars(block) for block in transformer.blocks)
+    again, _ = video(compile=True)
+    assert torch.equal(again, compiled) and len(compilations) == counts[-1]
