@@ -16,15 +16,16 @@ class RollingKVLoadLoRA(io.ComfyNode):
             display_name="Load LoRA (Causal Video)",
             category=CATEGORY,
             description=(
-                "Changes a causal video model by a LoRA: LongLive's own, or one for style, motion or a person that was made "
-                "for Wan 2.1 of the same size. Chain several to add them up. Other branches keep the model as it was."
+                "Changes a causal video model by a LoRA: LongLive's own, or one for style, motion or a person that was "
+                "made for Wan 2.1 of the same size. Chain several to add them up. Other branches of the workflow keep "
+                "the model as it was."
             ),
             search_aliases=["lora", "longlive lora", "adapter", "style lora", "wan lora"],
             inputs=[
                 Model.Input("model", tooltip="From Load Causal Video Model, or another Load LoRA."),
                 io.Combo.Input(
                     "lora_name", options=folder_paths.get_filename_list(FOLDER),
-                    tooltip="A file from models/loras (.safetensors or .pt; original Wan, diffusers, kohya or PEFT names).",
+                    tooltip="A file from models/loras: .safetensors or .pt, in original Wan, diffusers, kohya or PEFT names.",
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=-10.0, max=10.0, step=0.05,

@@ -1,9 +1,10 @@
 """Attach a rolling cache to a stock diffusers `WanTransformer3DModel`, and take it off again without a trace.
 
 Nothing is subclassed or patched on a class. While attached, each block's two attention modules have a processor of
-ours, and three modules have an instance-level `forward`: the rotary embedding (absolute frame positions, angles in
-float64), the condition embedder (time sinusoid in float64, text projected once per prompt) and the last block (whose
-remainder the context pass does not need). The state dict and the module tree stay as they are.
+ours, and some modules have an instance-level `forward`: the rotary embedding (absolute frame positions, angles in
+float64), the condition embedder (time sinusoid in float64, text projected once per prompt), the blocks (the same
+arithmetic in fewer passes over memory) and above all the last block (whose remainder the context pass does not need).
+The state dict and the module tree stay as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 
+from .block import fused_forward, modulated_norm, rms_norm_
 from .cache import Branch
 from .rope import rotary_angles, rotate, turns
 
@@ -37,8 +39,8 @@ class _Pass:
 class RollingAttachment:
     """A transformer with rolling caches attached. Made by `apply_rolling_kv_cache`; one per transformer.
 
-    exact: rotate in float64 and normalise queries and keys as the original code does: bit-equal to it in float32.
-        Off: float32 rotation and torch's fused norm, which agree to rounding and are faster on a GPU.
+    exact: rotate in float64, and keep the original code's order of operations: bit-equal to it in float32. Off: float32
+        rotation and fused operations, which agree to rounding and are faster.
     backend: attention backend of diffusers' dispatcher (None: its default, SDPA).
     compile: run the blocks through torch.compile. What changes from chunk to chunk (the cache's indices, the number of
         keys) stays outside the compiled parts, so a session compiles once per chunk size.
@@ -99,6 +101,9 @@ class RollingAttachment:
             self._set_processor(block.attn2, PromptCrossAttention(self, layer))
         self._set_forward(self.transformer.rope, self._rotation)
         self._set_forward(self.transformer.condition_embedder, self._embed_condition)
+        if not self.exact and not self.compile:
+            for block in blocks:
+                self._set_forward(block, fused_forward(block, block.forward))
         self._set_forward(blocks[-1], self._last_block_forward(blocks[-1], blocks[-1].forward))
         if self.compile:
             for block in blocks:
@@ -161,8 +166,11 @@ class RollingAttachment:
     @torch.compiler.disable
     def _write_keys(self, block, hidden_states, temb, rotary_emb) -> None:
         """What a context pass needs of the last block: the beginning, up to the keys and values."""
-        shift, scale = (block.scale_shift_table + temb.float())[:, :2].unbind(1)
-        normed = block.norm1(hidden_states.float()) * (1 + scale[:, None]) + shift[:, None]
+        shift, scale = (block.scale_shift_table + temb.float())[:, :2].chunk(2, dim=1)
+        if self.exact:
+            normed = block.norm1(hidden_states.float()) * (1 + scale) + shift
+        else:
+            normed = modulated_norm(hidden_states.float(), block.norm1, scale, shift)
         processor = block.attn1.processor
         key, value = processor.key_value(block.attn1, normed.type_as(hidden_states), rotary_emb)
         self.current.branch.cache.write(processor.layer, key, value)
@@ -235,8 +243,10 @@ def _project(attn, heads) -> torch.Tensor:
 
 
 def _normalise(hidden_states: torch.Tensor, norm, exact: bool) -> torch.Tensor:
+    """Normalise the fresh output of a projection; it may be overwritten."""
     if not exact:
-        return norm(hidden_states)
+        fits = hidden_states.device.type == "cpu" and hidden_states.dtype == norm.weight.dtype == torch.float32
+        return rms_norm_(hidden_states, norm) if fits else norm(hidden_states)
     # The original's order of operations; torch's fused kernel differs from it in the last bit.
     wide = hidden_states.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)

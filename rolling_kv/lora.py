@@ -16,7 +16,7 @@ from torch import Tensor
 from .files import Checkpoint, CheckpointError, open_checkpoint, read_json, telling
 from .layouts import LORA, kind_of, named
 
-_PREFIX = re.compile(r"(lora_unet_|lycoris_|(base_model|model|diffusion_model|transformer|generator|_orig_mod)\.)+")
+_PREFIX = re.compile(r"(lora_unet_|lycoris_|(base_model|model|diffusion_model|transformer|generator)\.)+")
 _SHARDING = re.compile(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 _UNDERSCORES = re.compile(r"(?<=blocks)_|(?<=\d)_|_(?=\d)|(?<=attn)_|(?<=ffn)_|(?<=head)_")
 """The underscores of a kohya name (blocks_0_self_attn_q) that stand for dots."""
@@ -63,8 +63,8 @@ def load_lora(path: str | Path) -> Lora:
     """Open a LoRA for a Wan model: .safetensors, a pickle such as LongLive's `lora.pt`, or a folder as PEFT writes it.
 
     Reads PEFT's, kohya's and ComfyUI's tensor names, on original Wan or diffusers module names. The scale is
-    alpha / rank, alpha from the file (or the adapter's config); 1 where there is none. Parts of a LoRA that belong to an
-    image encoder are left out: causal models have none.
+    alpha / rank, alpha from the file (or the adapter's config); 1 where there is none. Parts of a LoRA that belong to
+    an image encoder are left out: causal models have none.
 
     Raises CheckpointError for a file that is no LoRA, is incomplete, or is an adapter of another kind (LoKr, DoRA, …).
     """
@@ -84,15 +84,15 @@ def _adapter_settings(checkpoint: Checkpoint) -> dict:
 
 def read_lora(tensors: dict[str, Tensor], name: str = "lora", settings: dict | None = None) -> Lora:
     """The LoRA in named tensors. settings: `lora_alpha`, `alpha_pattern` and `use_rslora` of a PEFT config."""
-    kind = kind_of(tensors)
-    if kind != LORA:
-        raise CheckpointError(f"this is {kind}, not a LoRA. Give it where a model of that kind is asked for.")
     foreign = [key for key in tensors if _OTHER_ADAPTERS.search(key)]
     if foreign:
         raise CheckpointError(
-            f"this is an adapter of another kind than LoRA (it holds {named(tensors, foreign)}). Only plain LoRA is read "
-            "here: merge it into the model with the tool that made it, or use its LoRA version."
+            f"this is an adapter of another kind than LoRA (it holds {named(tensors, foreign)}). Only plain LoRA is "
+            "read here: merge it into the model with the tool that made it, or use its LoRA version."
         )
+    kind = kind_of(tensors)
+    if kind != LORA:
+        raise CheckpointError(f"this is {kind}, not a LoRA. Give it where a model of that kind is asked for.")
     down, up, alphas, biases, diffs, strange = {}, {}, {}, {}, {}, []
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(_without_prefix(key))
@@ -131,11 +131,10 @@ def read_lora(tensors: dict[str, Tensor], name: str = "lora", settings: dict | N
 
 
 def _without_prefix(key: str) -> str:
+    key = _SHARDING.sub("", key)
     prefix = _PREFIX.match(key)
-    if prefix is None:
-        return _SHARDING.sub("", key)
-    key = _SHARDING.sub("", key[prefix.end() :])
-    if not prefix[0].endswith("_"):
+    key = key[prefix.end() :] if prefix else key
+    if not prefix or not prefix[0].endswith("_"):
         return key
     module, dot, rest = key.partition(".")
     return _UNDERSCORES.sub(".", module) + dot + rest

@@ -48,8 +48,8 @@ def check_lora(lora: Lora, model: CausalModel) -> None:
     if absent:
         names = ", ".join(absent[:3]) + (" and others" if len(absent) > 3 else "")
         raise CheckpointError(
-            f"the LoRA {lora.name} was made for another model: {len(absent)} of its {len(places)} parts have no place in "
-            f"this one ({names})."
+            f"the LoRA {lora.name} was made for another model: {len(absent)} of its {len(places)} parts have no place "
+            f"in this one ({names})."
         )
 
 
@@ -99,7 +99,7 @@ class LoraStack:
             raise
         self.applied = wanted
         if wanted:
-            self.model.identity = hashlib.sha256(f"{self._bare_identity} {wanted}".encode()).hexdigest()[:16]
+            self.model.identity = hashlib.sha256(f"{self._bare_identity} {wanted} {self.fuse}".encode()).hexdigest()[:16]
         return True
 
     @torch.inference_mode(False)

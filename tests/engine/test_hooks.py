@@ -488,6 +488,14 @@ def test_a_first_pass_of_diffusers_attention_is_its_own(qk_norm):
     torch.testing.assert_close(module(tokens), expected)
 
 
+def test_norms_in_float32_do_not_lift_a_half_precision_module():
+    module = Attention(16, heads=2, dim_head=8, qk_norm="rms_norm").to(torch.bfloat16)
+    module.norm_q.float(), module.norm_k.float()
+    apply_rolling_kv_cache(module)
+    with torch.no_grad():
+        assert module(torch.ones(1, 3, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 # -- Wan ---------------------------------------------------------------------------------------------------------
 
 SIZE = (8, 12)  # latents: 24 tokens per latent frame
@@ -527,11 +535,9 @@ def wan_pass(transformer, latents=None, timestep=0.0, prompt=None):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("window, sink, batch", [(-1, 0, 1), (4, 0, 2), (5, 1, 1), (7, 2, 1)])
-def test_wan_is_bit_equal_to_the_engine(hooked, window, sink, batch, dtype):
-    """Three passes over each of five chunks. Timestep 0 has an exact embedding, and nothing else differs."""
+def test_wan_agrees_with_the_engine(hooked, window, sink, batch, dtype):
+    """Three passes over each of five chunks: bit-equal, but for the engine's fused blocks, which are float32 only."""
     transformer = tiny_transformer(num_attention_heads=2, attention_head_dim=24).to(dtype)
-    for block in transformer.blocks:  # as some checkpoints have them
-        block.attn1.norm_q.float(), block.attn1.norm_k.float()
     latents = noise(5, 3, batch, 16, 2, *SIZE, seed=1).to(dtype)
     prompt = noise(batch, 6, transformer.config.text_dim).to(dtype)
 
@@ -551,8 +557,9 @@ def test_wan_is_bit_equal_to_the_engine(hooked, window, sink, batch, dtype):
             actual.append(wan_pass(transformer, step, prompt=prompt))
             state.configure_cache_write("overwrite", absolute_token_offset=offset)
         state.clear_cache_write()
+    tolerance = 1e-5 if dtype == torch.float32 else 0
     for ours, theirs in zip(actual, expected):
-        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
 def test_the_passes_of_a_sampling_session(transformer, hooked, monkeypatch):

@@ -1,0 +1,41 @@
+"""A Wan block in fewer passes over memory: the stock block's arithmetic in float32, with its temporaries fused away.
+
+A stock block spends a tenth of its time beside its matrix products on a CPU. The modulation that follows a norm is an
+affine map, so it can be the norm's own; the gate of a residual is one fused multiply-add; what is freshly made can be
+changed in place. Results agree with the stock block's to rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def fused_forward(block, stock_forward):
+    """A `forward` for one stock `WanTransformerBlock`; anything but float32 goes to `stock_forward`."""
+
+    def forward(hidden_states, encoder_hidden_states, temb, rotary_emb):
+        """hidden_states: [B, S, dim]; temb: modulation [B, 6, dim]. Returns [B, S, dim]; the inputs are left alone."""
+        if hidden_states.dtype != torch.float32:
+            return stock_forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = (block.scale_shift_table + temb.float()).chunk(6, dim=1)
+        attended = block.attn1(modulated_norm(hidden_states, block.norm1, scale, shift), None, None, rotary_emb)
+        hidden_states = torch.addcmul(hidden_states, attended, gate)
+        hidden_states += block.attn2(block.norm2(hidden_states), encoder_hidden_states, None, None)
+        fed = block.ffn(modulated_norm(hidden_states, block.norm3, ff_scale, ff_shift))
+        return hidden_states.addcmul_(fed, ff_gate)
+
+    return forward
+
+
+def modulated_norm(x: torch.Tensor, norm, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """LayerNorm without weights of [B, S, dim], then x * (1 + scale) + shift; scale and shift are [B, 1, dim]."""
+    if x.shape[0] == 1:
+        return F.layer_norm(x, norm.normalized_shape, 1 + scale[0, 0], shift[0, 0], norm.eps)
+    return torch.addcmul(shift, F.layer_norm(x, norm.normalized_shape, eps=norm.eps), 1 + scale)
+
+
+def rms_norm_(x: torch.Tensor, norm) -> torch.Tensor:
+    """RMSNorm over the last dim of a freshly made [B, S, dim], in place: two passes instead of torch's four on a CPU."""
+    inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()
+    return x.mul_(inverse).mul_(norm.weight)
