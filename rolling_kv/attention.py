@@ -273,6 +273,9 @@ def apply_rolling_kv_cache(
         _check_backend(backend)
     if any(isinstance(block.attn1.processor, RollingSelfAttention) for block in transformer.blocks):
         raise ValueError("this transformer has a rolling cache attached already; detach that one first")
+    registry = getattr(transformer, "_diffusers_hook", None)
+    if registry is not None and registry.get_hook("rolling_kv_cache") is not None:
+        raise ValueError("this transformer has the hooks of rolling_kv.hooks; remove them first")
     if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
         raise ValueError("this is an image-conditioned Wan model; causal models are text-conditioned (T2V) ones")
     attachment = RollingAttachment(transformer, exact=exact, backend=backend, compile=compile)

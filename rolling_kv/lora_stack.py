@@ -99,7 +99,8 @@ class LoraStack:
             raise
         self.applied = wanted
         if wanted:
-            self.model.identity = hashlib.sha256(f"{self._bare_identity} {wanted} {self.fuse}".encode()).hexdigest()[:16]
+            digest = hashlib.sha256(f"{self._bare_identity} {wanted} {self.fuse}".encode())
+            self.model.identity = digest.hexdigest()[:16]
         return True
 
     @torch.inference_mode(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable, Iterator, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from .config import SIZE_MULTIPLE, SPATIAL_COMPRESSION, TEXT_LENGTH, CacheConfig
 from .model import CausalModel
 from .schedule import sample_chunk, seeded_noise
 from .state import CacheState
+from .step_cache import StepCache, StepCacheReport, StepWatch, start_step_cache
 
 NoiseSource = Callable[[int, int, tuple[int, ...]], torch.Tensor]
 """(first latent frame of the chunk, draw, shape) -> noise [B, C, f, h, w]. See `schedule.Noise` for the draws."""
@@ -71,7 +73,8 @@ class RollingSession:
     height, width: pixels, multiples of 16. sampling, cache: by default the model's preset.
     state: the video to continue; its tensors are only read. workspace: where to look for, and leave, a working cache.
     exact, backend, compile: see `RollingAttachment`. on_pass: called as on_pass(done, total) before every model pass; whatever it raises
-    cancels the run, and the working cache is dropped.
+    cancels the run, and the working cache is dropped. step_cache: a method of `step_cache.METHODS`, which skips work between
+    denoising steps, never in a pass that writes the cache; `step_report` tells what it did, once the session is closed.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class RollingSession:
         cache: CacheConfig | None = None, state: CacheState | None = None, workspace: Workspace | None = None,
         exact: bool = False, backend: str | None = None, compile: bool = False,
         on_pass: Callable[[int, int], None] | None = None,
+        step_cache=None,
     ):
         self.model = model
         self.sampling = sampling or model.preset.sampling
@@ -93,6 +97,9 @@ class RollingSession:
         self.backend = backend
         self.compile = compile
         self.on_pass = on_pass
+        self.step_cache = step_cache
+        self.step_report: StepCacheReport | None = None
+        self._steps: StepCache | StepWatch | None = None
         self._workspace = workspace or Workspace()
         self._attachment: RollingAttachment | None = None
         self._caches: dict[str, RollingKVCache] = {}
@@ -101,6 +108,8 @@ class RollingSession:
         self._prompt_caches: list[PromptCache] = []
 
         self.cache_config.check_chunk(self.sampling.chunk)
+        if self.step_cache is not None and self.compile:
+            raise ValueError("a step cache cannot go with compiled blocks: turn compile off, or take the step cache away")
         if self.state.chunks:
             self._check_latents(self.state.chunks[-1], "the cache state's latents")
         self.set_prompt(prompt, negative)
@@ -148,6 +157,8 @@ class RollingSession:
             self._prompt_caches = [branch.prompt for branch in branches]  # those of the past will not be needed again
             for branch in branches:
                 branch.cache.begin(shape[2])
+            if self._steps:
+                self._steps.begin()
             with torch.inference_mode():
                 latents = sample_chunk(
                     lambda x, timestep: self._predict(branches, x, timestep, total),
@@ -175,7 +186,8 @@ class RollingSession:
     def _predict(self, branches: list[Branch], x: torch.Tensor, timestep: float, total: int) -> torch.Tensor:
         self._tick(total)
         x = x.to(self.dtype)
-        flows = [self._attachment.forward(x, timestep, branch) for branch in branches]
+        passes = [partial(self._attachment.forward, branch=branch) for branch in branches]
+        flows = self._steps.predict(x, timestep, passes) if self._steps else [run(x, timestep) for run in passes]
         if len(flows) == 1:
             return flows[0]
         cond, uncond = flows
@@ -241,12 +253,21 @@ class RollingSession:
                     self._caches = {n: RollingKVCache(shape, self.cache_config, self.device, capacity) for n in names}
             self._spec = spec
             workspace.clear()
+            if self.step_cache is not None:  # after the rolling cache, and off before it: its hooks wrap what they find
+                self._steps = start_step_cache(
+                    self.model.transformer, self.step_cache, steps=self.sampling.passes_at(1),
+                    few_step=self.sampling.sampler == "renoise",
+                )
         except BaseException:
             self._attachment.detach()
             raise
         return self
 
     def __exit__(self, exception_type, *_) -> None:
+        if self._steps is not None:
+            self.step_report = self._steps.report()
+            self._steps.detach()
+            self._steps = None
         self._attachment.detach()
         if exception_type is None:
             workspace = self._workspace

@@ -15,7 +15,7 @@ from diffusers.hooks import apply_faster_cache
 from diffusers.hooks.hooks import StateManager
 from torch import nn
 
-from .methods import FasterCache, Run, SeaCache
+from .methods import FasterCache, MagCacheCalibration, Run, SeaCache
 
 BRANCHES = ("cond", "uncond")
 Pass = Callable[[torch.Tensor, float], torch.Tensor]
@@ -27,7 +27,8 @@ class StepCacheReport(NamedTuple):
 
     computed, possible: calls per part of the blocks ("self-attention", "cross-attention", "feed-forward"); empty where
         the cache was not attached. nbytes: most bytes that it held. change: relative change of the predicted flow from
-        step to step, of each step; only where the cache was not attached. note: for people, or empty.
+        step to step, of each step; only where the cache was not attached. mag_ratios: MagCache's constants, the mean over the
+        chunks of a run with `MagCacheCalibration`. note: for people, or empty.
     """
 
     method: str
@@ -35,6 +36,7 @@ class StepCacheReport(NamedTuple):
     possible: dict[str, int]
     nbytes: int = 0
     change: tuple[float, ...] = ()
+    mag_ratios: tuple[float, ...] = ()
     note: str = ""
 
     def skipped(self, part: str | None = None) -> float:
@@ -53,17 +55,21 @@ class StepCache:
         self.steps = steps
         self.timestep = math.inf
         self.step = 0
-        self._unguided_step = True
         self._joint: _JointBranches | None = None
-        self._states: dict[str, dict] = {}
+        self._before: dict[nn.Module, tuple] = {}  # the forward and the hook registry of each instance, or None
+        self._forwards: dict[nn.Module, tuple] = {}  # of the modules with our hooks: (hooked, as before)
+        self._cache_hooks: list = []
+        self._states: dict[str, dict] = {}  # per branch and hook
+        self._ratios: list[list[float]] = []  # of each finished chunk
         self._counter = _CallCounter(transformer)
         self._passes = 0
         self._peak = 0
 
     def begin(self) -> None:
         """Forget everything: the next `predict` is the first step of another chunk."""
-        for module in self._cached_modules:
-            module._diffusers_hook.reset_stateful_hooks(recurse=False)
+        self._collect_ratios()
+        for hook in self._cache_hooks + (_hooks(self._joint) if self._joint else []):
+            hook.reset_state(None)
         self._states.clear()
         self.step = 0
 
@@ -73,7 +79,6 @@ class StepCache:
         passes: the conditional branch, then the unconditional one if there is guidance.
         """
         self.timestep = timestep
-        self._unguided_step = len(passes) == 1
         self._passes += len(passes)
         branches = dict(zip(BRANCHES, passes))
         if self._joint is not None and len(passes) == 2:
@@ -85,8 +90,10 @@ class StepCache:
         return flows
 
     def report(self) -> StepCacheReport:
+        self._collect_ratios()
+        ratios = tuple(sum(step) / len(step) for step in zip(*self._ratios))
         possible = dict.fromkeys(self._counter.calls, self._passes * len(self.transformer.blocks))
-        return StepCacheReport(self.method.title, dict(self._counter.calls), possible, self._peak)
+        return StepCacheReport(self.method.title, dict(self._counter.calls), possible, self._peak, (), ratios)
 
     def detach(self) -> None:
         """Put the transformer back exactly as it was. Safe to call twice, and after an exception."""
@@ -98,14 +105,13 @@ class StepCache:
         for module, (forward, registry) in self._before.items():
             _set_attribute(module, "forward", forward)
             _set_attribute(module, "_diffusers_hook", registry)
-        self._before = {}
+        self._before, self._forwards, self._cache_hooks = {}, {}, []
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _attach(self) -> None:
         names = ("forward", "_diffusers_hook")
         self._before = {m: tuple(vars(m).get(name) for name in names) for m in self.transformer.modules()}
-        self._cached_modules: list[nn.Module] = []
         known = {id(hook) for module in self._before for hook in _hooks(module)}
         self.transformer.enable_cache(self.method.config(Run(self._attention_timestep, self.steps)))
         self._forwards = {
@@ -113,7 +119,6 @@ class StepCache:
             for module, (plain, _) in self._before.items()
             if vars(module).get("forward") is not plain
         }
-        self._cached_modules = list(self._forwards)
         self._cache_hooks = [h for module in self._forwards for h in _hooks(module) if id(h) not in known]
         self._switch(on=False)
         if isinstance(self.method, FasterCache):
@@ -121,9 +126,7 @@ class StepCache:
 
     def _attention_timestep(self) -> float:
         """What the attention hooks see. FasterCache, with guidance, reuses attention only where it skips a branch."""
-        if self._joint is not None and not self._unguided_step:
-            return math.inf
-        return self.timestep
+        return math.inf if self._joint is not None and self._joint.both else self.timestep
 
     def _run(self, name: str, branch: Pass, x: torch.Tensor) -> torch.Tensor:
         with self._live(name):
@@ -147,6 +150,12 @@ class StepCache:
             self._counter.on = False
             self._switch(on=False)
 
+    def _collect_ratios(self) -> None:
+        if isinstance(self.method, MagCacheCalibration) and self.step == self.steps:
+            manager = next(h.state_manager for h in self._cache_hooks)
+            self._ratios.append(list(manager._state_cache["cond"].calibration_ratios))
+            self.step = 0
+
     def _switch(self, on: bool) -> None:
         for module, (hooked, plain) in self._forwards.items():
             _set_attribute(module, "forward", hooked if on else plain)
@@ -163,6 +172,7 @@ class _JointBranches(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.both = False  # whether the pass under way belongs to a step that computes both branches
         self._run = None
         self._batch = 0
         apply_faster_cache(self, config)
@@ -172,12 +182,13 @@ class _JointBranches(nn.Module):
         try:
             uncond, cond = self(hidden_states=torch.cat([x, x])).chunk(2)
         finally:
-            self._run = None
+            self._run, self.both = None, False
         return [cond, uncond]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.shape[0] == self._batch:  # the hook will make up the unconditional branch
             return self._run("cond", hidden_states)
+        self.both = True
         uncond, cond = hidden_states.chunk(2)
         return torch.cat([self._run("uncond", uncond), self._run("cond", cond)])
 

@@ -185,7 +185,7 @@ class MagCache:
     max_skip_steps: at most so many skipped steps in a row.
     retention_ratio: share of the steps, from the first on, that are always full.
     mag_ratios: the constants, one per step of the run they were calibrated in; interpolated to other numbers of steps.
-        They belong to one checkpoint: make them with `calibrate_mag_ratios`.
+        They belong to one checkpoint: make them with `MagCacheCalibration`.
     """
 
     name: ClassVar[str] = "magcache"
@@ -202,8 +202,8 @@ class MagCache:
     def config(self, run: Run):
         if not self.mag_ratios:
             raise ValueError(
-                "MagCache needs constants of this very model: calibrate them once (calibrate_mag_ratios, or "
-                "`python -m rolling_kv bench caching`, which prints them) and give them as mag_ratios"
+                "MagCache needs constants of this very model (mag_ratios): calibrate them once, with "
+                "`python -m rolling_kv bench caching`, which prints them, or a run with MagCacheCalibration()"
             )
         return hooks.MagCacheConfig(
             threshold=self.threshold, max_skip_steps=self.max_skip_steps, retention_ratio=self.retention_ratio,
@@ -213,7 +213,7 @@ class MagCache:
 
 @dataclass(frozen=True)
 class MagCacheCalibration:
-    """Computes every step and records MagCache's constants; see `calibrate_mag_ratios`."""
+    """Computes every step of a run and records MagCache's constants: `mag_ratios` of the run's `StepCacheReport`."""
 
     name: ClassVar[str] = "magcache-calibration"
     title: ClassVar[str] = "MagCache calibration"

@@ -1,6 +1,8 @@
 """The hook API: what each pass attends to, which writes are refused, and that it leaves no trace."""
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -597,6 +599,23 @@ def test_the_passes_of_a_sampling_session(transformer, hooked, monkeypatch):
     assert len(contexts) == 2 and compared == 2 * 4 * 2 and len(passes) == compared + 2 * 3
 
 
+def test_the_example_of_the_docs_makes_the_video_of_a_session(transformer):
+    text = Path(__file__).parents[2].joinpath("docs", "hook-api.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    height, width = SIZE
+    prompt = noise(1, 6, transformer.config.text_dim)
+    given = dict(transformer=transformer, prompt=prompt, chunks=5, height=height, width=width, seed=7)
+    try:
+        exec(example, given)
+    finally:
+        remove_rolling_kv_cache(transformer)
+
+    model = CausalModel(transformer, ModelPreset("test", SamplingConfig(chunk=3), CacheConfig(12, sink=3)))
+    with RollingSession(model, prompt, height=8 * height, width=8 * width) as session:
+        expected = [chunk.latents for chunk in session.generate(5, seed=7)]
+    torch.testing.assert_close(torch.cat(given["video"]), torch.cat(expected), atol=5e-5, rtol=0)
+
+
 def test_positions_beyond_the_table_of_the_stock_model(transformer, hooked):
     """The same window gives the same flow at frame 0 and at frame 90; the stock table ends at 64."""
     hooked(2)
@@ -663,3 +682,9 @@ def test_the_window_bounds_the_memory(transformer, hooked):
     for _ in range(5):
         wan_pass(transformer)
         assert state.nbytes == 2 * 2 * 4 * TOKENS * 48 * 4  # layers, keys and values, tokens, dim, float32
+
+
+def test_a_session_is_refused_on_a_hooked_transformer(transformer, hooked):
+    hooked(-1, 0, transformer)
+    with pytest.raises(ValueError, match="hooks of rolling_kv.hooks; remove them first"):
+        attention.apply_rolling_kv_cache(transformer)

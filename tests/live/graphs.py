@@ -66,9 +66,8 @@ def saved_latent(client, outputs: dict, name: str = "save") -> torch.Tensor:
 def saved_images(client, outputs: dict, name: str) -> np.ndarray:
     """The images [frames, height, width, 3] of 0 to 255 that a SaveImage node wrote."""
     files = outputs[name]["images"]
-    return np.stack([np.asarray(Image.open(io.BytesIO(client.view(file))).convert("RGB")) for file in files]).astype(
-        int
-    )
+    images = (Image.open(io.BytesIO(client.view(file))).convert("RGB") for file in files)
+    return np.stack([np.asarray(image, dtype=int) for image in images])
 
 
 class Video(NamedTuple):

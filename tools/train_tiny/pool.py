@@ -68,9 +68,15 @@ class Pool:
     def from_state(cls, state: dict, code: LinearCode) -> Pool:
         return cls(state["motions"], [Scene(*values) for values in state["scenes"]], state["begins"], code)
 
-    def draw(self, count: int, generator: torch.Generator, switch: float = 0.35, unnamed: float = 0.06) -> Batch:
-        """`count` clips; a share `switch` of them changes the colour at a chunk border, a share `unnamed` has no prompt."""
-        rows = torch.randint(len(self.scenes), (count,), generator=generator)
+    def draw(
+        self, count: int, generator: torch.Generator, begins: bool = False, switch: float = 0.35, unnamed: float = 0.06
+    ) -> Batch:
+        """`count` clips; a share `switch` of them changes the colour at a chunk border, a share `unnamed` has no prompt.
+
+        begins: only clips that start the video.
+        """
+        allowed = self.begins.nonzero()[:, 0] if begins else torch.arange(len(self.scenes))
+        rows = allowed[torch.randint(len(allowed), (count,), generator=generator)]
         chunks = LATENT_FRAMES // CHUNK
         second = torch.zeros(count, chunks, dtype=torch.bool)
         fronts, backs, prompts = torch.empty(count, chunks, 3), torch.empty(count, 3), []

@@ -42,64 +42,73 @@ class Prompts:
 
 
 def predict(
-    model: nn.Module, clean: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: Prompts, window: int,
-    chunk: int = 3,
+    model: nn.Module, clean: torch.Tensor | None, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: Prompts,
+    window: int, chunk: int = 3,
 ) -> torch.Tensor:
     """Predicted flow [B, 16, F, h, w] for `noisy`, given the `clean` context of the same shape.
 
     timesteps: [B, chunks], of the noisy chunks; the clean ones stand at 0. window: chunks, counting the current one.
+    A first chunk alone needs no context: clean None.
     """
     batch, _, frames, height, width = noisy.shape
     chunks = frames // chunk
-    layout = Layout(batch, chunks, min(window, chunks), chunk * height * width // 4, model.config.num_attention_heads)
+    copies = 1 if clean is None else 2
+    layout = Layout(
+        batch, chunks, copies, min(window, chunks), chunk * height * width // 4, model.config.num_attention_heads
+    )
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
 
-    x = model.patch_embedding(torch.cat([clean, noisy], 2)).flatten(2).transpose(1, 2)
-    x = x.float().reshape(batch, 2 * chunks, layout.tokens, -1)
+    x = noisy if clean is None else torch.cat([clean, noisy], 2)
+    x = model.patch_embedding(x).flatten(2).transpose(1, 2)
+    x = x.float().reshape(batch, copies * chunks, layout.tokens, -1)
     angles = rotary_angles(model.config.attention_head_dim, 0, frames, height // 2, width // 2)
-    angles = angles.repeat_interleave(2, 1).view(chunks, layout.tokens, 1, -1).repeat(2, 1, 1, 1)
+    angles = angles.repeat_interleave(2, 1).view(chunks, layout.tokens, 1, -1).repeat(copies, 1, 1, 1)
     rotation = angles.cos().to(dtype), angles.sin().to(dtype) * torch.tensor([-1.0, 1.0]).repeat(angles.shape[-1] // 2)
     rotation = rotation[0], rotation[1].to(dtype)
 
     embedder = model.condition_embedder
-    times = torch.cat([torch.zeros_like(timesteps), timesteps], 1).flatten()
+    times = timesteps if clean is None else torch.cat([torch.zeros_like(timesteps), timesteps], 1)
+    times = times.flatten()
     times = embedder.time_embedder(time_sinusoid(times, model.config.freq_dim).float()).float()
-    modulation = embedder.time_proj(F.silu(times)).float().view(batch, 2 * chunks, 1, 6, -1)
+    modulation = embedder.time_proj(F.silu(times)).float().view(batch, copies * chunks, 1, 6, -1)
     text = embedder.text_embedder(prompts.embeddings)
-    masks = layout.mask().to(dtype), prompts.bias.repeat(1, 2, 1)[:, :, None, None].to(dtype)
+    masks = layout.mask().to(dtype), prompts.bias.repeat(1, copies, 1)[:, :, None, None].to(dtype)
+    # Compiling for a second shape would take longer than it saves.
+    forward = plain_block if clean is None else block_forward
     for block in model.blocks:
-        x = block_forward(block, x, text, modulation, rotation, masks, layout)
+        x = forward(block, x, text, modulation, rotation, masks, layout)
 
-    times = times.view(batch, 2 * chunks, 1, 1, -1)[:, chunks:]
+    times = times.view(batch, copies * chunks, 1, 1, -1)[:, -chunks:]
     shift, scale = (model.scale_shift_table + times).unbind(3)
-    x = model.proj_out(_modulate(x[:, chunks:], shift, scale, model.norm_out.eps, dtype))
+    x = model.proj_out(_modulate(x[:, -chunks:], shift, scale, model.norm_out.eps, dtype))
     x = x.view(batch, frames, height // 2, width // 2, 2, 2, -1)
     return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(noisy.shape)
 
 
 class Layout(NamedTuple):
-    """Sizes of the sequence: 2 * chunks of `tokens`; `window` chunks are attended to, the current one included."""
+    """Sizes of the sequence: `copies` (clean and noisy) of `chunks` of `tokens`; `window` chunks are attended to, the current one included."""
 
     batch: int
     chunks: int
+    copies: int
     window: int
     tokens: int
     heads: int
 
     def mask(self) -> torch.Tensor:
-        """Bias [2 * chunks, 1, 1, window * tokens]: the first chunks have fewer chunks before them."""
+        """Bias [copies * chunks, 1, 1, window * tokens]: the first chunks have fewer chunks before them."""
         missing = torch.arange(self.window)[None] + torch.arange(self.chunks)[:, None] < self.window - 1
         bias = torch.zeros(missing.shape).masked_fill(missing, -math.inf)
-        return bias.repeat_interleave(self.tokens, 1).repeat(2, 1)[:, None, None]
+        return bias.repeat_interleave(self.tokens, 1).repeat(self.copies, 1)[:, None, None]
 
     def windows(self, x: torch.Tensor) -> torch.Tensor:
-        """What each chunk attends to: [B, 2 * chunks, tokens, …] to [B, 2 * chunks, window * tokens, …]."""
+        """What each chunk attends to: [B, copies * chunks, tokens, …] to [B, copies * chunks, window * tokens, …]."""
         clean = torch.cat([x.new_zeros(self.batch, self.window - 1, *x.shape[2:]), x[:, : self.chunks]], 1)
-        past = [clean[:, i : i + self.chunks].repeat(1, 2, *[1] * (x.ndim - 2)) for i in range(self.window - 1)]
+        past = [clean[:, i : i + self.chunks].repeat(1, self.copies, *[1] * (x.ndim - 2)) for i in range(self.window - 1)]
         return torch.cat([*past, x], 2)
 
 
-def block_forward(block, x, text, modulation, rotation, masks, layout):
+def plain_block(block, x, text, modulation, rotation, masks, layout):
     dtype = masks[0].dtype
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + modulation).unbind(3)
     inner = _modulate(x, shift, scale, block.norm1.eps, dtype)
@@ -115,6 +124,10 @@ def block_forward(block, x, text, modulation, rotation, masks, layout):
     x = x + _attend(attn, query, key, _heads(attn.to_v(text), layout)[:, None], masks[1])
 
     return x + block.ffn(_modulate(x, ffn_shift, ffn_scale, block.norm3.eps, dtype)) * ffn_gate
+
+
+block_forward = plain_block
+"""May be replaced by its compiled version."""
 
 
 def _modulate(x, shift, scale, eps, dtype):

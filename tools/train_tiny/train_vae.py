@@ -17,8 +17,8 @@ from .code import CELL, LinearCode
 from .loop import WORK, train
 from .world import SIDE, pick, random_scene, random_start, render, trajectory
 
-CONFIG = dict(z_dim=16, base_dim=32, decoder_base_dim=32, dim_mult=[1, 1, 1, 1], num_res_blocks=0)
-STEPS = {"decoder": 1800, "encoder": 1200}
+CONFIG = dict(z_dim=16, base_dim=64, decoder_base_dim=32, dim_mult=[1, 1, 1, 1], num_res_blocks=0)
+STEPS = {"decoder": 1800, "encoder": 1500}
 SHAPES = ((32, 9, 16), (32, 9, 16), (32, 21, 7), (64, 9, 4), (64, 21, 2))
 """(side, frames, clips) of the batches, one drawn per step, all with about as many pixels. Crops around the shape learn
 faster, whole frames teach the walls, and long clips what the causal convolutions see in the middle of a video."""
@@ -88,7 +88,7 @@ def train_encoder(code: LinearCode, steps: int) -> nn.Module:
         frames = random_clips(generator, *pick(SHAPES, generator))
         with torch.autocast("cpu", torch.bfloat16):
             latents = wan_vae.encode(vae, frames.to(memory_format=torch.channels_last_3d))
-        return nn.functional.huber_loss(latents.float(), code.encode(frames), delta=0.3)
+        return nn.functional.huber_loss(latents.float(), code.encode(frames), delta=1.0)
 
     def evaluate(module):
         encoder = make_vae()
@@ -99,7 +99,7 @@ def train_encoder(code: LinearCode, steps: int) -> nn.Module:
         return f"error of the code {error:.4f}, psnr through the linear code {psnr(code.decode(latents), unseen):.2f} dB"
 
     part = nn.ModuleDict({"encoder": vae.encoder, "quant_conv": vae.quant_conv})
-    return train("encoder", part, loss, steps, rate=3e-3, evaluate=evaluate)
+    return train("encoder", part, loss, steps, rate=2e-3, evaluate=evaluate)
 
 
 def linear_code() -> LinearCode:

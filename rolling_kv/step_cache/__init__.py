@@ -1,0 +1,12 @@
+"""Step caches: skip work between the denoising steps of a chunk or clip, by diffusers' methods. See `docs/caching.md`."""
+
+from .attach import StepCache, StepCacheReport, apply_step_cache
+from .methods import (
+    METHODS, FasterCache, FirstBlockCache, MagCache, MagCacheCalibration, PyramidAttentionBroadcast, SeaCache, TaylorSeer,
+)  # fmt: skip
+from .watch import StepWatch, start_step_cache
+
+__all__ = [
+    "METHODS", "FasterCache", "FirstBlockCache", "MagCache", "MagCacheCalibration", "PyramidAttentionBroadcast",
+    "SeaCache", "StepCache", "StepCacheReport", "StepWatch", "TaylorSeer", "apply_step_cache", "start_step_cache",
+]  # fmt: skip
