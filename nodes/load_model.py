@@ -2,6 +2,7 @@ from comfy_api.latest import io
 
 import comfy.model_management as mm
 
+from ..rolling_kv.attention import ATTENTION_BACKENDS, check_backend
 from ..rolling_kv.checkpoints import load_model
 from ..rolling_kv.config import PRESETS
 from . import model_files
@@ -37,6 +38,20 @@ class RollingKVLoadModel(io.ComfyNode):
                     tooltip="Precision of the weights and of the cache. Auto: the file's own, bfloat16 for float32 files on "
                     "a GPU.",
                 ),
+                io.Combo.Input(
+                    "storage", options=["model", "float8"], optional=True, advanced=True,
+                    tooltip="How the weights are kept in memory. Float8 takes half of bfloat16, for small cards; each layer "
+                    "is widened while it runs. GGUF files stay as they are.",
+                ),
+                io.Combo.Input(
+                    "attention", options=["auto", *ATTENTION_BACKENDS], optional=True, advanced=True,
+                    tooltip="Attention kernel. Auto: PyTorch's own, which needs nothing installed.",
+                ),
+                io.Boolean.Input(
+                    "compile", default=False, optional=True, advanced=True,
+                    tooltip="Run the blocks through torch.compile: the first chunk takes a minute or more, the others are "
+                    "faster. Needs a C++ compiler, on a GPU Triton.",
+                ),
             ],
             outputs=[Model.Output(display_name="model", tooltip="The model with its preset's cache settings.")],
         )
@@ -46,9 +61,15 @@ class RollingKVLoadModel(io.ComfyNode):
         return model_files.check(model_files.MODEL, model_name)
 
     @classmethod
-    def execute(cls, model_name, preset, dtype="auto") -> io.NodeOutput:
+    def execute(
+        cls, model_name, preset, dtype="auto", storage="model", attention="auto", compile=False
+    ) -> io.NodeOutput:
+        backend = None if attention == "auto" else attention
+        check_backend(backend)
         device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
         path = model_files.find(model_files.MODEL, model_name)
-        model = load_model(path, dtype=dtype, preset=preset, device=offload_device, runs_on=device)
+        model = load_model(path, dtype=dtype, preset=preset, storage=storage, device=offload_device, runs_on=device)
         patcher = ManagedModel(model, load_device=device, offload_device=offload_device)
-        return io.NodeOutput(ModelHandle(patcher, model.preset.sampling, model.preset.cache))
+        return io.NodeOutput(
+            ModelHandle(patcher, model.preset.sampling, model.preset.cache, backend=backend, compile=compile)
+        )

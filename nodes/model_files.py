@@ -41,6 +41,9 @@ def choices(kind: Kind) -> list[str]:
     """Names for a combo: the bundled model, single files, then diffusers folders in models/diffusers."""
     names = [BUNDLED_NAME] if (BUNDLED / kind.subfolder).is_dir() else []
     names += [name for name in folder_paths.get_filename_list(kind.folder) if name.lower().endswith(SUFFIXES)]
+    if kind is MODEL:  # ComfyUI does not list these
+        files = (folder_paths.recursive_search(root)[0] for root in folder_paths.get_folder_paths(kind.folder))
+        names += sorted(name for found in files for name in found if name.lower().endswith(".gguf"))
     for root in map(Path, folder_paths.get_folder_paths("diffusers")):
         if root.is_dir():
             names += sorted(path.name for path in root.iterdir() if (path / kind.subfolder).is_dir())

@@ -107,7 +107,10 @@ class RollingKVSample(io.ComfyNode):
             patcher.model, height, width, batch=batch, sampling=sampling, cache=model.cache, frames=frames
         )
         activations = activation_bytes(patcher.model, height, width, batch=batch, sampling=sampling)
-        patcher.bring_to_device(max(needed - patcher.workspace.nbytes, 0) + activations)
+        patcher.bring_to_device(
+            max(needed - patcher.workspace.nbytes, 0) + activations + patcher.lora_bytes(model.loras)
+        )
+        patcher.use_loras(model.loras)
 
         progress = ProgressBar(1, node_id=cls.hidden.unique_id)
 
@@ -118,7 +121,8 @@ class RollingKVSample(io.ComfyNode):
         session = RollingSession(
             patcher.model, _embedding(positive, "positive"), height=height, width=width, batch=batch,
             negative=None if negative is None or not sampling.guided else _embedding(negative, "negative"),
-            sampling=sampling, cache=model.cache, state=state, workspace=patcher.workspace, on_pass=on_pass,
+            sampling=sampling, cache=model.cache, state=state, workspace=patcher.workspace, backend=model.backend,
+            compile=model.compile, on_pass=on_pass,
         )
         try:
             with session:

@@ -25,6 +25,8 @@ class ModelHandle(NamedTuple):
     sampling: SamplingConfig
     cache: CacheConfig
     loras: tuple[tuple[Path, float], ...] = ()  # files and strengths; applied when a sampler runs
+    backend: str | None = None  # attention backend, see rolling_kv.attention
+    compile: bool = False
 
     def __repr__(self) -> str:  # error messages print their inputs
         loras = "".join(f", {path.stem} {strength:g}" for path, strength in self.loras)

@@ -269,8 +269,7 @@ def apply_rolling_kv_cache(
     Raises ValueError if a rolling cache is attached already, if the model is conditioned on images, or if the attention
     backend is not one of ATTENTION_BACKENDS or is not installed. The arguments are those of `RollingAttachment`.
     """
-    if backend is not None:
-        _check_backend(backend)
+    check_backend(backend)
     if any(isinstance(block.attn1.processor, RollingSelfAttention) for block in transformer.blocks):
         raise ValueError("this transformer has a rolling cache attached already; detach that one first")
     registry = getattr(transformer, "_diffusers_hook", None)
@@ -287,7 +286,10 @@ def apply_rolling_kv_cache(
     return attachment
 
 
-def _check_backend(backend: str) -> None:
+def check_backend(backend: str | None) -> None:
+    """Raise ValueError unless `backend` is None or one of ATTENTION_BACKENDS that is installed."""
+    if backend is None:
+        return
     if backend not in ATTENTION_BACKENDS:
         raise ValueError(f"the attention backend must be one of {', '.join(ATTENTION_BACKENDS)}, got {backend!r}")
     try:

@@ -67,40 +67,76 @@ def measure(
     each method; CUDA's allocator counts in the timed runs. Raises BenchError if methods disagree about the video.
     """
     weights = workload.random_weights()
-    results = [Result(method.letter, method.title, method.note) for method in methods]
     if warmup:
-        _run(workload, min(warmup, workload.chunks), methods, weights, None, lambda text: say(f"warm-up, {text}"))
-    for repeat in range(repeats):
-        label = f"run {repeat + 1} of {repeats}, "
-        _run(workload, workload.chunks, methods, weights, results, lambda text, label=label: say(label + text))
+        _run(workload, min(warmup, workload.chunks), methods, weights, lambda text: say(f"warm-up, {text}"))
+    runs = []
+    for number in range(1, repeats + 1):
+        label = f"run {number} of {repeats}, "
+        runs.append(_run(workload, workload.chunks, methods, weights, lambda text, label=label: say(label + text)))
+    results = runs[0]
+    for run in runs[1:]:
+        for result, more in zip(results, run):
+            result.seconds += more.seconds
     if memory and workload.device.type != "cuda":
         for method, result in zip(methods, results):
-            say(f"following the memory of ({method.letter})")
+            say(f"following the memory of ({result.letter})")
             result.peak_bytes = method.follow_memory(workload, weights)
     return results
 
 
 def _run(
-    workload: Workload, chunks: int, methods: Sequence[type[Method]], weights: dict[str, Tensor],
-    results: list[Result] | None, say: Say,
-) -> None:
-    """Open every method and make `chunks` chunks with each in turn; what is measured is added to `results`."""
+    workload: Workload, chunks: int, methods: Sequence[type[Method]], weights: dict[str, Tensor], say: Say
+) -> list[Result]:
+    """Open every method and make `chunks` chunks with each in turn."""
     cuda = workload.device.type == "cuda"
     gauge = CudaGauge(workload.device, storage_bytes(weights.values())) if cuda else None
+    results = [Result(method.letter, method.title, method.note, [[]]) for method in methods]
     with ExitStack() as stack:
         opened = []
         for method in methods:
             with gauge.turn(method.letter) if gauge else nullcontext():
                 opened.append(method(workload, weights))
             stack.callback(opened[-1].close)
-        runs = [[] for _ in methods]
         for index in range(chunks):
             videos = {}
-            for method, run in zip(opened, runs):
+            for method, result in zip(opened, results):
                 with gauge.turn(method.letter) if gauge else nullcontext():
-                    run.append(_timed(workload.device, method, index, videos))
-                _note(method, gauge, results)
+                    seconds, videos[method.letter] = _timed(method, index, workload.device)
+                result.seconds[0].append(seconds)
+                result.kv_bytes.append(method.kv_bytes)
+                if gauge:
+                    result.peak_bytes.append(method.peak_bytes or gauge.peaks[method.letter])
             check_agreement(workload, index, videos)
-            say(f"chunk {index + 1}: " + ", ".join(f"({m.letter}) {run[-1]:.3f} s" for m, run in zip(opened, runs)))
-    for result, run in zip(results or [], runs):
-        result.seconds.append(run)
+            say(f"chunk {index + 1}: " + ", ".join(f"({r.letter}) {r.seconds[0][-1]:.3f} s" for r in results))
+    return results
+
+
+def _timed(method: Method, index: int, device: torch.device) -> tuple[float, Tensor | None]:
+    """Seconds, and what the method made. The device is waited for here and nowhere inside."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    wait(device)
+    start = time.perf_counter()
+    video = method.chunk(index)
+    wait(device)
+    return time.perf_counter() - start, video
+
+
+def check_agreement(workload: Workload, index: int, videos: dict[str, Tensor | None]) -> None:
+    """Raise BenchError unless methods that should have made the same chunk number `index` have done so.
+
+    videos: latents by letter; (a) is what the others are compared with. (b) is the same for the first chunk only, where
+    there is nothing to recompute; (c) and (d) are until the first frame has to leave the window.
+    """
+    unfilled = workload.frames_used(index) == (index + 1) * workload.sampling.chunk
+    exact = workload.dtype == torch.float32 and workload.cache.storage == "model"
+    limit = TOLERANCE if exact else COARSE_TOLERANCE
+    for letter, same in (("b", index == 0), ("c", unfilled), ("d", unfilled)):
+        ours, theirs = videos.get("a"), videos.get(letter)
+        if not same or ours is None or theirs is None:
+            continue
+        difference = ((theirs.float() - ours.float()).norm() / ours.float().norm()).item()
+        if not difference <= limit:
+            raise BenchError(
+                f"({letter}) and (a) should make the same chunk {index + 1}, but their latents differ by "
+                f"{difference:.1e} of their size, where at most {limit:.0e} is rounding; the times are not comparable"
+            )

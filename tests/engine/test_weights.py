@@ -115,8 +115,8 @@ def test_float8_halves_the_blocks_and_changes_little(checkpoint):
     assert weights["blocks.0.norm2.weight"].dtype == torch.float32
     assert model.dtype == torch.bfloat16
     linears = sum(t.numel() for name, t in weights.items() if t.dtype == torch.float8_e4m3fn)
-    assert nbytes(full) - nbytes(model) == linears > 0.4 * nbytes(full)
-    assert 0.002 < distance(flow(model), flow(full)) < 0.05
+    assert nbytes(full) - nbytes(model) == linears > nbytes(full) / 3
+    assert 0.002 < distance(flow(model), flow(full)) < 0.012
     assert model.identity != full.identity
 
 
@@ -125,7 +125,7 @@ def test_float8_works_with_the_rolling_cache(dtype, checkpoint):
     model = load_model(checkpoint, dtype=dtype, storage="float8")
     latents = video(model)
     assert latents.dtype == model.dtype == getattr(torch, dtype)
-    assert 1e-4 < distance(latents, video(load_model(checkpoint, dtype=dtype))) < 0.1
+    assert 1e-3 < distance(latents, video(load_model(checkpoint, dtype=dtype))) < 0.015
     assert torch.equal(latents, video(model))
     weights = model.transformer.state_dict()
     assert {weights[name].dtype for name in in_blocks(weights)} == {torch.float8_e4m3fn}
@@ -159,19 +159,20 @@ def test_one_layer_at_a_time_leaves_float8(checkpoint, monkeypatch):
 # GGUF
 
 
-@pytest.mark.parametrize("kind, bound, bits", [(Kind.Q8_0, 0.01, 8.5), (Kind.Q5_1, 0.06, 6), (Kind.Q4_0, 0.13, 4.5)])
+@pytest.mark.parametrize("kind, bound, bits", [(Kind.Q8_0, 0.002, 8.5), (Kind.Q5_1, 0.012, 6), (Kind.Q4_0, 0.03, 4.5)])
 def test_a_gguf_file_stays_packed_and_changes_little(kind, bound, bits, weights, checkpoint, tmp_path):
     path = tmp_path / "model.gguf"
     meant = write_gguf(path, weights, kind)
     full, model = load_model(checkpoint), load_model(path, dtype="float32")
     assert bound / 10 < distance(flow(model), flow(full)) < bound
+    assert distance(video(model), video(full)) < bound
     packed = sum(t.numel() for name, t in original_names(weights).items() if packable(name, t, kind))
     plain = sum(t.numel() for t in weights.values()) - packed
     assert nbytes(model) == packed * bits / 8 + 4 * plain
     # Unpacked in float16, as the scales are: to rounding what the file's own library unpacks.
     other = load_model(checkpoint)
     other.transformer.load_state_dict(build_transformer(meant).state_dict())
-    assert distance(flow(model), flow(other)) < 1e-3
+    assert distance(flow(model), flow(other)) < bound / 10
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_K, Kind.Q5_K, Kind.Q6_K])
@@ -199,7 +200,7 @@ def test_a_gguf_file_works_with_the_rolling_cache(prefix, weights, checkpoint, t
     latents = video(model)
     assert latents.dtype == torch.bfloat16
     assert torch.equal(latents, video(model))
-    assert distance(latents, video(load_model(checkpoint, dtype="bfloat16"))) < 0.05
+    assert distance(latents, video(load_model(checkpoint, dtype="bfloat16"))) < 0.015
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.identity == load_model(path).identity != load_model(path, dtype="float16").identity
 
@@ -240,13 +241,13 @@ def test_inspection_tells_how_a_gguf_file_is_packed(weights, tmp_path):
 # LoRAs on such weights
 
 
-@pytest.mark.parametrize("packed", ["float8", "Q8_0"])
-def test_loras_run_beside_small_weights(packed, weights, checkpoint, tmp_path):
+@pytest.mark.parametrize("packed, bound", [("float8", 0.05), ("Q8_0", 0.015)])
+def test_loras_run_beside_small_weights(packed, bound, weights, checkpoint, tmp_path):
     if packed == "float8":
-        model = load_model(checkpoint, dtype="bfloat16", storage="float8")
+        model = load_model(checkpoint, storage="float8")
     else:
         write_gguf(tmp_path / "model.gguf", weights, Kind.Q8_0)
-        model = load_model(tmp_path / "model.gguf")
+        model = load_model(tmp_path / "model.gguf", dtype="float32")
     generator = torch.Generator().manual_seed(3)
     tensors = {"blocks.0.attn1.to_q.diff_b": torch.randn(256, generator=generator) / 4}
     for name in in_blocks(weights):
@@ -255,14 +256,15 @@ def test_loras_run_beside_small_weights(packed, weights, checkpoint, tmp_path):
         tensors[f"{module}.lora_A.weight"] = torch.randn(8, in_features, generator=generator) / 16
         tensors[f"{module}.lora_B.weight"] = torch.randn(out_features, 8, generator=generator) / 16
     loras = [(read_lora(tensors), 0.8)]
-    full = load_model(checkpoint, dtype="bfloat16")
+    full = load_model(checkpoint)
+    change = -flow(full)
     with applied_loras(full, loras):
-        target = flow(full)
+        change += flow(full)
     before, size = flow(model), nbytes(model)
     with applied_loras(model, loras):
-        assert distance(flow(model), target) < 0.05 < distance(before, target)
-        assert model.transformer.blocks[0].attn1.to_q.lora_A["lora_0"].weight.dtype == torch.bfloat16
-        assert distance(video(model), video(full)) > 0.01
+        assert distance(flow(model) - before, change) < bound
+        assert model.transformer.blocks[0].attn1.to_q.lora_A["lora_0"].weight.dtype == torch.float32
+        assert video(model).isfinite().all()
     assert torch.equal(flow(model), before) and nbytes(model) == size
 
 

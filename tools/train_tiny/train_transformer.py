@@ -25,7 +25,7 @@ CONFIG = dict(
     freq_dim=128, ffn_dim=384, num_layers=5,
 )
 STEPS, CLIPS, BATCH, RATE = 6000, 6000, 8, 1.2e-3
-FIRST_CHUNKS = 16
+FIRST_CHUNKS = 24
 SHIFT = 5.0
 SAMPLING_STEPS = (1000, 750, 500, 250)
 FEW_STEP_SHARE = 0.6

@@ -85,7 +85,8 @@ def train_encoder(code: LinearCode, steps: int) -> nn.Module:
     unseen = random_clips(torch.Generator().manual_seed(999), SIDE, 21, 16)
 
     def loss(step, generator):
-        frames = random_clips(generator, *pick(SHAPES, generator))
+        side, length, count = pick(SHAPES, generator)
+        frames = random_clips(generator, side, length, count // 2)
         with torch.autocast("cpu", torch.bfloat16):
             latents = wan_vae.encode(vae, frames.to(memory_format=torch.channels_last_3d))
         return nn.functional.huber_loss(latents.float(), code.encode(frames), delta=1.0)
