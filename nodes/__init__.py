@@ -11,6 +11,7 @@ from .load_model import RollingKVLoadModel
 from .load_text_encoder import RollingKVLoadTextEncoder
 from .load_vae import RollingKVLoadVAE
 from .sample import RollingKVSample
+from .step_cache import RollingKVStepCache
 
 
 class RollingKVExtension(ComfyExtension):
@@ -22,6 +23,7 @@ class RollingKVExtension(ComfyExtension):
             RollingKVLoadVAE,
             RollingKVEncodePrompt,
             RollingKVAttachCache,
+            RollingKVStepCache,
             RollingKVSample,
             RollingKVEncodeVideo,
             RollingKVDecodeVideo,

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 
 import comfy.model_management as mm
 from comfy.utils import ProgressBar
+from server import PromptServer
 
 from ..rolling_kv.config import SPATIAL_COMPRESSION, TEXT_LENGTH
 from ..rolling_kv.sampler import RollingSession, activation_bytes, working_bytes
@@ -122,7 +123,7 @@ class RollingKVSample(io.ComfyNode):
             patcher.model, _embedding(positive, "positive"), height=height, width=width, batch=batch,
             negative=None if negative is None or not sampling.guided else _embedding(negative, "negative"),
             sampling=sampling, cache=model.cache, state=state, workspace=patcher.workspace, backend=model.backend,
-            compile=model.compile, on_pass=on_pass,
+            compile=model.compile, step_cache=model.step_cache, on_pass=on_pass,
         )
         try:
             with session:
@@ -134,6 +135,8 @@ class RollingKVSample(io.ComfyNode):
             mm.soft_empty_cache()  # the session has dropped its cache: give the memory back now
             raise
         progress.update_absolute(progress.total)
+        if session.step_report is not None:
+            PromptServer.instance.send_progress_text(session.step_report.summary(), cls.hidden.unique_id)
         samples = to_raw(session.state.latents().float()).to(mm.intermediate_device())
         return io.NodeOutput({"samples": samples}, session.state)
 

@@ -27,6 +27,7 @@ class ModelHandle(NamedTuple):
     loras: tuple[tuple[Path, float], ...] = ()  # files and strengths; applied when a sampler runs
     backend: str | None = None  # attention backend, see rolling_kv.attention
     compile: bool = False
+    step_cache: object | None = None  # a method of rolling_kv.step_cache
 
     def __repr__(self) -> str:  # error messages print their inputs
         loras = "".join(f", {path.stem} {strength:g}" for path, strength in self.loras)

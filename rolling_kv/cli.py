@@ -1,4 +1,4 @@
-"""`python -m rolling_kv`: make a video, look into a checkpoint, write the tiny model."""
+"""`python -m rolling_kv`: make a video, look into a checkpoint, write the tiny model, measure."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from diffusers.utils import logging
 from tqdm import tqdm
 
+from .bench.cli import add_command as add_bench
 from .checkpoints import inspect_checkpoint
 from .config import PRESETS, SINK_PHASES, STORAGES, pixel_frames
 from .pipeline import Pipeline
@@ -73,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     tiny.set_defaults(run=_make_tiny)
     tiny.add_argument("folder", type=Path, metavar="DIR")
     tiny.add_argument("--seed", type=int, default=0, help="of the random weights (default: %(default)s)")
+
+    add_bench(commands)
     return parser
 
 

@@ -22,7 +22,6 @@ from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 
 from rolling_kv.bench.cli import add_arguments, run
-from rolling_kv.bench.memory import storage_bytes
 from rolling_kv.bench.methods import Method
 
 from .comfy_env import PACK, ComfyError, ComfyInstall, find_install
@@ -128,6 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             if install is None:
                 run(args, notes=["(d) was not measured: no ComfyUI was found. Name one with --comfyui DIR."])
+            elif args.device == "cpu" and args.dtype in ("float16", "bfloat16"):
+                run(args, notes=["(d) was not measured: on a CPU, ComfyUI's sampler runs in float32 only."])
             else:
                 sampler = type("ComfyUISampler", (ComfyUISampler,), {"install": install, "folder": Path(folder)})
                 sampler.note += f"; torch {install.versions['torch']}"

@@ -20,6 +20,17 @@ METHODS = (Rolling, Floor, Recompute, Growing)
 """In the order in which they take turns: the floor right after what is compared with it."""
 
 
+def add_command(commands) -> None:
+    """Add `bench` to the subcommands of an argument parser."""
+    parser = commands.add_parser(
+        "bench",
+        help="measure the time and memory of the rolling cache, and of other ways to the same chunks",
+        epilog="`python -m tools.bench`, in the source repository, measures ComfyUI's own sampler beside these.",
+    )
+    parser.set_defaults(run=run)
+    add_arguments(parser)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = "pixels, a multiple of 16 (default: the size's)"
     parser.add_argument("--size", choices=SIZES, default="tiny", help="shape of the model (default: %(default)s)")
@@ -27,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, help=size)
     parser.add_argument("--window", type=int, help="latent frames a chunk attends to, -1 for all (default: the size's)")
     parser.add_argument("--sink", type=int, default=0, help="first latent frames that never leave the window; (a) only")
-    parser.add_argument("--chunks", type=int, default=10, help="chunks of 3 latent frames to make (default: %(default)s)")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--chunks", type=int, default=10, help="chunks to make, of 3 latent frames (default: 10)")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: bfloat16 on CUDA")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--cache-storage", choices=STORAGES, default="model", help="how the cache keeps its bytes; (a) only")
+    parser.add_argument("--cache-storage", choices=STORAGES, default="model", help="how (a) keeps its cache")
     parser.add_argument("--offload-cache", action="store_true", help="keep the cache in CPU memory; (a) only")
     parser.add_argument("--compile", action="store_true", help="torch.compile; (a) only")
     parser.add_argument("--backend", choices=ATTENTION_BACKENDS, help="attention backend; (a) only")

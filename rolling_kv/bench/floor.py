@@ -67,5 +67,5 @@ class Floor(Method):
 
 def _block_linears(weights: dict, prefix: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The Linear layers that a pass runs; the prompt's keys and values are computed once per video."""
-    names = ["self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"]
+    names = [f"self_attn.{name}" for name in "qkvo"] + ["cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"]
     return {name: (weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"]) for name in names}

@@ -12,9 +12,9 @@ from .memory import storage_bytes
 class GrowingSelfAttention:
     """Keys and values are concatenated, attended to, and kept up to `limit` tokens. A diffusers attention processor.
 
-    The pass after a chunk's first one overwrites: it concatenates with what is older than the chunk. So the first pass
-    attends to up to `limit` tokens and the chunk, the others to `limit` tokens in all. What is kept is a view, as in the
-    pull request, and so holds the whole concatenation in memory.
+    The passes after a chunk's first one overwrite: they concatenate with what is older than the chunk. So the first
+    pass attends to up to `limit` tokens and the chunk, the others to `limit` tokens in all. What is kept is a view, as
+    in the pull request, and so holds the whole concatenation in memory.
     """
 
     def __init__(self, limit: int | None):

@@ -1,4 +1,4 @@
-"""The noise of a benchmark, which every method takes alike. Needs torch alone: another program's Python may import it."""
+"""The noise that every method takes alike. Needs torch alone: another program's Python may import it."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def tables(workload: Workload, results: list[Result]) -> str:
     """Two Markdown tables: the figures with a full window, and seconds by chunk number (from 1)."""
     figures = summary(workload, results)
     full = [index + 1 for index in workload.full_window]
-    head = ["method", "s per chunk", "frames/s", "of floor", "keys and values", "peak memory", "peak, last / first full"]
+    head = ["method", "s per chunk", "frames/s", "of floor", "keys, values", "peak memory", "peak, last / first full"]
     rows = [
         [
             f"({result.letter}) {result.title}",

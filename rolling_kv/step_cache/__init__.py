@@ -4,9 +4,9 @@ from .attach import StepCache, StepCacheReport, apply_step_cache
 from .methods import (
     METHODS, FasterCache, FirstBlockCache, MagCache, MagCacheCalibration, PyramidAttentionBroadcast, SeaCache, TaylorSeer,
 )  # fmt: skip
-from .watch import StepWatch, start_step_cache
+from .watch import Forced, StepWatch, start_step_cache
 
 __all__ = [
-    "METHODS", "FasterCache", "FirstBlockCache", "MagCache", "MagCacheCalibration", "PyramidAttentionBroadcast",
-    "SeaCache", "StepCache", "StepCacheReport", "StepWatch", "TaylorSeer", "apply_step_cache", "start_step_cache",
+    "METHODS", "FasterCache", "FirstBlockCache", "Forced", "MagCache", "MagCacheCalibration",
+    "PyramidAttentionBroadcast", "SeaCache", "StepCache", "StepCacheReport", "StepWatch", "TaylorSeer", "apply_step_cache", "start_step_cache",
 ]  # fmt: skip

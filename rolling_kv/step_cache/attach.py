@@ -45,6 +45,11 @@ class StepCacheReport(NamedTuple):
         possible = sum(self.possible[part] for part in parts)
         return 1 - sum(self.computed[part] for part in parts) / possible if possible else 0.0
 
+    def summary(self) -> str:
+        """A sentence for people."""
+        shares = ", ".join(f"{self.skipped(part):.0%} of {part}" for part in self.possible)
+        return self.note or f"{self.method} left out {shares}, and held {self.nbytes / 2**20:.1f} MiB."
+
 
 class StepCache:
     """A step cache on a transformer. Made by `apply_step_cache`; one per transformer. See `begin` and `predict`."""

@@ -355,10 +355,10 @@ def refused(path, match):
 
 
 def test_a_missing_path_says_what_is_expected(tmp_path):
-    refused(tmp_path / "absent.safetensors", "no such file or folder. Expected a .safetensors, .pt")
+    refused(tmp_path / "absent.safetensors", "no such file or folder. Expected a .safetensors, .gguf, .pt")
     refused(tmp_path, "holds no weights")
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    refused(tmp_path / "a.gguf", "type .gguf are not read here")
+    (tmp_path / "a.onnx").write_bytes(b"ONNX")
+    refused(tmp_path / "a.onnx", "type .onnx are not read here")
 
 
 @pytest.mark.parametrize(

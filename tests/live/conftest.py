@@ -23,7 +23,8 @@ def install(request):
 
 
 def start(install, *options):
-    return ComfyServer(install, options, environment={"HF_HUB_OFFLINE": "1"})
+    """A server that may not download, with one thread: models this small gain nothing from a second one."""
+    return ComfyServer(install, options, environment={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
 
 
 def complaints(log: str) -> list[str]:

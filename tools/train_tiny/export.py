@@ -8,14 +8,13 @@ Float32, because a CPU computes in the dtype that the files have, and half preci
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
+from diffusers import AutoencoderKLWan
 
 from rolling_kv.config import CacheConfig, ModelPreset, SamplingConfig
+from rolling_kv.tiny import save_model
 from rolling_kv.vae import LATENTS_MEAN, LATENTS_STD
 
 from .loop import WORK
@@ -55,35 +54,11 @@ def finished_vae() -> AutoencoderKLWan:
 def export(folder: Path, denoiser: str = "transformer") -> None:
     model = Denoiser()
     model.load_state_dict(averaged(denoiser))
-    model.transformer.save_pretrained(folder / "transformer")
-    model.text.encoder.save_pretrained(folder / "text_encoder")
-    finished_vae().save_pretrained(folder / "vae")
-    UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT
-    ).save_pretrained(folder / "scheduler")
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    shutil.copy(tokenizer_file(), folder / "tokenizer" / "spiece.model")
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    write_json(
-        folder / "tokenizer" / "tokenizer_config.json",
-        special | {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 512},
+    progress = torch.load(WORK / f"{denoiser}.pt", weights_only=True)["step"]
+    save_model(
+        folder, model.transformer, finished_vae(), model.text.encoder, tokenizer_file().read_bytes(), PRESET,
+        {"trained_steps": progress},
     )
-    write_json(
-        folder / "model_index.json",
-        {
-            "_class_name": "WanPipeline",
-            "transformer": ["diffusers", "WanTransformer3DModel"],
-            "vae": ["diffusers", "AutoencoderKLWan"],
-            "text_encoder": ["transformers", "UMT5EncoderModel"],
-            "tokenizer": ["transformers", "T5Tokenizer"],
-            "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-        },
-    )
-    write_json(folder / "rolling_kv.json", {"preset": PRESET.to_dict()})
-
-
-def write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

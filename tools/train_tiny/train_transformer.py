@@ -1,6 +1,6 @@
 """Train the transformer and the text encoder on the linear code, with teacher forcing.
 
-    python -m tools.train_tiny.train_transformer
+    python -m tools.train_tiny.train_transformer --compile
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ CONFIG = dict(
     num_attention_heads=4, attention_head_dim=32, in_channels=16, out_channels=16, text_dim=TEXT_CONFIG["d_model"],
     freq_dim=128, ffn_dim=384, num_layers=5,
 )
-STEPS, CLIPS, BATCH, RATE = 6000, 6000, 8, 1.2e-3
+STEPS, CLIPS, BATCH, RATE = 10_000, 6000, 8, 1.2e-3
 FIRST_CHUNKS = 24
+"""First chunks in each batch, beside the clips."""
 SHIFT = 5.0
 SAMPLING_STEPS = (1000, 750, 500, 250)
 FEW_STEP_SHARE = 0.6
@@ -92,30 +93,17 @@ def teacher_forcing_loss(model: Denoiser, batch, step: int, generator: torch.Gen
     return (error * counts).sum() / counts.sum()
 
 
-def first_chunk_loss(model: Denoiser, batch, generator: torch.Generator) -> torch.Tensor:
+def first_chunk_loss(model: Denoiser, batch, step: int, generator: torch.Generator) -> torch.Tensor:
     """The same for the first chunks alone. Nothing is before them, so they are cheap, and they are the hardest part."""
     latents = batch.latents[:, :, :CHUNK]
     count = len(latents)
     sigmas = random_sigmas((count, 1), generator)
     noise = torch.randn(latents.shape, generator=generator)
     level = sigmas[..., None, None, None]
-    prompts = model.prompts(batch.prompts, torch.zeros(count, 1, dtype=torch.bool))
+    prompts = model.prompts(batch.prompts, torch.zeros(count, 1, dtype=torch.bool), min(1.0, step / PADDING_STEPS))
     with torch.autocast("cpu", torch.bfloat16):
         flow = predict(model.transformer, None, (1 - level) * latents + level * noise, sigmas * 1000, prompts, 1, CHUNK)
     return (flow.float() - (noise - latents)).square().mean()
-
-
-def train_first_chunks(steps: int, clips: int, batch: int, first: int, rate: float) -> nn.Module:
-    """Second stage: go on from the first one, with `first` more first chunks in each batch."""
-    pool = motion_pool(clips)
-    model = Denoiser()
-    model.load_state_dict(torch.load(WORK / "transformer.pt", weights_only=True)["averaged"])
-
-    def loss(step, generator):
-        clip = teacher_forcing_loss(model, pool.draw(batch, generator), step + PADDING_STEPS, generator)
-        return clip + first_chunk_loss(model, pool.draw(first, generator, begins=True), generator)
-
-    return train("adapted", model, loss, steps, rate)
 
 
 def train_teacher(steps: int, clips: int, batch: int, rate: float) -> nn.Module:
@@ -123,7 +111,8 @@ def train_teacher(steps: int, clips: int, batch: int, rate: float) -> nn.Module:
     model = Denoiser()
 
     def loss(step, generator):
-        return teacher_forcing_loss(model, pool.draw(batch, generator), step, generator)
+        whole = teacher_forcing_loss(model, pool.draw(batch, generator), step, generator)
+        return whole + first_chunk_loss(model, pool.draw(FIRST_CHUNKS, generator, begins=True), step, generator)
 
     return train("transformer", model, loss, steps, rate)
 
@@ -135,16 +124,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--rate", type=float, default=RATE)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
     parser.add_argument("--compile", action="store_true", help="with a C++ compiler: a quarter less time per step")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.compile:
         teacher.block_forward = torch.compile(teacher.block_forward)
-    if arguments.stage == 1:
-        train_teacher(arguments.steps, arguments.clips, arguments.batch, arguments.rate)
-    else:
-        train_first_chunks(arguments.steps, arguments.clips, arguments.batch, FIRST_CHUNKS, arguments.rate)
+    train_teacher(arguments.steps, arguments.clips, arguments.batch, arguments.rate)
 
 
 if __name__ == "__main__":
