@@ -65,8 +65,12 @@ class ManagedModel(ManagedModule):
         Call it with the weights on the device, before a run. Keys and values belong to the weights that made them, so a
         change drops the working cache.
         """
-        if self.loras.set((self.open_lora(path), strength) for path, strength in loras):
-            self.workspace.clear()
+        before = self.loras.applied
+        try:
+            self.loras.set((self.open_lora(path), strength) for path, strength in loras)
+        finally:
+            if self.loras.applied != before:
+                self.workspace.clear()
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
         freed = self.workspace.nbytes

@@ -14,9 +14,9 @@ class RollingKVStepCache(io.ComfyNode):
             display_name="Step Cache",
             category=CATEGORY,
             description=(
-                "Makes multi-step sampling faster by leaving out work that hardly changes from one denoising step to the "
-                "next. For models that sample in many steps; few-step (distilled) models have nothing to leave out, and "
-                "Sample Video then says so, with the figure, and makes the video without it."
+                "Makes multi-step sampling faster by leaving out work that hardly changes from one denoising step to "
+                "the next. For models that sample in many steps; few-step (distilled) ones have nothing to leave out, "
+                "and Sample Video then says so, with the figure, and makes the video without it."
             ),
             search_aliases=[
                 "teacache", "pab", "pyramid attention broadcast", "fastercache", "first block cache", "fbcache",
@@ -65,7 +65,9 @@ def _options() -> list[io.DynamicCombo.Option]:
             _count("cache_interval", 5, "A full step every so many steps; the others are extrapolated.", 1),
             _count("max_order", 1, "0 reuses, 1 extrapolates linearly, more with higher differences.", 0),
             _count("disable_cache_before_step", 3, "So many full steps first.", 1),
-            io.Boolean.Input("use_lite_mode", default=False, tooltip="Extrapolate only the result: least memory, less exact."),
+            io.Boolean.Input(
+                "use_lite_mode", default=False, tooltip="Extrapolate only the result: least memory, less exact."
+            ),
             _count("disable_cache_after_step", 0, "Only full steps from this one on. 0: never.", 0, advanced=True),
             io.Combo.Input(
                 "taylor_factors_dtype", options=["bfloat16", "float16", "float32"], advanced=True,
@@ -79,13 +81,13 @@ def _options() -> list[io.DynamicCombo.Option]:
             *_timesteps("cross_attention_timestep_skip_range", 100, 800, "attention to the prompt is reused"),
         ]),
         io.DynamicCombo.Option("FasterCache", [
-            _count("unconditional_batch_skip_range", 5, "With guidance: the negative branch is computed every so many steps.", 1),
+            _count("unconditional_batch_skip_range", 5, "The negative branch is computed every so many steps.", 1),
             _count("spatial_attention_block_skip_range", 2, "Self-attention is computed every so many steps.", 1),
             *_timesteps("unconditional_batch_timestep_skip_range", -1, 641, "the negative branch is left out"),
             *_timesteps("spatial_attention_timestep_skip_range", -1, 681, "self-attention is reused"),
-            _share("attention_weight", 0.5, "How far attention is extrapolated from its last two results.", advanced=True),
-            _share("alpha_low_frequency", 1.1, "Growth of the branches' difference per step, coarse part.", advanced=True),
-            _share("alpha_high_frequency", 1.1, "Growth of the branches' difference per step, fine part.", advanced=True),
+            _share("attention_weight", 0.5, "How far attention is extrapolated from the last two.", advanced=True),
+            _share("alpha_low_frequency", 1.1, "Growth of the branches' difference, coarse part.", advanced=True),
+            _share("alpha_high_frequency", 1.1, "Growth of the branches' difference, fine part.", advanced=True),
             *_timesteps("low_frequency_weight_update_timestep_range", 99, 901, "the coarse part grows"),
             *_timesteps("high_frequency_weight_update_timestep_range", -1, 301, "the fine part grows"),
         ]),

@@ -1,4 +1,4 @@
-"""Plain bidirectional Wan sampling of one clip: all frames at once, no rolling cache, the stock transformer as it is."""
+"""Plain bidirectional Wan sampling of one clip: all frames at once, no rolling cache, the stock transformer."""
 
 from __future__ import annotations
 

@@ -72,9 +72,10 @@ class RollingSession:
     prompt, negative: text embeddings [B or 1, L, D], zero-padded; negative is needed with guidance only.
     height, width: pixels, multiples of 16. sampling, cache: by default the model's preset.
     state: the video to continue; its tensors are only read. workspace: where to look for, and leave, a working cache.
-    exact, backend, compile: see `RollingAttachment`. on_pass: called as on_pass(done, total) before every model pass; whatever it raises
-    cancels the run, and the working cache is dropped. step_cache: a method of `step_cache.METHODS`, which skips work between
-    denoising steps, never in a pass that writes the cache; `step_report` tells what it did, once the session is closed.
+    exact, backend, compile: see `RollingAttachment`. on_pass: called as on_pass(done, total) before every model pass;
+    whatever it raises cancels the run, and the working cache is dropped. step_cache: a method of `step_cache.METHODS`,
+    which skips work between denoising steps, never in a pass that writes the cache; `step_report` tells what it did,
+    once the session is closed.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class RollingSession:
 
         self.cache_config.check_chunk(self.sampling.chunk)
         if self.step_cache is not None and self.compile:
-            raise ValueError("a step cache cannot go with compiled blocks: turn compile off, or take the step cache away")
+            raise ValueError("a step cache cannot go with compiled blocks: turn compile off, or remove the step cache")
         if self.state.chunks:
             self._check_latents(self.state.chunks[-1], "the cache state's latents")
         self.set_prompt(prompt, negative)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 STORAGES = ("model", "float8")
 """Choices of weight storage: the dtype that the model computes in, or float8_e4m3fn."""
-GGUF_PACKAGE = "gguf>=0.10"
+GGUF_PACKAGE = "gguf>=0.13"
 
 
 def check_storage(storage: str, packed: bool) -> None:

@@ -84,8 +84,23 @@ def inputs_of(schema: dict) -> dict[str, list]:
     }
 
 
+def settings_of(spec: list) -> dict[str, list]:
+    """The inputs that the choices of a dynamic combo bring along, by choice and name; {} for other inputs."""
+    if spec[0] != "COMFY_DYNAMICCOMBO_V3":
+        return {}
+    return {
+        f"{choice['key']}.{name}": setting
+        for choice in spec[1]["options"]
+        for section in choice["inputs"].values()
+        for name, setting in section.items()
+    }
+
+
 def english(schemas: dict[str, dict]) -> dict[str, dict]:
-    """The pack's nodes as an English nodeDefs.json: the texts of the schemas, outputs keyed by number."""
+    """The pack's nodes as an English nodeDefs.json: the texts of the schemas, outputs keyed by number.
+
+    Not those of `settings_of`: the frontend looks them up without the choice, so one text would serve several settings.
+    """
     return {name: _texts(schema) for name, schema in schemas.items() if name.startswith(PREFIX)}
 
 

@@ -17,9 +17,17 @@ from ..config import PRESETS, CacheConfig, ModelPreset, SamplingConfig
 from ..model import CausalModel
 from ..sampler import RollingSession
 from ..step_cache import (
-    METHODS, FasterCache, FirstBlockCache, Forced, MagCache, MagCacheCalibration, PyramidAttentionBroadcast, SeaCache,
-    StepCacheReport, TaylorSeer,
-)  # fmt: skip
+    METHODS,
+    FasterCache,
+    FirstBlockCache,
+    Forced,
+    MagCache,
+    MagCacheCalibration,
+    PyramidAttentionBroadcast,
+    SeaCache,
+    StepCacheReport,
+    TaylorSeer,
+)
 from ..text import load_text_encoder
 from ..tiny import BUNDLED
 from ..vae import WanVAE, load_vae, to_raw
@@ -34,7 +42,7 @@ MODES = ("multi-step", "bidirectional", "few-step")
 
 @dataclass(frozen=True)
 class Setting:
-    """What every run of a benchmark shares. mode: one of MODES. chunks: of the video; a clip has as many frames at once.
+    """What every run shares. mode: one of MODES. chunks: of the video; a clip has as many frames at once.
 
     prompt, negative: embeddings. vae: decodes the videos that are compared; None compares nothing.
     """
@@ -58,8 +66,8 @@ class Measured:
     """One method at one strength. Lists are by seed.
 
     seconds: of the run. plain_seconds: of an uncached run right before it, so that whatever else the machine does hits
-    both. psnr, ssim: means, against the uncached videos. peak_bytes: weights included. extra: what a `judge` said of the
-    decoded videos, means.
+    both. psnr, ssim: means, against the uncached videos. peak_bytes: weights included. extra: what a `judge` said of
+    the decoded videos, means.
     """
 
     method: str
@@ -80,7 +88,7 @@ class Measured:
 
 def variants(ratios: tuple[float, ...]) -> Iterator[tuple[str, object]]:
     """Every method from gentle to strong, its defaults among them: (strength, method). ratios: MagCache's constants."""
-    late, wide = (100, 800), (100, 950)
+    wide = (100, 950)
     yield "self 2", PyramidAttentionBroadcast()
     yield "self 2, cross 6", PyramidAttentionBroadcast(2, 6)
     yield "self 4, cross 6, to 950", PyramidAttentionBroadcast(4, 6, wide, wide)
@@ -127,8 +135,8 @@ def measure(
 ) -> tuple[list[Measured], tuple[float, ...]]:
     """Time and compare the methods of these names. The first result is without a step cache; also MagCache's constants.
 
-    judge: looks at each decoded video [3, T, H, W] in [-1, 1]. on_run: called as (done, total, what) before each run; an
-    exception from it cancels.
+    judge: looks at each decoded video [3, T, H, W] in [-1, 1]. on_run: called as (done, total, what) before each run;
+    an exception from it cancels.
     """
     ratios = calibrate(setting) if "magcache" in names and setting.mode != "few-step" else ()
     chosen = [(strength, method) for strength, method in variants(ratios) if method.name in names]
@@ -162,7 +170,7 @@ def measure(
 
 
 def step_change(setting: Setting) -> tuple[float, ...]:
-    """How much the predicted flow changes from step to step, relative, with few-step sampling: one per step after the first."""
+    """Relative change of the predicted flow from step to step in few-step sampling: one per step after the first."""
     return sample(replace(setting, mode="multi-step"), FirstBlockCache(), setting.seeds[0])[1].change
 
 
@@ -196,13 +204,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-encoder", type=Path, help="UMT5, where the model is a single file")
     parser.add_argument("--vae", type=Path, help="the Wan 2.1 VAE, where the model is a single file")
     parser.add_argument("--preset", choices=["auto", *PRESETS], default="auto", help="what the model was trained for")
-    parser.add_argument("--size", choices=SIZES, help="random weights of this shape instead: time and memory, no quality")
+    parser.add_argument("--size", choices=SIZES, help="random weights of this shape instead: no quality")
     parser.add_argument("--mode", choices=MODES, default=MODES[0], help="default: %(default)s, with the rolling cache")
     parser.add_argument("--prompt", default="a red circle moving left", help="default: %(default)s")
     parser.add_argument("--negative-prompt", default="", help="default: empty")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps; not for few-step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps, unless few-step (default: %(default)s)")
     parser.add_argument("--sampler", choices=["unipc", "euler"], default="unipc", help="default: %(default)s")
-    parser.add_argument("--guidance", type=float, default=3.0, help="1: off; not for few-step (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="1: off, as in few-step (default: %(default)s)")
     parser.add_argument("--chunks", type=int, default=3, help="length of each video (default: %(default)s)")
     parser.add_argument("--height", type=int, help="pixels (default: 64 for the bundled model, else 480)")
     parser.add_argument("--width", type=int, help="pixels (default: 64 for the bundled model, else 832)")
@@ -234,7 +242,7 @@ def main(args: argparse.Namespace, judge: Callable[[torch.Tensor], dict[str, flo
         check_quality()
     torch.set_num_threads(args.threads or torch.get_num_threads())
     setting = make_setting(args)
-    print(describe(setting))
+    print(describe(setting), flush=True)
     if setting.mode == "few-step":
         change = step_change(setting)
         print(
@@ -265,7 +273,9 @@ def make_setting(args: argparse.Namespace) -> Setting:
         vae = load_vae(args.vae or args.model, dtype=args.dtype, device=args.device)
         prompt, negative = text.encode([args.prompt]), text.encode([args.negative_prompt])
     small = args.size is None and args.model == BUNDLED
-    height, width = (64, 64) if small else (SIZES[args.size].height, SIZES[args.size].width) if args.size else (480, 832)
+    height, width = (64, 64) if small else (480, 832)
+    if args.size:
+        height, width = SIZES[args.size].height, SIZES[args.size].width
     sampling, cache = model.preset.sampling, model.preset.cache
     if args.mode == "few-step":
         sampling = replace(sampling, sampler="renoise", guidance_scale=1.0)
@@ -276,8 +286,8 @@ def make_setting(args: argparse.Namespace) -> Setting:
     if args.window is not None:
         cache = replace(cache, window=args.window)
     return Setting(
-        model, prompt, negative, vae, args.mode, sampling, cache, args.height or height, args.width or width, args.chunks,
-        tuple(range(args.videos)), not args.no_memory,
+        model, prompt, negative, vae, args.mode, sampling, cache, args.height or height, args.width or width,
+        args.chunks, tuple(range(args.videos)), not args.no_memory,
     )  # fmt: skip
 
 

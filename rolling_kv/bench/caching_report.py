@@ -65,7 +65,8 @@ def table(setting: Setting, results: Sequence[Measured]) -> str:
     rows = []
     for result in results:
         report = result.report
-        row = [result.method, result.strength, f"{median(result.seconds):.2f}", f"{result.speed_up:.2f}" if report else "1"]
+        row = [result.method, result.strength, f"{median(result.seconds):.2f}"]
+        row.append(f"{result.speed_up:.2f}" if report else "1")
         row += [f"{report.skipped(part):.0%}" for part in report.possible] if report else ["", "", ""]
         row += [_size(report.nbytes) if report else "", _size(result.peak_bytes)]
         if setting.vae is not None:

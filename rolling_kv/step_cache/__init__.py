@@ -1,12 +1,31 @@
-"""Step caches: skip work between the denoising steps of a chunk or clip, by diffusers' methods. See `docs/caching.md`."""
+"""Step caches: diffusers' methods to skip work between denoising steps of a chunk or clip. See `docs/caching.md`."""
 
 from .attach import StepCache, StepCacheReport, apply_step_cache
 from .methods import (
-    METHODS, FasterCache, FirstBlockCache, MagCache, MagCacheCalibration, PyramidAttentionBroadcast, SeaCache, TaylorSeer,
-)  # fmt: skip
+    METHODS,
+    FasterCache,
+    FirstBlockCache,
+    MagCache,
+    MagCacheCalibration,
+    PyramidAttentionBroadcast,
+    SeaCache,
+    TaylorSeer,
+)
 from .watch import Forced, StepWatch, start_step_cache
 
 __all__ = [
-    "METHODS", "FasterCache", "FirstBlockCache", "Forced", "MagCache", "MagCacheCalibration",
-    "PyramidAttentionBroadcast", "SeaCache", "StepCache", "StepCacheReport", "StepWatch", "TaylorSeer", "apply_step_cache", "start_step_cache",
-]  # fmt: skip
+    "METHODS",
+    "FasterCache",
+    "FirstBlockCache",
+    "Forced",
+    "MagCache",
+    "MagCacheCalibration",
+    "PyramidAttentionBroadcast",
+    "SeaCache",
+    "StepCache",
+    "StepCacheReport",
+    "StepWatch",
+    "TaylorSeer",
+    "apply_step_cache",
+    "start_step_cache",
+]

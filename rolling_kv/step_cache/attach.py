@@ -7,8 +7,9 @@ replays and prefills, which write the rolling cache, are therefore neither skipp
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers.hooks import apply_faster_cache
@@ -27,8 +28,8 @@ class StepCacheReport(NamedTuple):
 
     computed, possible: calls per part of the blocks ("self-attention", "cross-attention", "feed-forward"); empty where
         the cache was not attached. nbytes: most bytes that it held. change: relative change of the predicted flow from
-        step to step, of each step; only where the cache was not attached. mag_ratios: MagCache's constants, the mean over the
-        chunks of a run with `MagCacheCalibration`. note: for people, or empty.
+        step to step, of each step; only where the cache was not attached. mag_ratios: MagCache's constants, the mean
+        over the chunks of a run with `MagCacheCalibration`. note: for people, or empty.
     """
 
     method: str
@@ -199,7 +200,7 @@ class _JointBranches(nn.Module):
 
 
 class _CallCounter:
-    """Counts which parts of the blocks really compute: their last linear layers, which no cached output runs through."""
+    """Counts which parts of the blocks really compute: by their last linear layers, which a cached output bypasses."""
 
     def __init__(self, transformer):
         self.on = False

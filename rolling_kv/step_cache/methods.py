@@ -7,8 +7,9 @@ ones that matter most come first. Defaults that diffusers leaves to the user are
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from diffusers import hooks

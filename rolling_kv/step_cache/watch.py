@@ -37,9 +37,9 @@ class StepWatch:
         change = tuple(float(value) for value in self._changes)
         middle = f"by {100 * median(change):.0f} % (median of this run)" if change else "too much"
         note = (
-            f"{self.method.title} was not used: this model makes a chunk in {self.steps} steps, and there is nothing to "
-            f"skip. From one step to the next its prediction changes {middle}, and a skipped step would put that error "
-            "into the video. Step caches are for multi-step sampling, where the change is a few percent."
+            f"{self.method.title} was not used: this model makes a chunk in {self.steps} steps, and there is nothing "
+            f"to skip. From one step to the next its prediction changes {middle}, and a skipped step would put that "
+            "error into the video. Step caches are for multi-step sampling."
         )
         return StepCacheReport(self.method.title, {}, {}, change=change, note=note)
 

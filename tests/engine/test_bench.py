@@ -14,7 +14,7 @@ from rolling_kv.bench import cli, measure, report
 from rolling_kv.bench.floor import Floor
 from rolling_kv.bench.measure import BenchError, Result, check_agreement, share_of_floor
 from rolling_kv.bench.memory import TensorBytes, storage_bytes
-from rolling_kv.bench.methods import Growing, Recompute, Rolling
+from rolling_kv.bench.methods import Growing, Method, Recompute, Rolling
 from rolling_kv.bench.workload import SIZES, BenchSize, Workload, weight_shapes
 from rolling_kv.checkpoints import build_transformer
 from rolling_kv.cli import main
@@ -146,6 +146,15 @@ def test_tensor_bytes_follow_what_is_alive():
     del view
 
 
+def test_each_chunk_has_a_peak_of_its_own(weights):
+    class Uneven(Method):
+        def chunk(self, index):
+            return torch.ones(1000 if index == 1 else 10).sum()
+
+    first, second, third = Uneven.follow_memory(workload(chunks=3), weights)
+    assert second - first == 990 * 4 and third == first
+
+
 def test_memory_of_the_engine_is_flat_and_holds_its_cache(weights):
     work = workload(chunks=30)
     peaks = Rolling.follow_memory(work, weights)
@@ -195,9 +204,12 @@ def test_methods_take_turns_and_the_floor_runs_right_after_the_engine(monkeypatc
     turns = []
     for method in cli.METHODS:
         chunk = method.chunk
-        monkeypatch.setattr(
-            method, "chunk", lambda self, index, chunk=chunk: turns.append(f"{self.letter}{index}") or chunk(self, index)
-        )
+
+        def noted(self, index, chunk=chunk):
+            turns.append(f"{self.letter}{index}")
+            return chunk(self, index)
+
+        monkeypatch.setattr(method, "chunk", noted)
     results = measure.measure(workload(chunks=2), cli.METHODS, repeats=2, memory=False, say=lambda text: None)
     assert turns == "a0 e0 b0 c0 a1 e1 b1 c1".split() * 2
     assert all(len(result.seconds) == 2 and len(result.seconds[1]) == 2 for result in results)

@@ -1,5 +1,7 @@
 """Real ComfyUI servers and a real browser, each started once and only when a test asks for it."""
 
+import signal
+
 import pytest
 from browser import CHROMIUM_FLAGS, Frontend, find_chromium
 from playwright.sync_api import sync_playwright
@@ -9,6 +11,7 @@ from tools.comfy_server import ComfyServer
 
 
 def pytest_configure(config):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the servers are stopped then too
     config.addinivalue_line("markers", "traceback_expected: the test makes a node fail, which the server logs")
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from tools.comfy_env import PACK
-from tools.object_info import ENGLISH, FILE_INPUTS, PREFIX, english, inputs_of, recorded
+from tools.object_info import ENGLISH, FILE_INPUTS, PREFIX, english, inputs_of, recorded, settings_of
 
 OURS = {name: schema for name, schema in recorded().items() if name.startswith(PREFIX)}
 LANGUAGES = ("en", "zh")
@@ -27,7 +27,13 @@ def leaves(texts, path=""):
 
 
 def is_sentence(text):
-    return re.match(r"[A-Z]|[\w.]+\.safetensors", text) is not None and text.endswith(".")
+    return re.match(r"[A-Z\d]|[\w.]+\.safetensors", text) is not None and text.endswith(".")
+
+
+def with_settings(schema):
+    """Every input, and those that belong to the choices of one."""
+    inputs = inputs_of(schema)
+    return inputs | {name: spec for given in inputs.values() for name, spec in settings_of(given).items()}
 
 
 @each_node
@@ -46,7 +52,7 @@ def test_display_names_and_aliases_find_one_node():
 
 @each_node
 def test_each_input_and_output_has_a_tooltip(schema):
-    for name, spec in inputs_of(schema).items():
+    for name, spec in with_settings(schema).items():
         assert is_sentence(spec[1].get("tooltip", "")), name
     assert len(schema["output_tooltips"]) == len(schema["output_name"]) == len(schema["output"]) > 0
     for name, tooltip in zip(schema["output_name"], schema["output_tooltips"]):
@@ -55,7 +61,7 @@ def test_each_input_and_output_has_a_tooltip(schema):
 
 @each_node
 def test_defaults_are_allowed_values(schema):
-    for name, (kind, options) in inputs_of(schema).items():
+    for name, (kind, options) in with_settings(schema).items():
         if kind in ("INT", "FLOAT"):
             assert options["min"] <= options["default"] <= options["max"], name
         if kind == "COMBO" and name not in FILE_INPUTS:
@@ -81,9 +87,14 @@ def test_the_help_page_explains_every_input_and_output(schema, language):
 @each_node
 def test_the_help_page_explains_every_choice(schema, language):
     page = (PACK / "web" / "docs" / schema["name"] / f"{language}.md").read_text(encoding="utf-8")
-    for name, (kind, options) in inputs_of(schema).items():
+    for name, (kind, options) in with_settings(schema).items():
         for choice in options["options"] if kind == "COMBO" else ():
             assert f"`{choice}`" in page, f"{name}: {choice}"
+    for given in inputs_of(schema).values():
+        for setting in settings_of(given):
+            choice, name = setting.split(".")
+            (section,) = re.findall(rf"^\*\*`{choice}`\*\*.*?(?=^\*\*`|^## )", page, re.MULTILINE | re.DOTALL)
+            assert f"`{name}`" in section, setting
 
 
 @each_language

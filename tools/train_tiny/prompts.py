@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import sentencepiece
@@ -10,28 +9,26 @@ import torch
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
+from rolling_kv.tiny import train_tokenizer
+
 from .world import random_scene
 
 TEXT_CONFIG = dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0, tie_word_embeddings=False)
 EOS = 1
-VOCABULARY = 400
-"""At most: merging stops when every word of the grammar is a single piece."""
-
 LONGEST = 16
 """Tokens of the longest prompt of the grammar, rounded up: one shape for all batches."""
 
 
-def train_tokenizer(path: Path, seed: int = 2) -> None:
-    """Write a byte-pair model that has the grammar's words as single pieces and can still spell any other English word."""
+def make_tokenizer(path: Path, seed: int = 2) -> None:
+    """Write a unigram model that has the grammar's words as single pieces and can still spell any other English word.
+
+    A word becomes a single piece only when it is also seen with something after it.
+    """
     generator = torch.Generator().manual_seed(seed)
     lines = [random_scene(generator).prompt for _ in range(2000)]
-    lines += ["abcdefghijklmnopqrstuvwxyz", "A B C D E F G H I J K L M N O P Q R S T U V W X Y Z 0123456789 , . : ; - ' !"] * 20
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=VOCABULARY, hard_vocab_limit=False, model_type="bpe",
-        character_coverage=1.0, pad_id=0, eos_id=EOS, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
-    )
-    path.write_bytes(model.getvalue())
+    lines += [f"{character} {character}" for character in map(chr, range(33, 127))]
+    lines += [word + ending for line in lines[:2000] for word in line.split() for ending in ",.s"]
+    path.write_bytes(train_tokenizer(lines))
 
 
 class TextSide(nn.Module):

@@ -16,7 +16,7 @@ from rolling_kv.schedule import flow_schedule, warp_steps
 from . import teacher
 from .loop import WORK, save, train
 from .pool import CHUNK, LATENT_FRAMES, Pool
-from .prompts import TEXT_CONFIG, TextSide, train_tokenizer
+from .prompts import TEXT_CONFIG, TextSide, make_tokenizer
 from .teacher import Prompts, predict
 from .train_vae import linear_code
 
@@ -55,7 +55,7 @@ class Denoiser(nn.Module):
 def tokenizer_file():
     path = WORK / "spiece.model"
     if not path.exists():
-        train_tokenizer(path)
+        make_tokenizer(path)
     return path
 
 
