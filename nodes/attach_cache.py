@@ -21,27 +21,42 @@ class RollingKVAttachCache(io.ComfyNode):
             inputs=[
                 Model.Input("model", tooltip="From Load Causal Video Model."),
                 io.Int.Input(
-                    "window", default=0, min=-1, max=4096,
+                    "window",
+                    default=0,
+                    min=-1,
+                    max=4096,
                     tooltip="Latent frames that a chunk attends to, counting the sink and the chunk itself (4 video frames "
                     "each). 0: what the model was trained with. -1: everything; memory then grows with the video.",
                 ),
                 io.Int.Input(
-                    "sink", default=-1, min=-1, max=64,
+                    "sink",
+                    default=-1,
+                    min=-1,
+                    max=64,
                     tooltip="The first latent frames of the video, which never leave the window. Avoids the flicker when "
                     "frame 0 would leave. -1: what the model was trained with.",
                 ),
                 io.Combo.Input(
-                    "sink_phase", options=list(SINK_PHASES), optional=True, advanced=True,
+                    "sink_phase",
+                    options=list(SINK_PHASES),
+                    optional=True,
+                    advanced=True,
                     tooltip="Absolute: as the models were trained. Rebased: the sink always counts as just before the "
                     "window; try it when a very long video drifts.",
                 ),
                 io.Combo.Input(
-                    "storage", options=list(STORAGES), optional=True, advanced=True,
+                    "storage",
+                    options=list(STORAGES),
+                    optional=True,
+                    advanced=True,
                     tooltip="How the cache is kept. Model: the model's own precision. Float8 and int8 take about half the "
                     "memory of bfloat16; int8 is the more exact of the two.",
                 ),
                 io.Boolean.Input(
-                    "offload", default=False, optional=True, advanced=True,
+                    "offload",
+                    default=False,
+                    optional=True,
+                    advanced=True,
                     tooltip="Keep the cache in main memory and bring one layer at a time to the GPU. Slower; for long "
                     "windows on small cards.",
                 ),
@@ -50,9 +65,7 @@ class RollingKVAttachCache(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, model, window, sink, sink_phase="absolute", storage="model", offload=False
-    ) -> io.NodeOutput:
+    def execute(cls, model, window, sink, sink_phase="absolute", storage="model", offload=False) -> io.NodeOutput:
         cache = replace(model.cache, sink_phase=sink_phase, storage=storage, offload=offload)
         if window != 0:
             cache = replace(cache, window=window)

@@ -1,12 +1,11 @@
 import uuid
 from pathlib import Path
 
+import comfy.model_management as mm
 import folder_paths
 import torch
-from comfy_api.latest import InputImpl, io
-
-import comfy.model_management as mm
 from comfy.utils import ProgressBar
+from comfy_api.latest import InputImpl, io
 
 from ..rolling_kv.config import FPS, SPATIAL_COMPRESSION
 from ..rolling_kv.video import VideoWriter
@@ -30,11 +29,22 @@ class RollingKVDecodeVideo(io.ComfyNode):
                 VAE.Input("vae", tooltip="From Load Streaming VAE."),
                 io.Latent.Input("latent", tooltip="From Sample Video."),
                 io.Float.Input(
-                    "fps", default=float(FPS), min=1.0, max=120.0, step=1.0, optional=True, advanced=True,
+                    "fps",
+                    default=float(FPS),
+                    min=1.0,
+                    max=120.0,
+                    step=1.0,
+                    optional=True,
+                    advanced=True,
                     tooltip="Frames per second of the file. The models make 16.",
                 ),
                 io.Int.Input(
-                    "enlarge", default=1, min=1, max=16, optional=True, advanced=True,
+                    "enlarge",
+                    default=1,
+                    min=1,
+                    max=16,
+                    optional=True,
+                    advanced=True,
                     tooltip="Repeat each pixel this many times in both directions. For very small videos.",
                 ),
             ],

@@ -1,6 +1,5 @@
-from comfy_api.latest import io
-
 import comfy.model_management as mm
+from comfy_api.latest import io
 
 from .types import CATEGORY, TextEncoder
 
@@ -20,7 +19,9 @@ class RollingKVEncodePrompt(io.ComfyNode):
             inputs=[
                 TextEncoder.Input("text_encoder", tooltip="From Load Text Encoder (UMT5)."),
                 io.String.Input(
-                    "text", multiline=True, dynamic_prompts=True,
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
                     tooltip="What the video shows. These models like long, concrete descriptions; what exceeds 512 tokens "
                     "is cut off.",
                 ),

@@ -1,8 +1,7 @@
-import torch
-from comfy_api.latest import io
-
 import comfy.model_management as mm
+import torch
 from comfy.utils import ProgressBar, common_upscale
+from comfy_api.latest import io
 
 from ..rolling_kv.config import PIXEL_FRAMES_PER_LATENT
 from ..rolling_kv.sampler import check_size
@@ -25,15 +24,24 @@ class RollingKVEncodeVideo(io.ComfyNode):
             inputs=[
                 VAE.Input("vae", tooltip="From Load Streaming VAE."),
                 io.Image.Input(
-                    "images", tooltip="One image, or the frames of a video in order (16 per second). Of a video, the last "
-                    "frames beyond 1 + 4n are left out."
+                    "images",
+                    tooltip="One image, or the frames of a video in order (16 per second). Of a video, the last "
+                    "frames beyond 1 + 4n are left out.",
                 ),
                 io.Int.Input(
-                    "width", default=832, min=16, max=8192, step=16,
+                    "width",
+                    default=832,
+                    min=16,
+                    max=8192,
+                    step=16,
                     tooltip="Pixels, a multiple of 16. The picture is scaled to fill it, and what sticks out is cut off.",
                 ),
                 io.Int.Input(
-                    "height", default=480, min=16, max=8192, step=16,
+                    "height",
+                    default=480,
+                    min=16,
+                    max=8192,
+                    step=16,
                     tooltip="Pixels, a multiple of 16. The picture is scaled to fill it, and what sticks out is cut off.",
                 ),
             ],

@@ -24,11 +24,16 @@ class RollingKVLoadLoRA(io.ComfyNode):
             inputs=[
                 Model.Input("model", tooltip="From Load Causal Video Model, or another Load LoRA."),
                 io.Combo.Input(
-                    "lora_name", options=folder_paths.get_filename_list(FOLDER),
+                    "lora_name",
+                    options=folder_paths.get_filename_list(FOLDER),
                     tooltip="A file from models/loras: .safetensors or .pt, in original Wan, diffusers, kohya or PEFT names.",
                 ),
                 io.Float.Input(
-                    "strength", default=1.0, min=-10.0, max=10.0, step=0.05,
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
                     tooltip="How much of it: 1 is what it was trained for, 0 is none, below 0 is the opposite.",
                 ),
             ],

@@ -1,6 +1,5 @@
-from comfy_api.latest import io
-
 import comfy.model_management as mm
+from comfy_api.latest import io
 
 from ..rolling_kv.attention import ATTENTION_BACKENDS, check_backend
 from ..rolling_kv.checkpoints import load_model
@@ -21,34 +20,55 @@ class RollingKVLoadModel(io.ComfyNode):
                 "Loads a causal (autoregressive) Wan video model: Self-Forcing, Causal-Forcing, LongLive, Krea Realtime "
                 "and kin. The first node of every Rolling KV workflow."
             ),
-            search_aliases=["self forcing", "causal forcing", "longlive", "krea realtime", "autoregressive video", "wan"],
+            search_aliases=[
+                "self forcing",
+                "causal forcing",
+                "longlive",
+                "krea realtime",
+                "autoregressive video",
+                "wan",
+            ],
             inputs=[
                 io.Combo.Input(
-                    "model_name", options=model_files.choices(model_files.MODEL),
+                    "model_name",
+                    options=model_files.choices(model_files.MODEL),
                     tooltip="A file from models/diffusion_models (.safetensors or .pt, original Wan or diffusers names), or "
                     "a diffusers folder from models/diffusers.",
                 ),
                 io.Combo.Input(
-                    "preset", options=["auto", *PRESETS],
+                    "preset",
+                    options=["auto", *PRESETS],
                     tooltip="What the model was trained for: chunk size, window, denoising steps, shift. Auto reads it from "
                     "the file or its name, and assumes self-forcing where nothing tells.",
                 ),
                 io.Combo.Input(
-                    "dtype", options=["auto", "bfloat16", "float16", "float32"], optional=True, advanced=True,
+                    "dtype",
+                    options=["auto", "bfloat16", "float16", "float32"],
+                    optional=True,
+                    advanced=True,
                     tooltip="Precision of the weights and of the cache. Auto: the file's own, bfloat16 for float32 files on "
                     "a GPU.",
                 ),
                 io.Combo.Input(
-                    "storage", options=["model", "float8"], optional=True, advanced=True,
+                    "storage",
+                    options=["model", "float8"],
+                    optional=True,
+                    advanced=True,
                     tooltip="How the weights are kept in memory. Float8 takes half of bfloat16, for small cards; each layer "
                     "is widened while it runs. GGUF files stay as they are.",
                 ),
                 io.Combo.Input(
-                    "attention", options=["auto", *ATTENTION_BACKENDS], optional=True, advanced=True,
+                    "attention",
+                    options=["auto", *ATTENTION_BACKENDS],
+                    optional=True,
+                    advanced=True,
                     tooltip="Attention kernel. Auto: PyTorch's own, which needs nothing installed.",
                 ),
                 io.Boolean.Input(
-                    "compile", default=False, optional=True, advanced=True,
+                    "compile",
+                    default=False,
+                    optional=True,
+                    advanced=True,
                     tooltip="Run the blocks through torch.compile: the first chunk takes a minute or more, the others are "
                     "faster. Needs a C++ compiler, on a GPU Triton.",
                 ),

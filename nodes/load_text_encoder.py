@@ -1,6 +1,5 @@
-from comfy_api.latest import io
-
 import comfy.model_management as mm
+from comfy_api.latest import io
 
 from ..rolling_kv.text import load_text_encoder
 from . import model_files
@@ -22,11 +21,15 @@ class RollingKVLoadTextEncoder(io.ComfyNode):
             search_aliases=["umt5", "t5", "load clip", "wan text encoder"],
             inputs=[
                 io.Combo.Input(
-                    "text_encoder_name", options=model_files.choices(model_files.TEXT_ENCODER),
+                    "text_encoder_name",
+                    options=model_files.choices(model_files.TEXT_ENCODER),
                     tooltip="A UMT5 file from models/text_encoders, or a diffusers folder from models/diffusers.",
                 ),
                 io.Combo.Input(
-                    "dtype", options=["auto", "bfloat16", "float16", "float32"], optional=True, advanced=True,
+                    "dtype",
+                    options=["auto", "bfloat16", "float16", "float32"],
+                    optional=True,
+                    advanced=True,
                     tooltip="Precision in which the weights are kept in memory. Auto: the file's own.",
                 ),
             ],

@@ -1,6 +1,5 @@
-from comfy_api.latest import io
-
 import comfy.model_management as mm
+from comfy_api.latest import io
 
 from ..rolling_kv.vae import load_vae
 from . import model_files
@@ -22,11 +21,15 @@ class RollingKVLoadVAE(io.ComfyNode):
             search_aliases=["wan vae", "load vae", "video vae"],
             inputs=[
                 io.Combo.Input(
-                    "vae_name", options=model_files.choices(model_files.VAE),
+                    "vae_name",
+                    options=model_files.choices(model_files.VAE),
                     tooltip="wan_2.1_vae.safetensors from models/vae, or a diffusers folder from models/diffusers.",
                 ),
                 io.Combo.Input(
-                    "dtype", options=["auto", "bfloat16", "float16", "float32"], optional=True, advanced=True,
+                    "dtype",
+                    options=["auto", "bfloat16", "float16", "float32"],
+                    optional=True,
+                    advanced=True,
                     tooltip="Precision of the VAE. Auto: the file's own, bfloat16 for float32 files on a GPU.",
                 ),
             ],

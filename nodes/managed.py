@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 import comfy.model_management as mm
+import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..rolling_kv.lora import Lora, load_lora

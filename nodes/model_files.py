@@ -22,16 +22,22 @@ class Kind(NamedTuple):
 
 
 MODEL = Kind(
-    "model", "diffusion_models", "transformer",
+    "model",
+    "diffusion_models",
+    "transformer",
     "https://huggingface.co/gdhe17/Self-Forcing/resolve/main/checkpoints/self_forcing_dmd.pt",
 )
 TEXT_ENCODER = Kind(
-    "text encoder", "text_encoders", "text_encoder",
+    "text encoder",
+    "text_encoders",
+    "text_encoder",
     "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/text_encoders/"
     "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
 )
 VAE = Kind(
-    "VAE", "vae", "vae",
+    "VAE",
+    "vae",
+    "vae",
     "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/vae/wan_2.1_vae.safetensors",
 )
 SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")

@@ -1,10 +1,9 @@
 from dataclasses import replace
 
-import torch
-from comfy_api.latest import io
-
 import comfy.model_management as mm
+import torch
 from comfy.utils import ProgressBar
+from comfy_api.latest import io
 from server import PromptServer
 
 from ..rolling_kv.config import SPATIAL_COMPRESSION, TEXT_LENGTH
@@ -32,27 +31,51 @@ class RollingKVSample(io.ComfyNode):
                     "positive", tooltip="From Encode Prompt, or CLIP Text Encode with a Wan CLIP (umt5_xxl)."
                 ),
                 io.Float.Input(
-                    "length", default=5.0, min=0.05, max=86400.0, step=0.05, round=False,
+                    "length",
+                    default=5.0,
+                    min=0.05,
+                    max=86400.0,
+                    step=0.05,
+                    round=False,
                     tooltip="How much video to make here, beyond what is already there. Rounded up to whole chunks.",
                 ),
                 io.Combo.Input(
-                    "length_unit", options=["seconds", "chunks"],
+                    "length_unit",
+                    options=["seconds", "chunks"],
                     tooltip="Seconds at 16 frames per second, or chunks (3 latent frames, or 1 for frame-wise models).",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
                     tooltip="Same seed, same video; also when it is made in several pieces.",
                 ),
                 io.Int.Input(
-                    "width", default=832, min=16, max=8192, step=16,
+                    "width",
+                    default=832,
+                    min=16,
+                    max=8192,
+                    step=16,
                     tooltip="Pixels, a multiple of 16. Ignored when a state or an initial latent sets the size.",
                 ),
                 io.Int.Input(
-                    "height", default=480, min=16, max=8192, step=16,
+                    "height",
+                    default=480,
+                    min=16,
+                    max=8192,
+                    step=16,
                     tooltip="Pixels, a multiple of 16. Ignored when a state or an initial latent sets the size.",
                 ),
                 io.Float.Input(
-                    "guidance", default=0.0, min=0.0, max=30.0, step=0.1, optional=True, advanced=True,
+                    "guidance",
+                    default=0.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    optional=True,
+                    advanced=True,
                     tooltip="Classifier-free guidance. 0: what the model was trained for. 1: off, right for distilled "
                     "few-step models. More needs a negative prompt, twice the time and twice the cache.",
                 ),
@@ -60,26 +83,42 @@ class RollingKVSample(io.ComfyNode):
                     "negative", optional=True, tooltip="What to avoid. Only read when there is guidance."
                 ),
                 io.Latent.Input(
-                    "initial_latent", optional=True,
+                    "initial_latent",
+                    optional=True,
                     tooltip="Frames to start from: an image (image to video) or a video (extension), from Encode Video or "
                     "VAE Encode.",
                 ),
                 State.Input(
-                    "state", optional=True, tooltip="Continue this video. From the cache state output of another sampler."
+                    "state",
+                    optional=True,
+                    tooltip="Continue this video. From the cache state output of another sampler.",
                 ),
             ],
             outputs=[
                 io.Latent.Output(
-                    display_name="latent", tooltip="The whole video so far, for Decode Video, Decode Images or VAE Decode."
+                    display_name="latent",
+                    tooltip="The whole video so far, for Decode Video, Decode Images or VAE Decode.",
                 ),
-                State.Output(display_name="state", tooltip="Where this video stands, for another Sample Video to go on."),
+                State.Output(
+                    display_name="state", tooltip="Where this video stands, for another Sample Video to go on."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(
-        cls, model, positive, length, length_unit, seed, width, height, guidance=0.0, negative=None, initial_latent=None,
+        cls,
+        model,
+        positive,
+        length,
+        length_unit,
+        seed,
+        width,
+        height,
+        guidance=0.0,
+        negative=None,
+        initial_latent=None,
         state=None,
     ) -> io.NodeOutput:
         if initial_latent is not None and state is not None:
@@ -120,10 +159,20 @@ class RollingKVSample(io.ComfyNode):
             progress.update_absolute(done, total)
 
         session = RollingSession(
-            patcher.model, _embedding(positive, "positive"), height=height, width=width, batch=batch,
+            patcher.model,
+            _embedding(positive, "positive"),
+            height=height,
+            width=width,
+            batch=batch,
             negative=None if negative is None or not sampling.guided else _embedding(negative, "negative"),
-            sampling=sampling, cache=model.cache, state=state, workspace=patcher.workspace, backend=model.backend,
-            compile=model.compile, step_cache=model.step_cache, on_pass=on_pass,
+            sampling=sampling,
+            cache=model.cache,
+            state=state,
+            workspace=patcher.workspace,
+            backend=model.backend,
+            compile=model.compile,
+            step_cache=model.step_cache,
+            on_pass=on_pass,
         )
         try:
             with session:

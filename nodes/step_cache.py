@@ -19,13 +19,22 @@ class RollingKVStepCache(io.ComfyNode):
                 "and Sample Video then says so, with the figure, and makes the video without it."
             ),
             search_aliases=[
-                "teacache", "pab", "pyramid attention broadcast", "fastercache", "first block cache", "fbcache",
-                "taylorseer", "magcache", "seacache", "speed up",
+                "teacache",
+                "pab",
+                "pyramid attention broadcast",
+                "fastercache",
+                "first block cache",
+                "fbcache",
+                "taylorseer",
+                "magcache",
+                "seacache",
+                "speed up",
             ],
             inputs=[
                 Model.Input("model", tooltip="From Load Causal Video Model or Attach Rolling Cache."),
                 io.DynamicCombo.Input(
-                    "method", options=_options(),
+                    "method",
+                    options=_options(),
                     tooltip="How to tell what can be left out. The help page says what each method does and costs.",
                 ),
             ],
@@ -123,7 +132,12 @@ def _timesteps(name, low, high, what):
     """The two ends of a range of timesteps; `to_method` puts them together."""
     return [
         io.Float.Input(
-            f"{name}_{end}", default=value, min=-1.0, max=1001.0, step=1.0, advanced=True,
+            f"{name}_{end}",
+            default=value,
+            min=-1.0,
+            max=1001.0,
+            step=1.0,
+            advanced=True,
             tooltip=f"Timesteps (1000: pure noise, 0: clean) {word} which {what}.",
         )
         for end, value, word in (("low", low, "above"), ("high", high, "below"))

@@ -56,7 +56,12 @@ class RollingAttachment:
         self._undo = []
 
     def forward(
-        self, latents: torch.Tensor, timestep: float, branch: Branch, *, time_rows: int | None = None,
+        self,
+        latents: torch.Tensor,
+        timestep: float,
+        branch: Branch,
+        *,
+        time_rows: int | None = None,
         keys_only: bool = False,
     ) -> torch.Tensor | None:
         """Run the open chunk of `branch` through the model, writing its keys and values into the cache.

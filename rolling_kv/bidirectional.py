@@ -26,8 +26,17 @@ class BidirectionalClip:
     """
 
     def __init__(
-        self, model: CausalModel, prompt: torch.Tensor, *, height: int, width: int, frames: int,
-        negative: torch.Tensor | None = None, batch: int = 1, sampling: SamplingConfig | None = None, step_cache=None,
+        self,
+        model: CausalModel,
+        prompt: torch.Tensor,
+        *,
+        height: int,
+        width: int,
+        frames: int,
+        negative: torch.Tensor | None = None,
+        batch: int = 1,
+        sampling: SamplingConfig | None = None,
+        step_cache=None,
         on_pass: Callable[[int, int], None] | None = None,
     ):
         if frames < 1:

@@ -51,16 +51,28 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--text-encoder", type=Path, help="UMT5, where the model is a single file")
     generate.add_argument("--vae", type=Path, help="the Wan 2.1 VAE, where the model is a single file")
     generate.add_argument("--preset", choices=["auto", *PRESETS], default="auto", help="what the model was trained for")
-    generate.add_argument("--width", type=int, help="pixels, a multiple of 16 (default: 64 for the tiny model, else 832)")
-    generate.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: 64 for the tiny model, else 480)")
-    generate.add_argument("--window", type=int, help="latent frames a chunk attends to, -1 for all (default: the preset's)")
-    generate.add_argument("--sink", type=int, help="first latent frames that never leave the window (default: the preset's)")
-    generate.add_argument("--sink-phase", choices=SINK_PHASES, default="absolute", help="where the sink's keys stand in time")
+    generate.add_argument(
+        "--width", type=int, help="pixels, a multiple of 16 (default: 64 for the tiny model, else 832)"
+    )
+    generate.add_argument(
+        "--height", type=int, help="pixels, a multiple of 16 (default: 64 for the tiny model, else 480)"
+    )
+    generate.add_argument(
+        "--window", type=int, help="latent frames a chunk attends to, -1 for all (default: the preset's)"
+    )
+    generate.add_argument(
+        "--sink", type=int, help="first latent frames that never leave the window (default: the preset's)"
+    )
+    generate.add_argument(
+        "--sink-phase", choices=SINK_PHASES, default="absolute", help="where the sink's keys stand in time"
+    )
     generate.add_argument("--cache-storage", choices=STORAGES, default="model", help="how the cache keeps its bytes")
     generate.add_argument("--offload-cache", action="store_true", help="keep the cache in CPU memory")
     generate.add_argument("--guidance", type=float, help="classifier-free guidance, 1 is off (default: the preset's)")
     generate.add_argument("--negative-prompt", default="", help="what to avoid; only read with guidance")
-    generate.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto", help="precision")
+    generate.add_argument(
+        "--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto", help="precision"
+    )
     generate.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     generate.add_argument("--scale", type=int, default=1, help="enlarge each pixel so many times, for tiny videos")
 
@@ -85,7 +97,11 @@ def _generate(args: argparse.Namespace) -> None:
     small = args.model == BUNDLED
     width, height = args.width or (TINY_SIZE if small else 832), args.height or (TINY_SIZE if small else 480)
     pipeline = Pipeline.load(
-        args.model, text_encoder=args.text_encoder, vae=args.vae, preset=args.preset, dtype=args.dtype,
+        args.model,
+        text_encoder=args.text_encoder,
+        vae=args.vae,
+        preset=args.preset,
+        dtype=args.dtype,
         device=args.device,
     )
     preset = pipeline.model.preset
@@ -102,8 +118,17 @@ def _generate(args: argparse.Namespace) -> None:
             bar.update(done - bar.n)
 
         pipeline.generate(
-            args.prompt, args.output, height=height, width=width, seconds=args.seconds, seed=args.seed,
-            negative_prompt=args.negative_prompt, sampling=sampling, cache=cache, scale=args.scale, on_pass=on_pass,
+            args.prompt,
+            args.output,
+            height=height,
+            width=width,
+            seconds=args.seconds,
+            seed=args.seed,
+            negative_prompt=args.negative_prompt,
+            sampling=sampling,
+            cache=cache,
+            scale=args.scale,
+            on_pass=on_pass,
         )
         bar.update(bar.total - bar.n)
     info = read_video_info(args.output)
@@ -124,8 +149,10 @@ def _inspect(args: argparse.Namespace) -> None:
     print(f"KV cache   {_size(per_frame)} per latent frame in bfloat16 at {info.width}x{info.height}")
     if preset and preset.cache.window != -1:
         window = preset.cache.window
-        print(f"           {_size(per_frame * window)} for its window of {window} latent frames "
-              f"({pixel_frames(window)} video frames)")
+        print(
+            f"           {_size(per_frame * window)} for its window of {window} latent frames "
+            f"({pixel_frames(window)} video frames)"
+        )
 
 
 def _size(count: int) -> str:

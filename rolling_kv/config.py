@@ -44,7 +44,8 @@ class CacheConfig:
 
     def __post_init__(self):
         for name, value, choices in (
-            ("sink_phase", self.sink_phase, SINK_PHASES), ("storage", self.storage, STORAGES),
+            ("sink_phase", self.sink_phase, SINK_PHASES),
+            ("storage", self.storage, STORAGES),
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
@@ -186,11 +187,13 @@ PRESETS: dict[str, ModelPreset] = {
         ModelPreset("causal-forcing-framewise", _FRAMEWISE, CacheConfig(21)),
         ModelPreset(
             "causal-forcing++-2-step",
-            replace(_FRAMEWISE, denoising_steps=(1000, 500), first_chunk_steps=_FRAMEWISE.denoising_steps), CacheConfig(21),
+            replace(_FRAMEWISE, denoising_steps=(1000, 500), first_chunk_steps=_FRAMEWISE.denoising_steps),
+            CacheConfig(21),
         ),
         ModelPreset(
             "causal-forcing++-1-step",
-            replace(_FRAMEWISE, denoising_steps=(1000,), first_chunk_steps=_FRAMEWISE.denoising_steps), CacheConfig(21),
+            replace(_FRAMEWISE, denoising_steps=(1000,), first_chunk_steps=_FRAMEWISE.denoising_steps),
+            CacheConfig(21),
         ),
         ModelPreset("longlive", _CHUNKWISE, CacheConfig(12, sink=3)),
         ModelPreset("reward-forcing", _CHUNKWISE, CacheConfig(9, sink=3)),

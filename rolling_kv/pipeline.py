@@ -27,8 +27,14 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, model: str | Path, *, text_encoder: str | Path | None = None, vae: str | Path | None = None,
-        preset: str = "auto", dtype: str = "auto", device: str | torch.device = "cpu",
+        cls,
+        model: str | Path,
+        *,
+        text_encoder: str | Path | None = None,
+        vae: str | Path | None = None,
+        preset: str = "auto",
+        dtype: str = "auto",
+        device: str | torch.device = "cpu",
     ) -> Pipeline:
         """Load all three. A diffusers folder holds the text encoder and the VAE too; give them for single files.
 
@@ -46,9 +52,19 @@ class Pipeline:
         )
 
     def generate(
-        self, prompt: str, output: str | Path, *, height: int, width: int, seconds: float, seed: int = 0,
-        negative_prompt: str = "", sampling: SamplingConfig | None = None, cache: CacheConfig | None = None,
-        scale: int = 1, on_pass: Callable[[int, int], None] | None = None,
+        self,
+        prompt: str,
+        output: str | Path,
+        *,
+        height: int,
+        width: int,
+        seconds: float,
+        seed: int = 0,
+        negative_prompt: str = "",
+        sampling: SamplingConfig | None = None,
+        cache: CacheConfig | None = None,
+        scale: int = 1,
+        on_pass: Callable[[int, int], None] | None = None,
     ) -> Path:
         """Write a video of at least `seconds` to `output` (.mp4), decoding each chunk as it is done; returns the path.
 
@@ -57,8 +73,14 @@ class Pipeline:
         """
         sampling = sampling or self.model.preset.sampling
         session = RollingSession(
-            self.model, self.text_encoder.encode([prompt]), height=height, width=width, sampling=sampling, cache=cache,
-            negative=self.text_encoder.encode([negative_prompt]) if sampling.guided else None, on_pass=on_pass,
+            self.model,
+            self.text_encoder.encode([prompt]),
+            height=height,
+            width=width,
+            sampling=sampling,
+            cache=cache,
+            negative=self.text_encoder.encode([negative_prompt]) if sampling.guided else None,
+            on_pass=on_pass,
         )
         latent_height, latent_width = session.latent_size
         size = (latent_width * SPATIAL_COMPRESSION, latent_height * SPATIAL_COMPRESSION)

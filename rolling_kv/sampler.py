@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, Iterator, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -79,10 +80,21 @@ class RollingSession:
     """
 
     def __init__(
-        self, model: CausalModel, prompt: torch.Tensor, *, height: int, width: int,
-        negative: torch.Tensor | None = None, batch: int = 1, sampling: SamplingConfig | None = None,
-        cache: CacheConfig | None = None, state: CacheState | None = None, workspace: Workspace | None = None,
-        exact: bool = False, backend: str | None = None, compile: bool = False,
+        self,
+        model: CausalModel,
+        prompt: torch.Tensor,
+        *,
+        height: int,
+        width: int,
+        negative: torch.Tensor | None = None,
+        batch: int = 1,
+        sampling: SamplingConfig | None = None,
+        cache: CacheConfig | None = None,
+        state: CacheState | None = None,
+        workspace: Workspace | None = None,
+        exact: bool = False,
+        backend: str | None = None,
+        compile: bool = False,
         on_pass: Callable[[int, int], None] | None = None,
         step_cache=None,
     ):
@@ -141,9 +153,7 @@ class RollingSession:
 
     # -- sampling ------------------------------------------------------------------------------------------------
 
-    def generate(
-        self, chunks: int, seed: int = 0, noise_source: NoiseSource | None = None
-    ) -> Iterator[Chunk]:
+    def generate(self, chunks: int, seed: int = 0, noise_source: NoiseSource | None = None) -> Iterator[Chunk]:
         """Sample `chunks` more chunks, yielding each as it is done; `self.state` then includes it.
 
         The context pass of a chunk runs only when another chunk follows it, in this run or in a later one.
@@ -213,7 +223,8 @@ class RollingSession:
     def _branches(self, prompt: torch.Tensor, negative: torch.Tensor | None) -> list[Branch]:
         """The conditional branch, and with guidance the unconditional one."""
         return [
-            Branch(cache, self._prompt_cache(embeds)) for cache, embeds in zip(self._caches.values(), (prompt, negative))
+            Branch(cache, self._prompt_cache(embeds))
+            for cache, embeds in zip(self._caches.values(), (prompt, negative))
         ]
 
     def _prompt_cache(self, embeds: torch.Tensor) -> PromptCache:
@@ -256,7 +267,9 @@ class RollingSession:
             workspace.clear()
             if self.step_cache is not None:  # after the rolling cache, and off before it: its hooks wrap what they find
                 self._steps = start_step_cache(
-                    self.model.transformer, self.step_cache, steps=self.sampling.passes_at(1),
+                    self.model.transformer,
+                    self.step_cache,
+                    steps=self.sampling.passes_at(1),
                     few_step=self.sampling.sampler == "renoise",
                 )
         except BaseException:
@@ -310,8 +323,15 @@ def check_size(height: int, width: int) -> tuple[int, int]:
 
 
 def working_bytes(
-    model: CausalModel, height: int, width: int, *, batch: int = 1, sampling: SamplingConfig | None = None,
-    cache: CacheConfig | None = None, frames: int = 0, prompt_tokens: int = TEXT_LENGTH,
+    model: CausalModel,
+    height: int,
+    width: int,
+    *,
+    batch: int = 1,
+    sampling: SamplingConfig | None = None,
+    cache: CacheConfig | None = None,
+    frames: int = 0,
+    prompt_tokens: int = TEXT_LENGTH,
 ) -> int:
     """Bytes on the device that a session will allocate for rolling and prompt caches, of every guidance branch.
 

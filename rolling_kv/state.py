@@ -58,7 +58,12 @@ class CacheState(NamedTuple):
         return torch.cat(self.chunks, dim=2)
 
     def extended(
-        self, chunk: torch.Tensor, *, timestep: float, prompt: torch.Tensor, negative: torch.Tensor | None,
+        self,
+        chunk: torch.Tensor,
+        *,
+        timestep: float,
+        prompt: torch.Tensor,
+        negative: torch.Tensor | None,
         seed: int | None,
     ) -> CacheState:
         """This video with one more chunk, [B, C, f, h, w]."""

@@ -130,7 +130,10 @@ def calibrate(setting: Setting) -> tuple[float, ...]:
 
 
 def measure(
-    setting: Setting, names: list[str], *, judge: Callable[[torch.Tensor], dict[str, float]] | None = None,
+    setting: Setting,
+    names: list[str],
+    *,
+    judge: Callable[[torch.Tensor], dict[str, float]] | None = None,
     on_run: Callable[[int, int, str], None] = lambda *_: None,
 ) -> tuple[list[Measured], tuple[float, ...]]:
     """Time and compare the methods of these names. The first result is without a step cache; also MagCache's constants.
@@ -280,9 +283,7 @@ def make_setting(args: argparse.Namespace) -> Setting:
     if args.mode == "few-step":
         sampling = replace(sampling, sampler="renoise", guidance_scale=1.0)
     else:
-        sampling = replace(
-            sampling, sampler=args.sampler, num_inference_steps=args.steps, guidance_scale=args.guidance
-        )
+        sampling = replace(sampling, sampler=args.sampler, num_inference_steps=args.steps, guidance_scale=args.guidance)
     if args.window is not None:
         cache = replace(cache, window=args.window)
     return Setting(
@@ -295,9 +296,7 @@ def _random_model(args: argparse.Namespace) -> tuple:
     size, device = SIZES[args.size], torch.device(args.device)
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     cache = CacheConfig(size.window)
-    workload = Workload(
-        size, size.height, size.width, args.chunks, cache, dtype=getattr(torch, dtype), device=device
-    )
+    workload = Workload(size, size.height, size.width, args.chunks, cache, dtype=getattr(torch, dtype), device=device)
     preset = ModelPreset(f"random {args.size}", SamplingConfig(), cache)
     model = CausalModel(make_transformer(workload, workload.random_weights()), preset)
     return model, workload.prompt, -workload.prompt, None

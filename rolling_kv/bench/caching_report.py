@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SAME_DB = 80
 """Where a video that equals the uncached one stands in the plot."""
 
+
 def check_quality() -> None:
     """Raise ValueError, before anything is measured, if videos could not be compared."""
     if importlib.util.find_spec("torchmetrics") is None:

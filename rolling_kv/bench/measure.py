@@ -59,7 +59,12 @@ def share_of_floor(workload: Workload, result: Result, floor: Result) -> float:
 
 
 def measure(
-    workload: Workload, methods: Sequence[type[Method]], *, repeats: int = 1, warmup: int = 0, memory: bool = True,
+    workload: Workload,
+    methods: Sequence[type[Method]],
+    *,
+    repeats: int = 1,
+    warmup: int = 0,
+    memory: bool = True,
     say: Say = print,
 ) -> list[Result]:
     """Measure each method; the results are in the order of `methods`.

@@ -85,8 +85,12 @@ class Rolling(Method):
         super().__init__(workload, weights)
         preset = ModelPreset("bench", workload.sampling, workload.cache)
         self.session = RollingSession(
-            CausalModel(make_transformer(workload, weights), preset), workload.prompt, height=workload.height,
-            width=workload.width, compile=workload.compile, backend=workload.backend,
+            CausalModel(make_transformer(workload, weights), preset),
+            workload.prompt,
+            height=workload.height,
+            width=workload.width,
+            compile=workload.compile,
+            backend=workload.backend,
         )
         self.stack = ExitStack()
         self.stack.enter_context(self.session)

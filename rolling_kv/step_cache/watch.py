@@ -58,4 +58,3 @@ def start_step_cache(transformer, method, *, steps: int, few_step: bool) -> Step
     if isinstance(method, Forced):
         return apply_step_cache(transformer, method.method, steps)
     return StepWatch(method, steps) if few_step else apply_step_cache(transformer, method, steps)
-

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from reference import NaiveRun
 from safetensors import safe_open
 
-from reference import NaiveRun
 from rolling_kv.checkpoints import build_transformer
 from rolling_kv.config import CacheConfig, ModelPreset, SamplingConfig
 from rolling_kv.model import CausalModel
@@ -42,7 +42,8 @@ class Case:
         with safe_open(FOLDER / config["weights"], framework="pt") as file:
             weights = {key: file.get_tensor(key) for key in file.keys()}
         transformer = build_transformer(
-            weights, dict(num_attention_heads=config["num_heads"], attention_head_dim=config["dim"] // config["num_heads"]),
+            weights,
+            dict(num_attention_heads=config["num_heads"], attention_head_dim=config["dim"] // config["num_heads"]),
             dtype=dtype,
         )
         sampling = SamplingConfig(
@@ -65,7 +66,11 @@ class Case:
             recorded = self.tensors["noise"][:, begin : begin + shape[2]]
         else:
             first = self.config["independent_first_frame"] and not self.config["num_initial"]
-            chunk = -(-begin // self.config["num_frame_per_block"]) if first else begin // self.config["num_frame_per_block"]
+            chunk = (
+                -(-begin // self.config["num_frame_per_block"])
+                if first
+                else begin // self.config["num_frame_per_block"]
+            )
             recorded = self.tensors[f"renoise.{chunk}.{draw - 1}"]
         return recorded.transpose(1, 2)
 
@@ -74,8 +79,13 @@ class Case:
         model = self.model(dtype)
         tensors = {key: value.to(dtype) for key, value in self.tensors.items()}
         session = RollingSession(
-            model, tensors["prompt_embeds"], negative=tensors.get("negative_prompt_embeds"),
-            height=self.config["height"] * 8, width=self.config["width"] * 8, batch=self.config["batch"], exact=exact,
+            model,
+            tensors["prompt_embeds"],
+            negative=tensors.get("negative_prompt_embeds"),
+            height=self.config["height"] * 8,
+            width=self.config["width"] * 8,
+            batch=self.config["batch"],
+            exact=exact,
         )
         with session:
             if self.config["num_initial"]:

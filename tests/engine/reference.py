@@ -49,7 +49,9 @@ class NaiveAttention:
             for axis, n in enumerate(dims)
         ]
         turn = torch.polar(torch.ones(1, dtype=torch.float64), torch.cat(angles, 1))[None, :, None]
-        return torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * turn).flatten(-2).type_as(x)
+        return (
+            torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * turn).flatten(-2).type_as(x)
+        )
 
 
 class NaiveRun:

@@ -184,7 +184,9 @@ def test_scores_depend_on_the_difference_of_positions_alone(start, dtype, tolera
 
     def scores(first):
         turn_q, turn_k = (
-            torch.polar(torch.ones(1, dtype=torch.float64), rotary_angles(128, first + offset, 2, 3, 4)).to(torch.complex64)
+            torch.polar(torch.ones(1, dtype=torch.float64), rotary_angles(128, first + offset, 2, 3, 4)).to(
+                torch.complex64
+            )
             for offset in (7, 0)
         )
         q, k = rotate(query, turn_q[None, :, None]), rotate(key, turn_k[None, :, None])
@@ -211,7 +213,9 @@ def test_real_and_complex_rotations_agree():
     torch.testing.assert_close(rotate(heads, torch.view_as_real(rotation)), rotate(heads, rotation))
 
 
-@pytest.mark.parametrize("backend, message", [("flash_hub", "must be one of native"), ("sage", "is not installed here")])
+@pytest.mark.parametrize(
+    "backend, message", [("flash_hub", "must be one of native"), ("sage", "is not installed here")]
+)
 def test_a_backend_that_cannot_be_used_is_refused(transformer, backend, message):
     before = fingerprint(transformer)
     with pytest.raises(ValueError, match=message):

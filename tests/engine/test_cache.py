@@ -102,8 +102,12 @@ def test_a_window_never_reallocates():
 
 
 @given(
-    layers=st.integers(1, 4), batch=st.integers(1, 3), tokens=st.integers(1, 9), heads=st.integers(1, 4),
-    window=st.integers(1, 9), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    layers=st.integers(1, 4),
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 9),
+    heads=st.integers(1, 4),
+    window=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_bytes_are_known_before_allocation(layers, batch, tokens, heads, window, dtype):
     shape = CacheShape(layers, batch, tokens, heads, 8, dtype)
@@ -137,7 +141,9 @@ def test_a_chunk_that_does_not_fit_is_refused():
         cache.begin(3)
 
 
-@pytest.mark.parametrize("window, sink, message", [(0, 0, "window must be -1"), (-2, 0, "got -2"), (5, -1, "sink must")])
+@pytest.mark.parametrize(
+    "window, sink, message", [(0, 0, "window must be -1"), (-2, 0, "got -2"), (5, -1, "sink must")]
+)
 def test_bad_settings_are_refused(window, sink, message):
     with pytest.raises(ValueError, match=message):
         CacheConfig(window, sink)

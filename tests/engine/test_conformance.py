@@ -5,7 +5,6 @@
 
 import pytest
 import torch
-
 from cases import FOLDER, load_cases
 
 FEW_STEP = load_cases("renoise")

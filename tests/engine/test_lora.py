@@ -59,7 +59,11 @@ def kohya(pairs, prefix, rename, alpha):
     tensors = {}
     for module, (down, up) in pairs.items():
         name = prefix + rename(module)
-        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(alpha)}
+        tensors |= {
+            f"{name}.lora_down.weight": down,
+            f"{name}.lora_up.weight": up,
+            f"{name}.alpha": torch.tensor(alpha),
+        }
     return tensors
 
 
@@ -184,7 +188,9 @@ def test_taking_a_lora_off_leaves_no_trace(fuse, dtype):
     model = CausalModel(tiny_transformer().to(dtype))
     before, anatomy_before = outputs(model), anatomy(model)
     values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with applied_loras(model, [(read_lora(peft(matrices())), 1.0), (read_lora(peft(matrices(seed=5))), -0.3)], fuse=fuse):
+    with applied_loras(
+        model, [(read_lora(peft(matrices())), 1.0), (read_lora(peft(matrices(seed=5))), -0.3)], fuse=fuse
+    ):
         assert distance(outputs(model), before) > 0.02
         assert model.identity != anatomy_before[3]
         assert not any(parameter.requires_grad for parameter in model.parameters())

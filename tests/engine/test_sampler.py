@@ -238,10 +238,13 @@ def test_noise_is_a_function_of_seed_frame_and_draw():
     seeded_noise(2**64 - 1, 0, shape, 0)  # the largest seed of a ComfyUI widget
 
 
-@pytest.mark.parametrize("height, width, message", [
-    (40, 48, "height must be a multiple of 16 pixels, got 40; the nearest are 32 and 48"),
-    (32, 0, "width must be a multiple of 16 pixels, got 0"),
-])
+@pytest.mark.parametrize(
+    "height, width, message",
+    [
+        (40, 48, "height must be a multiple of 16 pixels, got 40; the nearest are 32 and 48"),
+        (32, 0, "width must be a multiple of 16 pixels, got 0"),
+    ],
+)
 def test_sizes_are_checked(height, width, message):
     with pytest.raises(ValueError, match=message):
         check_size(height, width)

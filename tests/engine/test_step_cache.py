@@ -70,9 +70,10 @@ def clip(model, method=None, **kwargs):
 
 def snapshot(transformer):
     """Everything that hangs on the instances: attributes, hooks, processors."""
-    return {name: dict(vars(module)) | {
-        key: dict(value) for key, value in vars(module).items() if isinstance(value, dict)
-    } for name, module in transformer.named_modules()}
+    return {
+        name: dict(vars(module)) | {key: dict(value) for key, value in vars(module).items() if isinstance(value, dict)}
+        for name, module in transformer.named_modules()
+    }
 
 
 def psnr(a, b):

@@ -271,7 +271,10 @@ def test_loras_run_beside_small_weights(packed, bound, weights, checkpoint, tmp_
 def test_a_lora_cannot_replace_packed_weights(weights, tmp_path):
     write_gguf(tmp_path / "model.gguf", weights, Kind.Q8_0)
     model = load_model(tmp_path / "model.gguf")
-    half = {"blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 256), "blocks.0.attn1.to_q.lora_B.weight": torch.ones(256, 2)}
+    half = {
+        "blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 256),
+        "blocks.0.attn1.to_q.lora_B.weight": torch.ones(256, 2),
+    }
     for diff in (torch.ones(256, 256), torch.ones(256, 272)):
         lora = read_lora(half | {"blocks.0.attn1.to_k.diff": diff})
         with pytest.raises(CheckpointError), applied_loras(model, [(lora, 1.0)]):

@@ -56,7 +56,12 @@ def export(folder: Path, denoiser: str = "transformer") -> None:
     model.load_state_dict(averaged(denoiser))
     progress = torch.load(WORK / f"{denoiser}.pt", weights_only=True)["step"]
     save_model(
-        folder, model.transformer, finished_vae(), model.text.encoder, tokenizer_file().read_bytes(), PRESET,
+        folder,
+        model.transformer,
+        finished_vae(),
+        model.text.encoder,
+        tokenizer_file().read_bytes(),
+        PRESET,
         {"trained_steps": progress},
     )
 

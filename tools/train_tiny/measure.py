@@ -105,7 +105,9 @@ def measure_prompts(tiny: Tiny, count: int, chunks: int = 5, **options) -> dict[
         "shape is there, frames": share(s.present.float().mean() for s in seen),
         "colour right, frames": share(name == scene.colour for scene, s in pairs for name in s.colour),
         "shape right, frames": share(name == scene.shape for scene, s in pairs for name in s.shape),
-        "direction right, videos": share(direction(s.position[:STRAIGHT_FRAMES]) == scene.direction for scene, s in pairs),
+        "direction right, videos": share(
+            direction(s.position[:STRAIGHT_FRAMES]) == scene.direction for scene, s in pairs
+        ),
         "error at borders, px": border,
         "error inside chunks, px": inside,
         "border / inside": border / inside,
@@ -133,7 +135,9 @@ def measure_long(tiny: Tiny, count: int, seconds: float = 20.0) -> dict[str, flo
         ("brightness, of 255", torch.stack([127.5 * s.background.mean(1) for s in seen])),
     ):
         # Mean over the videos of the second before and after: noise of single frames is not a step.
-        steps = torch.stack([values[:, b : b + 8].mean(1) - values[:, b - 8 : b].mean(1) for b in at], 1).abs().median(0)
+        steps = (
+            torch.stack([values[:, b : b + 8].mean(1) - values[:, b - 8 : b].mean(1) for b in at], 1).abs().median(0)
+        )
         result[f"step in {name}: where frames start to leave"] = float(steps.values[leaving])
         result[f"step in {name}: at any border"] = float(steps.values.median())
     return result
@@ -179,8 +183,12 @@ def measure_vae(tiny: Tiny, count: int) -> dict[str, float]:
 
 
 def table(title: str, values: dict[str, float]) -> str:
-    rows = [f"| {name} | {100 * value:.1f} % |" if "frames" in name.split(", ")[-1:] or "videos" in name.split(", ")[-1:]
-            else f"| {name} | {value:.2f} |" for name, value in values.items()]
+    rows = [
+        f"| {name} | {100 * value:.1f} % |"
+        if "frames" in name.split(", ")[-1:] or "videos" in name.split(", ")[-1:]
+        else f"| {name} | {value:.2f} |"
+        for name, value in values.items()
+    ]
     return "\n".join([f"| {title} | |", "|---|---|", *rows, ""])
 
 

@@ -12,7 +12,18 @@ from typing import NamedTuple
 import torch
 
 from .code import LinearCode, blocks
-from .world import BACKGROUNDS, COLOURS, SIDE, SIZES, Scene, coverage, random_scene, random_start, recoloured, trajectory
+from .world import (
+    BACKGROUNDS,
+    COLOURS,
+    SIDE,
+    SIZES,
+    Scene,
+    coverage,
+    random_scene,
+    random_start,
+    recoloured,
+    trajectory,
+)
 
 LATENT_FRAMES = 12
 CHUNK = 3
@@ -62,7 +73,11 @@ class Pool:
 
     def state(self) -> dict:
         keys = ("shape", "colour", "direction", "size", "speed", "background")
-        return {"motions": self.motions, "scenes": [[getattr(s, k) for k in keys] for s in self.scenes], "begins": self.begins}
+        return {
+            "motions": self.motions,
+            "scenes": [[getattr(s, k) for k in keys] for s in self.scenes],
+            "begins": self.begins,
+        }
 
     @classmethod
     def from_state(cls, state: dict, code: LinearCode) -> Pool:

@@ -13,7 +13,9 @@ from rolling_kv.tiny import train_tokenizer
 
 from .world import random_scene
 
-TEXT_CONFIG = dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0, tie_word_embeddings=False)
+TEXT_CONFIG = dict(
+    d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0, tie_word_embeddings=False
+)
 EOS = 1
 LONGEST = 16
 """Tokens of the longest prompt of the grammar, rounded up: one shape for all batches."""

@@ -42,8 +42,13 @@ class Prompts:
 
 
 def predict(
-    model: nn.Module, clean: torch.Tensor | None, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: Prompts,
-    window: int, chunk: int = 3,
+    model: nn.Module,
+    clean: torch.Tensor | None,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    prompts: Prompts,
+    window: int,
+    chunk: int = 3,
 ) -> torch.Tensor:
     """Predicted flow [B, 16, F, h, w] for `noisy`, given the `clean` context of the same shape.
 
@@ -104,7 +109,9 @@ class Layout(NamedTuple):
     def windows(self, x: torch.Tensor) -> torch.Tensor:
         """What each chunk attends to: [B, copies * chunks, tokens, …] to [B, copies * chunks, window * tokens, …]."""
         clean = torch.cat([x.new_zeros(self.batch, self.window - 1, *x.shape[2:]), x[:, : self.chunks]], 1)
-        past = [clean[:, i : i + self.chunks].repeat(1, self.copies, *[1] * (x.ndim - 2)) for i in range(self.window - 1)]
+        past = [
+            clean[:, i : i + self.chunks].repeat(1, self.copies, *[1] * (x.ndim - 2)) for i in range(self.window - 1)
+        ]
         return torch.cat([*past, x], 2)
 
 

@@ -1,6 +1,6 @@
 """Train the transformer and the text encoder on the linear code, with teacher forcing.
 
-    python -m tools.train_tiny.train_transformer --compile
+python -m tools.train_tiny.train_transformer --compile
 """
 
 from __future__ import annotations
@@ -15,14 +15,20 @@ from rolling_kv.schedule import flow_schedule, warp_steps
 
 from . import teacher
 from .loop import WORK, save, train
-from .pool import CHUNK, LATENT_FRAMES, Pool
+from .pool import CHUNK, Pool
 from .prompts import TEXT_CONFIG, TextSide, make_tokenizer
 from .teacher import Prompts, predict
 from .train_vae import linear_code
 
 CONFIG = dict(
-    num_attention_heads=4, attention_head_dim=32, in_channels=16, out_channels=16, text_dim=TEXT_CONFIG["d_model"],
-    freq_dim=128, ffn_dim=384, num_layers=5,
+    num_attention_heads=4,
+    attention_head_dim=32,
+    in_channels=16,
+    out_channels=16,
+    text_dim=TEXT_CONFIG["d_model"],
+    freq_dim=128,
+    ffn_dim=384,
+    num_layers=5,
 )
 STEPS, CLIPS, BATCH, RATE = 10_000, 6000, 8, 1.2e-3
 FIRST_CHUNKS = 24

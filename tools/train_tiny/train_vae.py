@@ -1,7 +1,7 @@
 """Train the VAE: the decoder draws frames from the linear code, the encoder learns to produce that code.
 
-    python -m tools.train_tiny.train_vae decoder
-    python -m tools.train_tiny.train_vae encoder
+python -m tools.train_tiny.train_vae decoder
+python -m tools.train_tiny.train_vae encoder
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def train_encoder(code: LinearCode, steps: int) -> nn.Module:
         with torch.no_grad():
             latents = wan_vae.encode(encoder, unseen)
         error = (latents - code.encode(unseen)).square().mean().sqrt()
-        return f"error of the code {error:.4f}, psnr through the linear code {psnr(code.decode(latents), unseen):.2f} dB"
+        return (
+            f"error of the code {error:.4f}, psnr through the linear code {psnr(code.decode(latents), unseen):.2f} dB"
+        )
 
     part = nn.ModuleDict({"encoder": vae.encoder, "quant_conv": vae.quant_conv})
     return train("encoder", part, loss, steps, rate=2e-3, evaluate=evaluate)
