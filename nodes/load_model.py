@@ -32,7 +32,7 @@ class RollingKVLoadModel(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=model_files.choices(model_files.MODEL),
-                    tooltip="A file from models/diffusion_models (.safetensors or .pt, original Wan or diffusers names), or "
+                    tooltip="A file from models/diffusion_models (.safetensors, .gguf or .pt, original Wan or diffusers names), or "
                     "a diffusers folder from models/diffusers.",
                 ),
                 io.Combo.Input(

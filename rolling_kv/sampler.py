@@ -31,6 +31,7 @@ class Chunk(NamedTuple):
 class CacheSpec(NamedTuple):
     """What must agree for one run to take over another's working cache."""
 
+    model: str  # identity: keys and values belong to the weights that made them
     shape: CacheShape
     config: CacheConfig
     branches: tuple[str, ...]
@@ -245,7 +246,7 @@ class RollingSession:
     def __enter__(self) -> RollingSession:
         names = ("cond", "uncond") if self.sampling.guided else ("cond",)
         shape = CacheShape.of(self.model.transformer, self.batch, *self.latent_size, self.dtype)
-        spec = CacheSpec(shape, self.cache_config, names, self.exact, self.device)
+        spec = CacheSpec(self.model.identity, shape, self.cache_config, names, self.exact, self.device)
         workspace = self._workspace
         self._attachment = apply_rolling_kv_cache(
             self.model.transformer, exact=self.exact, backend=self.backend, compile=self.compile

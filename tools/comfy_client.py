@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import urllib.error
 import urllib.parse
@@ -94,8 +95,9 @@ class ComfyClient:
             try:
                 self._follow(connection, prompt_id, on_progress or (lambda *_: None))
             except KeyboardInterrupt:
-                self.post("/queue", {"delete": [prompt_id]})
-                self.post("/interrupt", {"prompt_id": prompt_id})
+                with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the server
+                    self.post("/queue", {"delete": [prompt_id]})
+                    self.post("/interrupt", {"prompt_id": prompt_id})
                 raise
         finally:
             connection.close()

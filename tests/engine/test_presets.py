@@ -1,0 +1,70 @@
+"""Presets: what file names tell, and what the published settings are."""
+
+from pathlib import Path
+
+import pytest
+
+from rolling_kv.config import PRESETS, CacheConfig, ModelPreset, SamplingConfig, pixel_frames
+from rolling_kv.files import Checkpoint
+from rolling_kv.presets import detect_preset
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("Causal-Forcing++/framewise-2step.pt", "causal-forcing++-2-step"),
+        ("causal_forcing_pp_1_step.safetensors", "causal-forcing++-1-step"),
+        ("framewise/causal_forcing.pt", "causal-forcing-framewise"),
+        ("chunkwise/causal_forcing.pt", "causal-forcing-chunkwise"),
+        ("longlive_base.pt", "longlive"),
+        ("krea-realtime-video-14b.safetensors", "krea-realtime"),
+        ("self_forcing_dmd.pt", "self-forcing"),
+        ("model.pt", None),
+    ],
+)
+def test_names_tell(path, name):
+    preset = detect_preset(Path(path), Checkpoint((Path(path),), {}))
+    assert (preset and preset.name) == name
+
+
+def test_published_settings():
+    longlive, fast = PRESETS["longlive"], PRESETS["causal-forcing++-2-step"].sampling
+    assert longlive.cache == CacheConfig(12, sink=3)
+    assert (fast.chunk, fast.steps_at(0), fast.steps_at(1)) == (1, (1000, 750, 500, 250), (1000, 500))
+    assert [fast.passes_at(frame) for frame in (0, 1, 5)] == [4, 2, 2]
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
+def test_presets_survive_json(preset):
+    assert ModelPreset.from_dict(preset.to_dict()) == preset
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+@pytest.mark.parametrize("independent", [False, True])
+def test_lengths_in_seconds_are_the_fewest_chunks_that_reach_them(chunk, independent):
+    config = SamplingConfig(chunk=chunk, independent_first_frame=independent)
+    for start in range(8):
+        for frames in range(1, 60):
+            chunks = config.chunks_for_seconds(frames / 16, start)
+
+            def made(count, start=start):
+                return pixel_frames(start + sum(config.chunk_sizes(count, start))) - pixel_frames(start)
+
+            assert made(chunks) >= frames and (chunks == 1 or made(chunks - 1) < frames)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(denoising_steps=(500, 1000)), "must fall from at most 1000"),
+        (dict(denoising_steps=()), "must fall"),
+        (dict(first_chunk_steps=(1200,)), "must fall"),
+        (dict(sampler="magic"), "sampler must be one of renoise, unipc, euler, got 'magic'"),
+        (dict(chunk=0), "chunk must be at least 1"),
+        (dict(shift=0), "shift must be positive"),
+        (dict(context_noise=1001), "timestep from 0 to 1000"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig(**settings)
