@@ -213,11 +213,13 @@ class RollingSession:
             negative = self.state.prompts[record.negative] if record.negative >= 0 else self._negative
             rows = 1 if record.seed is None else record.frames  # as the original embeds the timestep of given frames
             self._tick(total)
-            for branch in self._branches(self.state.prompts[record.prompt], negative):
+            branches = self._branches(self.state.prompts[record.prompt], negative)
+            for branch in branches:
                 if not branch.cache.window.open:
                     branch.cache.begin(record.frames)
                 with torch.inference_mode():
                     self._attachment.forward(latents, record.timestep, branch, time_rows=rows, keys_only=True)
+            for branch in branches:  # all or none: a pass that fails leaves the branches at the same point
                 branch.cache.commit()
             self._cached = index + 1
 

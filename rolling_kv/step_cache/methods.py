@@ -47,7 +47,8 @@ class PyramidAttentionBroadcast:
     def config(self, run: Run):
         return hooks.PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=self.spatial_attention_block_skip_range,
-            cross_attention_block_skip_range=self.cross_attention_block_skip_range,
+            # None: nothing is kept of an attention that is always computed.
+            cross_attention_block_skip_range=cross if (cross := self.cross_attention_block_skip_range) > 1 else None,
             spatial_attention_timestep_skip_range=self.spatial_attention_timestep_skip_range,
             cross_attention_timestep_skip_range=self.cross_attention_timestep_skip_range,
             current_timestep_callback=run.timestep,

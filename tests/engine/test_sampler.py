@@ -200,6 +200,28 @@ def test_a_session_goes_on_after_a_cancelled_chunk(model):
     assert same(session.state, sample(model, 4))
 
 
+def test_a_context_pass_that_fails_leaves_both_branches_at_the_same_point(model):
+    guided = SamplingConfig(chunk=2, denoising_steps=(1000, 500), guidance_scale=2.0)
+    arguments = dict(sampling=guided, negative=prompt(model, 5))
+    calls = []
+
+    def fail_on_the_second_branch(module, *_):
+        calls.append(module)
+        if len(calls) == 2:
+            raise MemoryError
+
+    with RollingSession(model, prompt(model), height=HEIGHT, width=WIDTH, **arguments) as session:
+        list(session.generate(1, seed=7))
+        hook = model.transformer.blocks[0].register_forward_hook(fail_on_the_second_branch)
+        try:
+            with pytest.raises(MemoryError):
+                list(session.generate(1, seed=7))
+        finally:
+            hook.remove()
+        list(session.generate(2, seed=7))
+    assert same(session.state, sample(model, 3, **arguments))
+
+
 def test_leaving_a_generator_early_keeps_what_is_done(model):
     with RollingSession(model, prompt(model), height=HEIGHT, width=WIDTH) as session:
         for chunk in session.generate(5, seed=7):
