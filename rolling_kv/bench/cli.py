@@ -10,6 +10,7 @@ import torch
 
 from ..attention import ATTENTION_BACKENDS
 from ..config import STORAGES, CacheConfig
+from . import caching
 from .floor import Floor
 from .measure import measure
 from .methods import Growing, Method, Recompute, Rolling
@@ -29,6 +30,10 @@ def add_command(commands) -> None:
     )
     parser.set_defaults(run=run)
     add_arguments(parser)
+    more = parser.add_subparsers(metavar="[caching]", required=False)
+    steps = more.add_parser("caching", help="measure every step cache at several strengths, in time and quality")
+    steps.set_defaults(run=caching.main)
+    caching.add_arguments(steps)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

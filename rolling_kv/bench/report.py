@@ -162,12 +162,12 @@ def write_plot(path: Path, title: str, workload: Workload, results: list[Result]
         style = {"color": "grey", "linestyle": "--"} if result.letter == "e" else {}
         seconds = [result.chunk_seconds(index) for index in range(workload.chunks)]
         axes[0].plot(numbers, seconds, label=f"({result.letter}) {result.title}", **style)
-    axes[0].set(title=title, ylabel="seconds per chunk", ylim=(0, None))
-    axes[0].legend()
+    axes[0].set(title=title, ylabel="seconds per chunk")
     for result in with_memory:
         axes[1].plot(numbers, [peak / 2**20 for peak in result.peak_bytes], label=f"({result.letter})")
-    for axis in axes[1:]:
-        axis.set(ylabel="peak memory, MiB", ylim=(0, None))
+        axes[1].set_ylabel("peak memory, MiB")
+    for axis in axes:
+        axis.set_ylim(0, axis.get_ylim()[1] * 1.1)
         axis.legend()
     axes[-1].set_xlabel("chunk")
     unfinished = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")

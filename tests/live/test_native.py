@@ -3,28 +3,27 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from graphs import PACK, loaders, node, one_sampler, save_images, save_latent, saved_images, saved_latent
+from graphs import loaders, node, one_sampler, save_images, save_latent, saved_images, saved_latent
 from safetensors.torch import save_file
 
-from tests.engine.builders import original_names
-from tests.engine.test_vae import originals_of
+from tests.engine.builders import original_names, tiny_transformer
+from tests.engine.test_vae import make_vae, originals_of
 
 
 @pytest.fixture(scope="module")
-def single_files(default_server):
-    """The bundled model as ComfyUI users have models: single files with the original Wan names."""
-    models = default_server.folder / "models"
-    vae = AutoencoderKLWan.from_pretrained(PACK / "models/tiny/vae")
-    save_file(originals_of(vae), models / "vae/tiny_vae.safetensors")
-    transformer = WanTransformer3DModel.from_pretrained(PACK / "models/tiny/transformer")
-    save_file(original_names(transformer.state_dict()), models / "diffusion_models/tiny_model.safetensors")
+def models(default_server):
+    """The server's own model folders with a random VAE and transformer, under the original Wan names."""
+    folder = default_server.folder / "models"
+    save_file(originals_of(make_vae()), folder / "vae/random_vae.safetensors")
+    transformer = tiny_transformer(attention_head_dim=128, text_dim=64)
+    save_file(original_names(transformer.state_dict()), folder / "diffusion_models/random_model.safetensors")
+    transformer.save_pretrained(folder / "diffusers/random_folder/transformer")
 
 
-def test_vae_decode_shows_what_decode_images_shows(client, single_files):
-    graph = one_sampler(2)
+def test_vae_decode_shows_what_decode_images_shows(client, models):
+    graph = one_sampler(2) | loaders(vae="random_vae.safetensors")
     graph["ours"] = node("RollingKVDecodeImages", vae=["vae", 0], latent=["sample", 0])
-    graph["native vae"] = node("VAELoader", vae_name="tiny_vae.safetensors")
+    graph["native vae"] = node("VAELoader", vae_name="random_vae.safetensors")
     graph["native"] = node("VAEDecode", vae=["native vae", 0], samples=["sample", 0])
     graph |= {"save ours": save_images("ours"), "save native": save_images("native")}
     outputs = client.run(graph)
@@ -34,12 +33,12 @@ def test_vae_decode_shows_what_decode_images_shows(client, single_files):
     assert np.abs(ours - native).max() <= 3
 
 
-def test_vae_encode_gives_the_latent_of_encode_video(client, single_files):
-    graph = loaders() | {
+def test_vae_encode_gives_the_latent_of_encode_video(client, models):
+    graph = loaders(vae="random_vae.safetensors") | {
         "image": node("LoadImage", image="example.png"),
         "scaled": node("ImageScale", image=["image", 0], upscale_method="area", width=64, height=64, crop="center"),
         "ours": node("RollingKVEncodeVideo", vae=["vae", 0], images=["scaled", 0], width=64, height=64),
-        "native vae": node("VAELoader", vae_name="tiny_vae.safetensors"),
+        "native vae": node("VAELoader", vae_name="random_vae.safetensors"),
         "native": node("VAEEncode", vae=["native vae", 0], pixels=["scaled", 0]),
         "save ours": save_latent("ours"),
         "save native": save_latent("native"),
@@ -50,11 +49,12 @@ def test_vae_encode_gives_the_latent_of_encode_video(client, single_files):
     torch.testing.assert_close(ours, native, atol=0.02 * native.std().item(), rtol=0)
 
 
-def test_a_single_file_in_diffusion_models_samples_as_the_bundled_folder(client, single_files):
-    bundled = saved_latent(client, client.run(one_sampler(2)))
-    graph = one_sampler(2) | {"model": loaders(model="tiny_model.safetensors")["model"]}
-    single = saved_latent(client, client.run(graph))
-    assert single.shape == bundled.shape
+def test_a_single_file_and_a_diffusers_folder_give_the_same_video(client, models):
+    latents = []
+    for name in ("random_model.safetensors", "random_folder"):
+        graph = one_sampler(2) | {"model": loaders(model=name)["model"]}
+        latents.append(saved_latent(client, client.run(graph)))
+    assert torch.equal(*latents)
 
 
 def test_image_to_video_starts_with_the_image(client):
