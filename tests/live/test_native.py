@@ -6,16 +6,21 @@ import torch
 from graphs import loaders, node, one_sampler, save_images, save_latent, saved_images, saved_latent
 from safetensors.torch import save_file
 
+from rolling_kv.checkpoints import load_model
+from rolling_kv.tiny import BUNDLED
 from tests.engine.builders import original_names, tiny_transformer
 from tests.engine.test_vae import make_vae, originals_of
 
 
 @pytest.fixture(scope="module")
 def models(default_server):
-    """The server's own model folders with a random VAE and transformer, under the original Wan names."""
+    """Models as ComfyUI users have them, with random weights: single files with the original Wan names, and a folder.
+
+    ComfyUI's own loaders know no other depth than the original's, which the bundled VAE does not have.
+    """
     folder = default_server.folder / "models"
     save_file(originals_of(make_vae()), folder / "vae/random_vae.safetensors")
-    transformer = tiny_transformer(attention_head_dim=128, text_dim=64)
+    transformer = tiny_transformer(text_dim=load_model(BUNDLED).transformer.config.text_dim)
     save_file(original_names(transformer.state_dict()), folder / "diffusion_models/random_model.safetensors")
     transformer.save_pretrained(folder / "diffusers/random_folder/transformer")
 
