@@ -19,7 +19,7 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 
-from .block import fused_forward, modulated_norm, rms_norm_
+from .block import fused_feed_forward, fused_forward, modulated_norm, rms_norm_
 from .cache import Branch
 from .rope import rotary_angles, rotate, turns
 
@@ -109,6 +109,7 @@ class RollingAttachment:
         if not self.exact and not self.compile:
             for block in blocks:
                 self._set_forward(block, fused_forward(block, block.forward))
+                self._set_forward(block.ffn, fused_feed_forward(block.ffn, block.ffn.forward))
         self._set_forward(blocks[-1], self._last_block_forward(blocks[-1], blocks[-1].forward))
         if self.compile:
             for block in blocks:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
 
 def fused_forward(block, stock_forward):
     """A `forward` for one stock `WanTransformerBlock`; anything but float32 goes to `stock_forward`."""
@@ -26,6 +28,38 @@ def fused_forward(block, stock_forward):
         return hidden_states.addcmul_(fed, ff_gate)
 
     return forward
+
+
+def fused_feed_forward(ffn, stock_forward):
+    """A `forward` for a block's `ffn` with the GELU computed where the first product leaves its results: in the CPU's cache.
+
+    torch offers oneDNN's fused product to its own compiler only, as a private operator. Where it is missing, or where
+    anything (LoRA, weight storage) stands between the layers, `stock_forward` runs.
+    """
+    gelu, up, down = ffn.net[0], getattr(ffn.net[0], "proj", None), ffn.net[-1]
+    known = type(up) is torch.nn.Linear and getattr(gelu, "approximate", None) == "tanh" and len(ffn.net) == 3
+
+    def forward(x, *args, **kwargs):
+        """x: [B, S, dim]. Returns [B, S, dim]."""
+        fused = (
+            known
+            and ONEDNN_LINEAR is not None
+            and x.device.type == "cpu"
+            and x.dtype == up.weight.dtype == torch.float32
+            and not torch.is_grad_enabled()
+            and is_plain(gelu)
+            and is_plain(up)
+        )
+        if not fused:
+            return stock_forward(x, *args, **kwargs)
+        return down(ONEDNN_LINEAR(x, up.weight, up.bias, "gelu", [], "tanh"))
+
+    return forward
+
+
+def is_plain(module: torch.nn.Module) -> bool:
+    """Whether calling `module` runs its class's forward and nothing else."""
+    return "forward" not in vars(module) and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def modulated_norm(x: torch.Tensor, norm, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

@@ -138,7 +138,8 @@ def test_float8_computes_what_rounded_weights_do(checkpoint, weights):
             rounded[part] = weights[part].to(torch.float8_e4m3fn).float()
     other = load_model(checkpoint)
     other.transformer.load_state_dict(rounded)
-    assert torch.equal(video(load_model(checkpoint, storage="float8")), video(other))
+    # Plain weights meet a fused product, which rounds differently.
+    torch.testing.assert_close(video(load_model(checkpoint, storage="float8")), video(other), atol=1e-5, rtol=1e-5)
 
 
 def test_one_layer_at_a_time_leaves_float8(checkpoint, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 
 from . import teacher
 from .export import export
-from .train_transformer import BATCH, CLIPS, RATE, STEPS, train_teacher
+from .train_transformer import train_transformer
 from .train_vae import STEPS as VAE_STEPS
 from .train_vae import linear_code, train_decoder, train_encoder
 
@@ -26,11 +26,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.compile:
-        teacher.block_forward = torch.compile(teacher.block_forward)
+        teacher.compile_blocks()
     code = linear_code()
     train_decoder(code, VAE_STEPS["decoder"])
     train_encoder(code, VAE_STEPS["encoder"])
-    train_teacher(STEPS, CLIPS, BATCH, RATE)
+    train_transformer()
     export(arguments.folder)
 
 

@@ -48,9 +48,11 @@ class LinearCode:
         return cls(weight.view(CHANNELS, *shape), inverse.T.reshape(CHANNELS, *shape), mean.view(shape))
 
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
-        """Latents [B, 16, t, H/8, W/8] of frames [B, 3, 4t-3, H, W]; the first frame counts as standing still."""
-        first = frames[:, :, :1].expand(-1, -1, TIME, -1, -1)
-        cells = blocks(torch.cat([first, frames[:, :, 1:]], 2)) - self.mean
+        """Latents [B, 16, t, H/8, W/8] of frames [B, 3, 4t-3, H, W], the first of which counts as standing still, or of
+        4t frames from the middle of a video."""
+        if frames.shape[2] % TIME:
+            frames = torch.cat([frames[:, :, :1].expand(-1, -1, TIME - 1, -1, -1), frames], 2)
+        cells = blocks(frames) - self.mean
         return torch.einsum("bthwcijk,ncijk->bnthw", cells, self.weight)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

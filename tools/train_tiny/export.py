@@ -13,18 +13,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 
-from rolling_kv.config import CacheConfig, ModelPreset, SamplingConfig
 from rolling_kv.tiny import save_model
 from rolling_kv.vae import LATENTS_MEAN, LATENTS_STD
 
 from .loop import WORK
-from .pool import CHUNK
-from .train_transformer import SAMPLING_STEPS, SHIFT, WINDOW, Denoiser, tokenizer_file
+from .train_transformer import PRESET, SCALE, Denoiser, tokenizer_file
 from .train_vae import CONFIG as VAE_CONFIG
-
-PRESET = ModelPreset(
-    "tiny", SamplingConfig(chunk=CHUNK, denoising_steps=SAMPLING_STEPS, shift=SHIFT), CacheConfig(window=WINDOW * CHUNK)
-)
 
 
 def averaged(name: str) -> dict:
@@ -35,11 +29,11 @@ def finished_vae() -> AutoencoderKLWan:
     """Encoder and decoder together, with raw latents in the range of the Wan 2.1 VAE.
 
     ComfyUI and the pack normalise any Wan 2.1 latents by the published statistics. So the 1x1x1 convolutions at the
-    bottleneck absorb them: raw = code * std + mean. The encoder's spread is next to nothing.
+    bottleneck absorb them: raw = SCALE * code * std + mean. The encoder's spread is next to nothing.
     """
     vae = AutoencoderKLWan(**VAE_CONFIG, latents_mean=list(LATENTS_MEAN), latents_std=list(LATENTS_STD))
     vae.load_state_dict(vae.state_dict() | averaged("decoder") | averaged("encoder"))
-    mean, std = torch.tensor(LATENTS_MEAN), torch.tensor(LATENTS_STD)
+    mean, std = torch.tensor(LATENTS_MEAN), SCALE * torch.tensor(LATENTS_STD)
     with torch.no_grad():
         out, back = vae.quant_conv, vae.post_quant_conv
         out.weight[:16] *= std.view(-1, 1, 1, 1, 1)

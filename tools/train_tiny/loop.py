@@ -14,20 +14,21 @@ from torch import distributed, nn
 
 WORK = Path(".train")
 """Checkpoints and logs, below the current folder."""
+MUON_RATE = 10.0
 
 
 def train(
     name: str,
     module: nn.Module,
-    loss: Callable[[int, torch.Generator], torch.Tensor],
+    loss: Callable[[int, torch.Generator, nn.Module], torch.Tensor],
     steps: int,
     rate: float,
     average: float = 0.998,
-    weight_decay: float = 0.0,
+    matrices: list[nn.Parameter] | None = None,
     evaluate: Callable[[nn.Module], str] | None = None,
     save_every: int = 100,
 ) -> nn.Module:
-    """Minimise `loss(step, generator)` over `module` and return the exponentially averaged module.
+    """Minimise `loss(step, generator, averaged)` over `module` and return the exponentially averaged module.
 
     The generator is seeded by the step, so a resumed run sees the draws that an uninterrupted one would have seen. Under
     `torchrun` every worker draws a batch of its own and the gradients are averaged: on a CPU, several processes with one
@@ -37,27 +38,31 @@ def train(
     WORK.mkdir(exist_ok=True)
     path = WORK / f"{name}.pt"
     averaged = copy.deepcopy(module).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(module.parameters(), rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    optimizers = make_optimizers(module, rate, matrices or [])
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     start = 0
     if path.exists():
         saved = torch.load(path, weights_only=True)
         module.load_state_dict(saved["module"])
         averaged.load_state_dict(saved["averaged"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
         start = saved["step"]
     log = Log(WORK / f"{name}.log")
     total, since = 0.0, time.time()
     for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 100) * (0.5 + 0.49 * math.cos(math.pi * step / steps))
+        part = min(1, (step + 1) / 100) * (0.5 + 0.49 * math.cos(math.pi * step / steps))
+        for optimizer, full in zip(optimizers, rates):
+            optimizer.param_groups[0]["lr"] = full * part
         generator = torch.Generator().manual_seed(step * 7919 + 17 + 1_000_003 * rank)
-        value = loss(step, generator)
-        optimizer.zero_grad(set_to_none=True)
+        value = loss(step, generator, averaged)
+        module.zero_grad(set_to_none=True)
         value.backward()
         if workers > 1:
             average_gradients(module, workers)
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         # A short memory at first, so that the random start is forgotten.
         keep = min(average, (step + 1) / (step + 10))
         with torch.no_grad():
@@ -71,9 +76,20 @@ def train(
             if evaluate is not None:
                 log(f"step {step + 1}/{steps} {evaluate(averaged)}")
             state = {"module": module.state_dict(), "averaged": averaged.state_dict()}
-            save(state | {"optimizer": optimizer.state_dict(), "step": step + 1}, path)
+            save(state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "step": step + 1}, path)
             since = time.time()
     return averaged
+
+
+def make_optimizers(module: nn.Module, rate: float, matrices: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    taken = {id(parameter) for parameter in matrices}
+    rest = [parameter for parameter in module.parameters() if id(parameter) not in taken]
+    optimizers = [torch.optim.AdamW(rest, rate, betas=(0.9, 0.99), weight_decay=0.0)]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(matrices, MUON_RATE * rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        )
+    return optimizers
 
 
 def join_workers() -> tuple[int, int]:

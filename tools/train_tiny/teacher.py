@@ -78,10 +78,8 @@ def predict(
     modulation = embedder.time_proj(F.silu(times)).float().view(batch, copies * chunks, 1, 6, -1)
     text = embedder.text_embedder(prompts.embeddings)
     masks = layout.mask().to(dtype), prompts.bias.repeat(1, copies, 1)[:, :, None, None].to(dtype)
-    # Compiling for a second shape would take longer than it saves.
-    forward = plain_block if clean is None else block_forward
     for block in model.blocks:
-        x = forward(block, x, text, modulation, rotation, masks, layout)
+        x = block_forward(block, x, text, modulation, rotation, masks, layout)
 
     times = times.view(batch, copies * chunks, 1, 1, -1)[:, -chunks:]
     shift, scale = (model.scale_shift_table + times).unbind(3)
@@ -134,7 +132,17 @@ def plain_block(block, x, text, modulation, rotation, masks, layout):
 
 
 block_forward = plain_block
-"""May be replaced by its compiled version."""
+
+
+def compile_blocks() -> None:
+    """From now on a compiled forward of the blocks, once for each shape of batch, where gradients are needed."""
+    global block_forward
+    compiled = torch.compile(plain_block, dynamic=False)
+
+    def forward(*arguments):
+        return compiled(*arguments) if torch.is_grad_enabled() else plain_block(*arguments)
+
+    block_forward = forward
 
 
 def _modulate(x, shift, scale, eps, dtype):

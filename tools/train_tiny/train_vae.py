@@ -60,7 +60,7 @@ def train_decoder(code: LinearCode, steps: int) -> nn.Module:
     vae = make_vae()
     unseen = random_clips(torch.Generator().manual_seed(999), SIDE, 21, 16)
 
-    def loss(step, generator):
+    def loss(step, generator, _):
         frames = random_clips(generator, *pick(SHAPES, generator))
         latents = code.encode(frames)
         spread = NOISE * torch.rand(len(latents), 1, 1, 1, 1, generator=generator).square()
@@ -84,7 +84,7 @@ def train_encoder(code: LinearCode, steps: int) -> nn.Module:
     vae = make_vae()
     unseen = random_clips(torch.Generator().manual_seed(999), SIDE, 21, 16)
 
-    def loss(step, generator):
+    def loss(step, generator, _):
         side, length, count = pick(SHAPES, generator)
         frames = random_clips(generator, side, length, count // 2)
         with torch.autocast("cpu", torch.bfloat16):

@@ -93,15 +93,19 @@ def recoloured(scene: Scene, generator: torch.Generator) -> Scene:
     return replace(scene, colour=pick([c for c in COLOURS if c != scene.colour], generator))
 
 
-def random_start(scene: Scene, generator: torch.Generator) -> tuple[float, float]:
-    """A starting position from which STRAIGHT_FRAMES frames pass without a bounce."""
-    start = []
+def starting_range(scene: Scene) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(from, to) in x and in y of the starts from which STRAIGHT_FRAMES frames pass without a bounce."""
+    ranges = []
     for speed in scene.velocity:
         low, high = scene.margin, SIDE - scene.margin
         travel = speed * (STRAIGHT_FRAMES - 1)
-        low, high = max(low, low - travel), min(high, high - travel)
-        start.append(low + (high - low) * float(torch.rand((), generator=generator)))
-    return tuple(start)
+        ranges.append((max(low, low - travel), min(high, high - travel)))
+    return tuple(ranges)
+
+
+def random_start(scene: Scene, generator: torch.Generator) -> tuple[float, float]:
+    """A starting position from which STRAIGHT_FRAMES frames pass without a bounce."""
+    return tuple(low + (high - low) * float(torch.rand((), generator=generator)) for low, high in starting_range(scene))
 
 
 def trajectory(scene: Scene, start: tuple[float, float], frames: int) -> torch.Tensor:
@@ -111,6 +115,11 @@ def trajectory(scene: Scene, start: tuple[float, float], frames: int) -> torch.T
     free = torch.tensor(start) + time * torch.tensor(scene.velocity) - low
     span = high - low
     return low + span - (free.remainder(2 * span) - span).abs()
+
+
+def centre_of_mass(scene: Scene) -> tuple[float, float]:
+    """(x, y) in pixels of the shape's centre of mass, from its centre."""
+    return 0.0, 0.325 * SIZES[scene.size] if scene.shape == "triangle" else 0.0
 
 
 def render(scenes: list[Scene], paths: torch.Tensor, colours: torch.Tensor | None = None) -> torch.Tensor:
