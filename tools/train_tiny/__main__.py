@@ -13,6 +13,7 @@ import torch
 
 from . import teacher
 from .export import export
+from .polish import polish
 from .train_transformer import train_transformer
 from .train_vae import STEPS as VAE_STEPS
 from .train_vae import linear_code, train_decoder, train_encoder
@@ -31,6 +32,7 @@ def main() -> None:
     train_decoder(code, VAE_STEPS["decoder"])
     train_encoder(code, VAE_STEPS["encoder"])
     train_transformer()
+    polish()
     export(arguments.folder)
 
 

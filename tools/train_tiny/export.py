@@ -32,7 +32,7 @@ def finished_vae() -> AutoencoderKLWan:
     bottleneck absorb them: raw = SCALE * code * std + mean. The encoder's spread is next to nothing.
     """
     vae = AutoencoderKLWan(**VAE_CONFIG, latents_mean=list(LATENTS_MEAN), latents_std=list(LATENTS_STD))
-    vae.load_state_dict(vae.state_dict() | averaged("decoder") | averaged("encoder"))
+    vae.load_state_dict(vae.state_dict() | averaged("polished") | averaged("encoder"))
     mean, std = torch.tensor(LATENTS_MEAN), SCALE * torch.tensor(LATENTS_STD)
     with torch.no_grad():
         out, back = vae.quant_conv, vae.post_quant_conv

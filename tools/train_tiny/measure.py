@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from rolling_kv.checkpoints import load_model
-from rolling_kv.config import CacheConfig, pixel_frames
+from rolling_kv.config import PIXEL_FRAMES_PER_LATENT, CacheConfig, pixel_frames
 from rolling_kv.sampler import RollingSession
 from rolling_kv.text import load_text_encoder
 from rolling_kv.vae import load_vae, to_raw
@@ -85,21 +85,31 @@ def share(values) -> float:
     return sum(values) / len(values)
 
 
-def border_errors(seen: list[Sighting], chunks: int) -> tuple[float, float]:
-    """Median prediction error of the position, in pixels: at chunk borders, and inside chunks."""
+def latent_errors(seen: list[Sighting], frames: slice = slice(None)) -> torch.Tensor:
+    """Prediction error of the position, in pixels, for latent frames 2, 3, … of each video: [videos, latent frames - 2].
+
+    A chunk border lies between two latent frames, and the decoder spreads what happens there over the pixel frames of the
+    later one. So an error is the mean over the four pixel frames of a latent frame, or over those that `frames` selects.
+    """
     errors = torch.stack([prediction_errors(sighting.position) for sighting in seen])
-    at = torch.tensor(borders(chunks)) - 2
-    inside = torch.ones(errors.shape[1], dtype=torch.bool)
-    inside[at] = False
-    return float(errors[:, at].median()), float(errors[:, inside].median())
+    # Prediction errors start with pixel frame 2, latent frame 2 with pixel frame 5.
+    return errors[:, 3:].unflatten(1, (-1, PIXEL_FRAMES_PER_LATENT))[..., frames].mean(2)
+
+
+def border_errors(seen: list[Sighting], chunk: int = 3, frames: slice = slice(None)) -> tuple[float, float]:
+    """Median over `latent_errors` at chunk borders, and inside chunks."""
+    errors = latent_errors(seen, frames)
+    border = torch.arange(2, 2 + errors.shape[1]) % chunk == 0
+    return float(errors[:, border].median()), float(errors[:, ~border].median())
 
 
 def measure_prompts(tiny: Tiny, count: int, chunks: int = 5, **options) -> dict[str, float]:
     """Colour, shape and direction as the prompt says; smoothness at borders, with the cache and without."""
     scenes = scenes_for(count, 1)
     seen = watch(tiny, scenes, chunks, **options)
-    border, inside = border_errors(seen, chunks)
-    alone, _ = border_errors(watch(tiny, scenes, chunks, CacheConfig(window=3), **options), chunks)
+    border, inside = border_errors(seen)
+    first = border_errors(seen, frames=slice(0, 1))[0]
+    alone, _ = border_errors(watch(tiny, scenes, chunks, CacheConfig(window=3), **options))
     pairs = list(zip(scenes, seen))
     return {
         "shape is there, frames": share(s.present.float().mean() for s in seen),
@@ -111,6 +121,7 @@ def measure_prompts(tiny: Tiny, count: int, chunks: int = 5, **options) -> dict[
         "error at borders, px": border,
         "error inside chunks, px": inside,
         "border / inside": border / inside,
+        "the same, first pixel frame of the chunk only": first / inside,
         "error at borders without the cache, px": alone,
         "without / with the cache": alone / border,
     }
@@ -157,7 +168,7 @@ def measure_switch(tiny: Tiny, count: int, chunks: int = 8) -> dict[str, float]:
         seen += [detect(video) for video in tiny.sample(rows, begin)[0]]
     at = borders(chunks)
     middle, later = at[chunks // 2 - 1], at[chunks // 2 + 1]
-    errors = torch.stack([prediction_errors(s.position) for s in seen])
+    errors = latent_errors(seen)
     return {
         "old colour before, frames": share(n == a.colour for a, s in zip(scenes, seen) for n in s.colour[:middle]),
         "new colour in the first chunk, frames": share(
@@ -166,7 +177,7 @@ def measure_switch(tiny: Tiny, count: int, chunks: int = 8) -> dict[str, float]:
         "new colour from the second chunk's end on, frames": share(
             n == b.colour for b, s in zip(others, seen) for n in s.colour[later - 1 :]
         ),
-        "error at the switch, px": float(errors[:, middle - 2].median()),
+        "error at the switch, px": float(errors[:, chunks // 2 * 3 - 2].median()),
         "error elsewhere, px": float(errors.median()),
     }
 
