@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .attach_cache import RollingKVAttachCache
+from .benchmark import RollingKVBenchmark
 from .decode import RollingKVDecodeImages, RollingKVDecodeVideo
 from .encode_prompt import RollingKVEncodePrompt
 from .encode_video import RollingKVEncodeVideo
@@ -24,6 +25,7 @@ class RollingKVExtension(ComfyExtension):
             RollingKVEncodePrompt,
             RollingKVAttachCache,
             RollingKVStepCache,
+            RollingKVBenchmark,
             RollingKVSample,
             RollingKVEncodeVideo,
             RollingKVDecodeVideo,

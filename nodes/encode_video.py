@@ -3,8 +3,7 @@ import torch
 from comfy.utils import ProgressBar, common_upscale
 from comfy_api.latest import io
 
-from ..rolling_kv.config import PIXEL_FRAMES_PER_LATENT
-from ..rolling_kv.sampler import check_size
+from ..rolling_kv.config import PIXEL_FRAMES_PER_LATENT, check_size
 from .managed import check_cancelled
 from .types import CATEGORY, VAE
 

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 from ..rolling_kv.attention import ATTENTION_BACKENDS, check_backend
 from ..rolling_kv.checkpoints import load_model
 from ..rolling_kv.config import PRESETS
+from ..rolling_kv.weights import STORAGES, check_compile
 from . import model_files
 from .managed import ManagedModel
 from .types import CATEGORY, Model, ModelHandle
@@ -51,7 +52,7 @@ class RollingKVLoadModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "storage",
-                    options=["model", "float8"],
+                    options=list(STORAGES),
                     optional=True,
                     advanced=True,
                     tooltip="How the weights are kept in memory. Float8 takes half of bfloat16, for small cards; each layer "
@@ -70,7 +71,7 @@ class RollingKVLoadModel(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Run the blocks through torch.compile: the first chunk takes a minute or more, the others are "
-                    "faster. Needs a C++ compiler, on a GPU Triton.",
+                    "faster. Needs a C++ compiler, on a GPU Triton. Not with float8 storage.",
                 ),
             ],
             outputs=[Model.Output(display_name="model", tooltip="The model with its preset's cache settings.")],
@@ -86,6 +87,8 @@ class RollingKVLoadModel(io.ComfyNode):
     ) -> io.NodeOutput:
         backend = None if attention == "auto" else attention
         check_backend(backend)
+        if compile:
+            check_compile(storage)
         device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
         path = model_files.find(model_files.MODEL, model_name)
         model = load_model(path, dtype=dtype, preset=preset, storage=storage, device=offload_device, runs_on=device)

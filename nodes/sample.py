@@ -160,11 +160,11 @@ class RollingKVSample(io.ComfyNode):
 
         session = RollingSession(
             patcher.model,
-            _embedding(positive, "positive"),
+            embedding(positive, "positive"),
             height=height,
             width=width,
             batch=batch,
-            negative=None if negative is None or not sampling.guided else _embedding(negative, "negative"),
+            negative=None if negative is None or not sampling.guided else embedding(negative, "negative"),
             sampling=sampling,
             cache=model.cache,
             state=state,
@@ -200,7 +200,8 @@ def _model_latents(latent: dict) -> torch.Tensor:
     return to_model(samples.float())
 
 
-def _embedding(conditioning: list, name: str) -> torch.Tensor:
+def embedding(conditioning: list, name: str) -> torch.Tensor:
+    """The prompt embedding [1, 512, D] of a CONDITIONING. name: of the input. Raises ValueError for several prompts."""
     if len(conditioning) != 1:
         raise ValueError(
             f"The {name} conditioning combines {len(conditioning)} prompts; causal video models read exactly one. Write one "

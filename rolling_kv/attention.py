@@ -22,6 +22,8 @@ from diffusers.models.attention_dispatch import (
 from .block import fused_feed_forward, fused_forward, modulated_norm, rms_norm_
 from .cache import Branch
 from .rope import rotary_angles, rotate, turns
+from .transfer import to_device
+from .weights import check_compile, storage_of
 
 ATTENTION_BACKENDS = ("native", "_native_cudnn", "flash", "_flash_3", "sage", "xformers")
 """Those of diffusers' backends that attend without a mask and download nothing."""
@@ -143,7 +145,7 @@ class RollingAttachment:
             rotation = rotation.to(torch.complex128 if self.exact else torch.complex64)[None, :, None]
             # torch.compile fuses real arithmetic only.
             rotation = torch.view_as_real(rotation) if self.compile else rotation
-            self._rotations[key] = rotation.to(hidden_states.device)
+            self._rotations[key] = to_device(rotation, hidden_states.device)
         return self._rotations[key]
 
     def _embed_condition(self, timestep, encoder_hidden_states, encoder_hidden_states_image=None, **_):
@@ -273,9 +275,12 @@ def apply_rolling_kv_cache(
     """Attach to a stock `WanTransformer3DModel`. Use as a context manager, or call `detach` on what is returned.
 
     Raises ValueError if a rolling cache is attached already, if the model is conditioned on images, or if the attention
-    backend is not one of ATTENTION_BACKENDS or is not installed. The arguments are those of `RollingAttachment`.
+    backend is not one of ATTENTION_BACKENDS or is not installed, or if float8 weights are to be compiled. The arguments
+    are those of `RollingAttachment`.
     """
     check_backend(backend)
+    if compile:
+        check_compile(storage_of(transformer))
     if any(isinstance(block.attn1.processor, RollingSelfAttention) for block in transformer.blocks):
         raise ValueError("this transformer has a rolling cache attached already; detach that one first")
     registry = getattr(transformer, "_diffusers_hook", None)

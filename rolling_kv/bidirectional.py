@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from .config import SamplingConfig
+from .config import SamplingConfig, check_size
 from .model import CausalModel
-from .sampler import check_size
 from .schedule import sample_chunk, seeded_noise
 from .step_cache import StepCacheReport, start_step_cache
 

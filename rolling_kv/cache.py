@@ -18,6 +18,7 @@ import torch
 from .config import CacheConfig
 from .rope import rotate, time_shift_angles, turns
 from .storage import CODECS, Offloaded, Parts, Resident, Sizes
+from .transfer import to_device
 
 
 class Segment(NamedTuple):
@@ -218,10 +219,9 @@ class RollingKVCache:
         tokens = self.config.sink * self.shape.tokens_per_frame
         if layer not in self._sink_keys:
             # Turned from the keys as they were written, every time: rounding does not add up.
-            originals = tuple(part[0, :, :tokens].clone() for part in parts)
-            self._sink_keys[layer] = tuple(part.cpu() for part in originals) if self.config.offload else originals
-        keys = self.codec.unpack(tuple(part.to(self.device) for part in self._sink_keys[layer]))
-        turn = turns(time_shift_angles(self.shape.head_dim, shift)).to(torch.complex64).to(self.device)
+            self._sink_keys[layer] = self.store.aside(tuple(part[0, :, :tokens] for part in parts))
+        keys = self.codec.unpack(tuple(part.to(self.device, non_blocking=True) for part in self._sink_keys[layer]))
+        turn = to_device(turns(time_shift_angles(self.shape.head_dim, shift)).to(torch.complex64), self.device)
         for part, packed in zip(parts, self.codec.pack(rotate(keys, turn))):
             part[0, :, :tokens] = packed
         self._sink_shifts[layer] = shift

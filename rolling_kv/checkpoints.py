@@ -12,7 +12,8 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor
 
-from .config import ModelPreset
+from .cache import CacheShape
+from .config import ModelPreset, check_size
 from .files import Checkpoint, CheckpointError, open_checkpoint, telling
 from .layouts import (
     LORA,
@@ -29,7 +30,7 @@ from .layouts import (
     strip_prefixes,
     to_diffusers_names,
 )
-from .model import CausalModel, kv_bytes_per_frame
+from .model import CausalModel
 from .presets import choose_preset, detect_preset, transformer_metadata
 from .weights import check_storage, gguf_types, is_packed, pack_linears, store_float8, unpack, unpacked_shapes
 
@@ -157,10 +158,10 @@ def inspect_checkpoint(path: str | Path, height: int = 480, width: int = 832) ->
     with telling(path):
         checkpoint = open_checkpoint(_transformer_path(path), values=False)
         weights, _, config, naming = _prepare(checkpoint.tensors, _settings(checkpoint))
-        _empty_transformer(weights, config)
+        transformer = _empty_transformer(weights, config)
         preset = detect_preset(path, checkpoint)
     packings = gguf_types(checkpoint.tensors)
-    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    shape = CacheShape.of(transformer, 1, *check_size(height, width), torch.bfloat16)
     return CheckpointInfo(
         path=path,
         layout=", ".join(filter(None, (naming, checkpoint.wrapper and f"wrapper {checkpoint.wrapper}"))),
@@ -168,7 +169,7 @@ def inspect_checkpoint(path: str | Path, height: int = 480, width: int = 832) ->
         dtypes=(*packings, *map(dtype_name, stored_dtypes(checkpoint.tensors if packings else weights))),
         config={
             "layers": config["num_layers"],
-            "dim": dim,
+            "dim": shape.heads * shape.head_dim,
             "heads": config["num_attention_heads"],
             "ffn": config["ffn_dim"],
         },
@@ -176,7 +177,7 @@ def inspect_checkpoint(path: str | Path, height: int = 480, width: int = 832) ->
         preset=preset and preset.name,
         height=height,
         width=width,
-        kv_bytes_per_frame=kv_bytes_per_frame(config["num_layers"], dim, height, width, torch.bfloat16),
+        kv_bytes_per_frame=shape.bytes_per_frame(),
     )
 
 

@@ -11,12 +11,15 @@ import torch
 from diffusers.utils import logging
 from tqdm import tqdm
 
+from .attention import ATTENTION_BACKENDS, check_backend
 from .bench.cli import add_command as add_bench
 from .checkpoints import inspect_checkpoint
 from .config import PRESETS, SINK_PHASES, STORAGES, pixel_frames
 from .pipeline import Pipeline
 from .tiny import BUNDLED, make_tiny
 from .video import read_video_info
+from .weights import STORAGES as WEIGHT_STORAGES
+from .weights import check_compile
 
 TINY_SIZE = 64
 """Pixels along each side that the tiny model makes."""
@@ -33,23 +36,36 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("cancelled; nothing was written")
 
 
+class _DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds each default to its help, where there is one to add."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, "", []) else super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rolling_kv", description=__doc__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    generate = commands.add_parser(
-        "generate", help="make a video from a prompt", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    generate = commands.add_parser("generate", help="make a video from a prompt", formatter_class=_DefaultsHelp)
     generate.set_defaults(run=_generate)
     generate.add_argument("--prompt", required=True, help="what the video shows")
     generate.add_argument("--output", required=True, type=Path, metavar="F", help="file to write, ending in .mp4")
     generate.add_argument("--seconds", type=float, default=5.0, help="length, rounded up to whole chunks")
     generate.add_argument("--seed", type=int, default=0, help="same seed, same video")
     generate.add_argument(
-        "--model", type=Path, default=BUNDLED, help="a causal Wan model: a diffusers folder, .safetensors or .pt"
+        "--model", type=Path, default=BUNDLED, help="a causal Wan model: a diffusers folder, .safetensors, .gguf or .pt"
     )
     generate.add_argument("--text-encoder", type=Path, help="UMT5, where the model is a single file")
     generate.add_argument("--vae", type=Path, help="the Wan 2.1 VAE, where the model is a single file")
+    generate.add_argument(
+        "--lora",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("FILE", "STRENGTH"),
+        help="a LoRA for the model, and how much of it (1 where left out); give it again for each further one",
+    )
     generate.add_argument("--preset", choices=["auto", *PRESETS], default="auto", help="what the model was trained for")
     generate.add_argument(
         "--width", type=int, help="pixels, a multiple of 16 (default: 64 for the tiny model, else 832)"
@@ -73,6 +89,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto", help="precision"
     )
+    generate.add_argument(
+        "--weight-storage", choices=WEIGHT_STORAGES, default="model", help="how the model's weights are kept in memory"
+    )
+    generate.add_argument(
+        "--backend", choices=ATTENTION_BACKENDS, help="attention kernel (default: PyTorch's own choice)"
+    )
+    generate.add_argument("--compile", action="store_true", help="run the blocks through torch.compile")
     generate.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     generate.add_argument("--scale", type=int, default=1, help="enlarge each pixel so many times, for tiny videos")
 
@@ -94,6 +117,10 @@ def _parser() -> argparse.ArgumentParser:
 def _generate(args: argparse.Namespace) -> None:
     if args.model == BUNDLED and not BUNDLED.is_dir():
         raise ValueError(f"the tiny model is not there; make it with: python -m rolling_kv make-tiny {BUNDLED}")
+    check_backend(args.backend)
+    if args.compile:
+        check_compile(args.weight_storage)
+    loras = [_lora(*values) for values in args.lora]
     small = args.model == BUNDLED
     width, height = args.width or (TINY_SIZE if small else 832), args.height or (TINY_SIZE if small else 480)
     pipeline = Pipeline.load(
@@ -102,6 +129,8 @@ def _generate(args: argparse.Namespace) -> None:
         vae=args.vae,
         preset=args.preset,
         dtype=args.dtype,
+        storage=args.weight_storage,
+        loras=loras,
         device=args.device,
     )
     preset = pipeline.model.preset
@@ -128,11 +157,23 @@ def _generate(args: argparse.Namespace) -> None:
             sampling=sampling,
             cache=cache,
             scale=args.scale,
+            backend=args.backend,
+            compile=args.compile,
             on_pass=on_pass,
         )
         bar.update(bar.total - bar.n)
     info = read_video_info(args.output)
     print(f"{args.output}: {info.frames} frames, {info.width}x{info.height}, {info.fps:g} frames per second")
+
+
+def _lora(file: str, *strength: str) -> tuple[Path, float]:
+    try:
+        return Path(file), float(*strength or ("1",))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"--lora takes a file and a number, its strength; got {' '.join([file, *strength])}. Give --lora again for "
+            "each further file."
+        ) from None
 
 
 def _inspect(args: argparse.Namespace) -> None:

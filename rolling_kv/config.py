@@ -150,6 +150,18 @@ def pixel_frames(latent_frames: int) -> int:
     return 0 if latent_frames == 0 else PIXEL_FRAMES_PER_LATENT * (latent_frames - 1) + 1
 
 
+def check_size(height: int, width: int) -> tuple[int, int]:
+    """The latent size of a video of `height` x `width` pixels. Raises ValueError unless both are multiples of 16."""
+    for name, value in (("height", height), ("width", width)):
+        if value < SIZE_MULTIPLE or value % SIZE_MULTIPLE:
+            lower = max(value // SIZE_MULTIPLE * SIZE_MULTIPLE, SIZE_MULTIPLE)
+            raise ValueError(
+                f"{name} must be a multiple of {SIZE_MULTIPLE} pixels, got {value}; "
+                f"the nearest are {lower} and {lower + SIZE_MULTIPLE}"
+            )
+    return height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION
+
+
 @dataclass(frozen=True)
 class ModelPreset:
     """What a family of checkpoints was trained for: sampling and cache settings that go together."""

@@ -185,14 +185,14 @@ class RollingKVCacheState(BaseState):
 def _borrowed(cache: RollingKVCache, start: int, key: torch.Tensor, value: torch.Tensor):
     """Write as a kept pass would, so that the same keys are attended in the same order; put back what was there."""
     end = cache.window.end
-    cache.window.end = start
-    cache.begin(key.shape[1])
     saved = []
-    for part in cache.store.open(0, cache.window.filled):
-        for _, slot, count in cache.window.segments():
-            place = part[:, :, slot : slot + count]
-            saved.append((place, place.clone()))
     try:
+        cache.window.end = start
+        cache.begin(key.shape[1])
+        for part in cache.store.open(0, cache.window.filled):
+            for _, slot, count in cache.window.segments():
+                place = part[:, :, slot : slot + count]
+                saved.append((place, place.clone()))
         yield cache.update(0, key, value)
     finally:
         for place, before in saved:

@@ -78,7 +78,10 @@ def _adapter_settings(checkpoint: Checkpoint) -> dict:
     beside = checkpoint.files[0].with_name("adapter_config.json")
     if checkpoint.files[0].stem == "adapter_model" and beside.exists():
         return read_json(beside)
-    settings = json.loads(checkpoint.metadata.get("lora_adapter_metadata", "{}"))
+    try:
+        settings = dict(json.loads(checkpoint.metadata.get("lora_adapter_metadata", "{}")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"its metadata lora_adapter_metadata is no JSON object: {error}") from error
     return {name.removeprefix("transformer."): value for name, value in settings.items()}
 
 
@@ -157,7 +160,7 @@ def _without_image_branch(parts: dict) -> dict:
 def _default_alpha(settings: dict, module: str, rank: int) -> float:
     patterns = settings.get("alpha_pattern", {}).items()
     found = (value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", module))
-    alpha = next(found, settings.get("lora_alpha", rank))
+    alpha = float(next(found, settings.get("lora_alpha") or rank))  # a number in every layout: it is in the identity
     return alpha * rank**0.5 if settings.get("use_rslora") else alpha
 
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from .config import PRESETS, SIZE_MULTIPLE, ModelPreset
+from .config import PRESETS, ModelPreset
 from .weights import plain
 
 
@@ -36,23 +36,6 @@ class CausalModel(nn.Module):
     def compute_device(self) -> torch.device:
         """Where the weights are now."""
         return self.transformer.patch_embedding.weight.device
-
-    def kv_bytes_per_frame(self, height: int, width: int, dtype: torch.dtype | None = None) -> int:
-        """Bytes of the keys and values of one latent frame over all layers, at batch 1; sizes in pixels."""
-        config = self.transformer.config
-        dim = config.num_attention_heads * config.attention_head_dim
-        return kv_bytes_per_frame(config.num_layers, dim, height, width, dtype or self.dtype)
-
-
-def kv_bytes_per_frame(layers: int, dim: int, height: int, width: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of one latent frame at batch 1, for a model of `layers` blocks of width `dim`.
-
-    height, width: pixels, multiples of 16.
-    """
-    if height < 1 or width < 1 or height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
-        raise ValueError(f"height and width must be multiples of {SIZE_MULTIPLE} pixels, got {height}x{width}")
-    tokens = (height // SIZE_MULTIPLE) * (width // SIZE_MULTIPLE)
-    return 2 * layers * tokens * dim * dtype.itemsize
 
 
 def fingerprint(transformer: WanTransformer3DModel) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import torch
 
 from .checkpoints import load_model
 from .config import SPATIAL_COMPRESSION, CacheConfig, SamplingConfig
+from .lora import load_lora
+from .lora_stack import LoraStack
 from .model import CausalModel
 from .sampler import RollingSession
 from .text import TextEncoder, load_text_encoder
@@ -34,10 +36,14 @@ class Pipeline:
         vae: str | Path | None = None,
         preset: str = "auto",
         dtype: str = "auto",
+        storage: str = "model",
+        loras: Sequence[tuple[str | Path, float]] = (),
         device: str | torch.device = "cpu",
     ) -> Pipeline:
         """Load all three. A diffusers folder holds the text encoder and the VAE too; give them for single files.
 
+        storage: how the model's weights are kept, see `load_model`. loras: files, each with its strength; they add up,
+        and stay for good (`lora_stack` has the way back).
         Raises CheckpointError for files that are missing or cannot be used.
         """
         parts = {"text_encoder": text_encoder or model, "vae": vae or model}
@@ -45,8 +51,11 @@ class Pipeline:
             if path is model and not (Path(model) / name).is_dir():
                 option = name.replace("_", "-")
                 raise ValueError(f"{model} holds no {name.replace('_', ' ')}: name one with --{option}")
+        opened = [(load_lora(path), strength) for path, strength in loras]
+        causal = load_model(model, preset=preset, dtype=dtype, storage=storage, device=device)
+        LoraStack(causal).set(opened)
         return cls(
-            load_model(model, preset=preset, dtype=dtype, device=device),
+            causal,
             load_text_encoder(parts["text_encoder"], dtype=dtype, device=device),
             load_vae(parts["vae"], dtype=dtype, device=device),
         )
@@ -64,12 +73,15 @@ class Pipeline:
         sampling: SamplingConfig | None = None,
         cache: CacheConfig | None = None,
         scale: int = 1,
+        backend: str | None = None,
+        compile: bool = False,
         on_pass: Callable[[int, int], None] | None = None,
     ) -> Path:
         """Write a video of at least `seconds` to `output` (.mp4), decoding each chunk as it is done; returns the path.
 
         Memory does not grow with the length, up to the clean latents (0.4 MB per latent frame at 480x832).
-        height, width: pixels, multiples of 16. on_pass: see `RollingSession`.
+        height, width: pixels, multiples of 16. scale: enlarge each pixel so many times. sampling, cache: by default the
+        model's preset. backend, compile, on_pass: see `RollingSession`.
         """
         sampling = sampling or self.model.preset.sampling
         session = RollingSession(
@@ -80,6 +92,8 @@ class Pipeline:
             sampling=sampling,
             cache=cache,
             negative=self.text_encoder.encode([negative_prompt]) if sampling.guided else None,
+            backend=backend,
+            compile=compile,
             on_pass=on_pass,
         )
         latent_height, latent_width = session.latent_size

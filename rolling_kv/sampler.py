@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 
 from .attention import RollingAttachment, apply_rolling_kv_cache
-from .cache import Branch, CacheShape, PromptCache, RollingKVCache
-from .config import SIZE_MULTIPLE, SPATIAL_COMPRESSION, TEXT_LENGTH, CacheConfig, SamplingConfig
+from .cache import Branch, CacheBytes, CacheShape, PromptCache, RollingKVCache
+from .config import SPATIAL_COMPRESSION, TEXT_LENGTH, CacheConfig, SamplingConfig, check_size
 from .model import CausalModel
 from .schedule import sample_chunk, seeded_noise
 from .state import CacheState
 from .step_cache import StepCache, StepCacheReport, StepWatch, start_step_cache
+from .transfer import to_device
 
 NoiseSource = Callable[[int, int, tuple[int, ...]], torch.Tensor]
 """(first latent frame of the chunk, draw, shape) -> noise [B, C, f, h, w]. See `schedule.Noise` for the draws."""
@@ -119,7 +120,7 @@ class RollingSession:
         self._caches: dict[str, RollingKVCache] = {}
         self._cached = 0  # chunks of the state whose context pass the working cache has seen
         self._passes_done = 0
-        self._prompt_caches: list[PromptCache] = []
+        self._prompt_caches: list[tuple[torch.Tensor, PromptCache]] = []  # with the embeddings on the CPU
 
         self.cache_config.check_chunk(self.sampling.chunk)
         if self.step_cache is not None and self.compile:
@@ -127,6 +128,12 @@ class RollingSession:
         if self.state.chunks:
             self._check_latents(self.state.chunks[-1], "the cache state's latents")
         self.set_prompt(prompt, negative)
+
+    @property
+    def cache_bytes(self) -> CacheBytes:
+        """Bytes that keys and values take now, of all guidance branches together; those of the prompt not counted."""
+        held = [cache.nbytes for cache in self._caches.values()]
+        return CacheBytes(sum(part.device for part in held), sum(part.host for part in held))
 
     # -- what comes in -------------------------------------------------------------------------------------------
 
@@ -166,7 +173,8 @@ class RollingSession:
             start = self.state.frames
             shape = (self.batch, channels, self.sampling.chunk_size(start), *self.latent_size)
             branches = self._branches(self._prompt, self._negative)
-            self._prompt_caches = [branch.prompt for branch in branches]  # those of the past will not be needed again
+            used = [branch.prompt for branch in branches]  # those of the past will not be needed again
+            self._prompt_caches = [(source, known) for source, known in self._prompt_caches if known in used]
             for branch in branches:
                 branch.cache.begin(shape[2])
             if self._steps:
@@ -193,7 +201,7 @@ class RollingSession:
     def _draw(self, noise_source, seed, start, shape, draw) -> torch.Tensor:
         noise = noise_source(start, draw, shape) if noise_source else seeded_noise(seed, start, shape, draw)
         dtype = self.dtype if self.sampling.sampler == "renoise" else torch.float32
-        return noise.to(device=self.device, dtype=dtype)
+        return to_device(noise.to(dtype), self.device)
 
     def _predict(self, branches: list[Branch], x: torch.Tensor, timestep: float, total: int) -> torch.Tensor:
         self._tick(total)
@@ -209,7 +217,7 @@ class RollingSession:
         """Run the context pass of every chunk that the working cache has not seen yet."""
         for index in range(self._cached, len(self.state.records)):
             record = self.state.records[index]
-            latents = self.state.chunks[index].to(self.device)
+            latents = to_device(self.state.chunks[index], self.device)
             negative = self.state.prompts[record.negative] if record.negative >= 0 else self._negative
             rows = 1 if record.seed is None else record.frames  # as the original embeds the timestep of given frames
             self._tick(total)
@@ -231,12 +239,13 @@ class RollingSession:
         ]
 
     def _prompt_cache(self, embeds: torch.Tensor) -> PromptCache:
-        embeds = embeds.to(self.device)
-        for known in self._prompt_caches:
-            if torch.equal(known.embeds, embeds):
+        """embeds: on the CPU, where comparing them does not wait for the device."""
+        for source, known in self._prompt_caches:
+            if source is embeds or torch.equal(source, embeds):
                 return known
-        self._prompt_caches.append(PromptCache(embeds))
-        return self._prompt_caches[-1]
+        made = PromptCache(to_device(embeds, self.device))
+        self._prompt_caches.append((embeds, made))
+        return made
 
     def _tick(self, total: int) -> None:
         if self.on_pass is not None:
@@ -302,7 +311,7 @@ class RollingSession:
                 f"{name} must be [1 or {self.batch}, tokens, {text_dim}] for this model, got {list(embeds.shape)}; "
                 "was it made by a text encoder of another model?"
             )
-        return embeds.to(self.dtype).expand(self.batch, -1, -1)
+        return embeds.to("cpu", self.dtype).expand(self.batch, -1, -1)
 
     def _check_latents(self, latents: torch.Tensor, name: str) -> None:
         expected = (self.batch, self.model.transformer.config.in_channels, *self.latent_size)
@@ -311,18 +320,6 @@ class RollingSession:
                 f"{name} must be [batch {expected[0]}, channels {expected[1]}, frames, height {expected[2]}, "
                 f"width {expected[3]}] (in latents, {SPATIAL_COMPRESSION} pixels each), got {list(latents.shape)}"
             )
-
-
-def check_size(height: int, width: int) -> tuple[int, int]:
-    """The latent size of a video of `height` x `width` pixels. Raises ValueError unless both are multiples of 16."""
-    for name, value in (("height", height), ("width", width)):
-        if value < SIZE_MULTIPLE or value % SIZE_MULTIPLE:
-            lower = max(value // SIZE_MULTIPLE * SIZE_MULTIPLE, SIZE_MULTIPLE)
-            raise ValueError(
-                f"{name} must be a multiple of {SIZE_MULTIPLE} pixels, got {value}; "
-                f"the nearest are {lower} and {lower + SIZE_MULTIPLE}"
-            )
-    return height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION
 
 
 def working_bytes(

@@ -50,11 +50,13 @@ def renoise_chunk(predict: Predict, noise: Noise, steps: list[Step]) -> torch.Te
     x = noise(0)
     for index, step in enumerate(steps):
         flow = predict(x, step.timestep)
-        clean = (x.double() - step.sigma.double().to(x.device) * flow.double()).to(flow.dtype)
+        # Numbers of the CPU, not tensors: they go to the device with the operation itself.
+        clean = (x.double() - step.sigma.item() * flow.double()).to(flow.dtype)
         if index + 1 < len(steps):
-            # A 1-element tensor, not a scalar: half-precision latents are mixed in float32, as in training.
-            sigma = steps[index + 1].sigma.reshape(1).to(x.device)
-            x = ((1 - sigma) * clean + sigma * noise(index + 1)).to(x.dtype)
+            sigma = steps[index + 1].sigma
+            # Half-precision latents are mixed in float32, as in training.
+            mixed = (1 - sigma).item() * clean.float() + sigma.item() * noise(index + 1).float()
+            x = mixed.to(x.dtype)
     return clean
 
 

@@ -106,25 +106,84 @@ class Resident:
     def close(self, layer: int, written: list[tuple[int, int]]) -> None:
         """What was written in the opened parts: (first token, count) each."""
 
+    def aside(self, parts: Parts) -> Parts:
+        """A copy of parts of an open layer, for as long as the caller wants it, where this store keeps its own."""
+        return tuple(part.clone() for part in parts)
+
     def discard(self) -> None:
         """Forget what is on its way: the next pass starts at the first layer again."""
+
+
+class Copies:
+    """Copies between staging buffers and CPU memory, done one after the other in the order they are asked for."""
+
+    def share(self, parts: Parts) -> None:
+        """These tensors are going to be copied to and from. To be called once for each, when it is new."""
+
+    def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy [2, B, S, …], after everything that has been asked of the device so far."""
+        to.copy_(source)
+
+    def mark(self):
+        """The copies up to now, for `wait`."""
+
+    def wait(self, mark) -> None:
+        """Whatever is asked of the device from now on sees the copies up to `mark`."""
+
+    def finish(self) -> None:
+        """Return when every copy is done, so that the CPU can read and write the same memory."""
+
+
+class StreamCopies(Copies):
+    """On a CUDA stream of its own, so that copies run beside what is being computed."""
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device)
+
+    def share(self, parts):
+        # Allocated for the computation's stream: without this, memory that is let go of while a copy still runs would
+        # be handed out again under it.
+        for part in parts:
+            part.record_stream(self.stream)
+
+    def copy(self, to, source):
+        self.stream.wait_stream(self._computation())
+        with torch.cuda.stream(self.stream):
+            # Row by row: only contiguous memory is copied asynchronously.
+            for pair in zip(to.flatten(0, 1), source.flatten(0, 1)):
+                pair[0].copy_(pair[1], non_blocking=True)
+
+    def mark(self):
+        return self.stream.record_event()
+
+    def wait(self, mark):
+        self._computation().wait_event(mark)
+
+    def finish(self):
+        self.stream.synchronize()
+
+    def _computation(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.stream.device)
 
 
 class Offloaded(Resident):
     """Every layer's parts in CPU memory (pinned under CUDA), two layers' worth on the device.
 
-    While one layer computes, the next one is copied in on a second stream; what a pass writes is copied back. Layers
-    must be opened in order, 0 to the last, over and over.
+    While one layer computes, the next one is copied in; what a pass writes is copied back. Layers are best opened in
+    order, 0 to the last, over and over: another order costs a wait.
     """
 
     def __init__(self, layers: int, sizes: Sizes, device: torch.device):
         cuda = device.type == "cuda"
         super().__init__(layers, sizes, torch.device("cpu"), pinned=cuda)
         self.staging = Resident(2, sizes, device)
-        self.stream = torch.cuda.Stream(device) if cuda else None
-        self.staged = [-1, -1]  # which layer each staging buffer holds, or is about to hold
-        self.arrived = [None, None]  # event after its copy
-        self.place = 0  # the staging buffer that is open
+        self.copies = StreamCopies(device) if cuda else Copies()
+        self._forget_staging()
+
+    def _forget_staging(self) -> None:
+        for parts in self.staging.layers:
+            self.copies.share(parts)
+        self.discard()
 
     @property
     def device_bytes(self) -> int:
@@ -135,16 +194,22 @@ class Offloaded(Resident):
         return _nbytes(self.layers)
 
     def resize(self, sizes: Sizes, used: int) -> None:
+        self.copies.finish()  # the CPU moves what they may still be bringing back
         super().resize(sizes, used)
         self.staging.resize(sizes, 0)
-        self.discard()
+        self._forget_staging()
+
+    def aside(self, parts: Parts) -> Parts:
+        copies = tuple(torch.empty(part.shape, dtype=part.dtype, pin_memory=self.pinned) for part in parts)
+        for copy, part in zip(copies, parts):
+            copy.copy_(part, non_blocking=True)
+        return copies
 
     def open(self, layer: int, tokens: int) -> Parts:
         self.place = place = 1 - self.place
         if self.staged[place] != layer:
             self._copy_in(layer, place, tokens)
-        if self.arrived[place] is not None:
-            torch.cuda.current_stream().wait_event(self.arrived[place])
+        self.copies.wait(self.arrived[place])
         if len(self.layers) > 1:
             # The other buffer was last read by the layer before this one, whose work is already queued.
             self._copy_in((layer + 1) % len(self.layers), 1 - place, tokens)
@@ -155,27 +220,18 @@ class Offloaded(Resident):
     def close(self, layer: int, written: list[tuple[int, int]]) -> None:
         for staged, kept in zip(self.staging.layers[self.place], self.layers[layer]):
             for first, count in written:
-                self._copy(kept[:, :, first : first + count], staged[:, :, first : first + count])
+                self.copies.copy(kept[:, :, first : first + count], staged[:, :, first : first + count])
 
     def discard(self) -> None:
-        self.staged = [-1, -1]
+        self.staged = [-1, -1]  # which layer each staging buffer holds, or is about to hold
+        self.arrived = [None, None]  # the mark after its copy
+        self.place = 0  # the staging buffer that is open
 
     def _copy_in(self, layer: int, place: int, tokens: int) -> None:
         for staged, kept in zip(self.staging.layers[place], self.layers[layer]):
-            self._copy(staged[:, :, :tokens], kept[:, :, :tokens])
+            self.copies.copy(staged[:, :, :tokens], kept[:, :, :tokens])
         self.staged[place] = layer
-        if self.stream is not None:
-            self.arrived[place] = self.stream.record_event()
-
-    def _copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
-        if self.stream is None:
-            to.copy_(source)
-            return
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            # Row by row: only contiguous memory is copied asynchronously.
-            for pair in zip(to.flatten(0, 1), source.flatten(0, 1)):
-                pair[0].copy_(pair[1], non_blocking=True)
+        self.arrived[place] = self.copies.mark()
 
 
 def _nbytes(layers: list[Parts]) -> int:

@@ -27,6 +27,21 @@ def check_storage(storage: str, packed: bool) -> None:
         raise ValueError(f'a GGUF file keeps its own packing: set the weight storage to "model" instead of "{storage}"')
 
 
+def check_compile(storage: str) -> None:
+    """Raise ValueError if weights that are kept in that storage cannot go with compiled blocks."""
+    if storage == "float8":
+        raise ValueError(
+            "weights in float8 cannot go with compile: each layer is widened outside of the compiled code, which cuts "
+            'it into pieces that bring nothing. Turn compile off, or set the weight storage to "model"; the weights of '
+            "a GGUF file are small and can be compiled."
+        )
+
+
+def storage_of(transformer: WanTransformer3DModel) -> str:
+    """Which of STORAGES the weights are in; those of a GGUF file count as "model"."""
+    return "float8" if any(p.dtype == torch.float8_e4m3fn for p in transformer.blocks.parameters()) else "model"
+
+
 def store_float8(transformer: WanTransformer3DModel) -> None:
     """Keep the Linear layers of the blocks in float8_e4m3fn, one byte per value; the compute dtype stays what it is.
 

@@ -16,7 +16,9 @@ from .comfy_client import ComfyClient
 from .comfy_env import PACK, ComfyError, ComfyInstall
 
 START_SECONDS = 300
-SEARCHED = ("custom_nodes", "models/diffusion_models", "models/text_encoders", "models/vae", "models/diffusers")
+SEARCHED = (
+    "custom_nodes", "models/diffusion_models", "models/text_encoders", "models/vae", "models/loras", "models/diffusers"
+)  # fmt: skip
 """Folders of a server's own that it searches besides those of the ComfyUI installation."""
 
 

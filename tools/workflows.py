@@ -1,6 +1,6 @@
 """Build workflows/ and workflows/api/ in the real frontend, from the short descriptions below.
 
-Run it after a node has changed:  python -m tools.workflows [URL of a ComfyUI that has the pack]
+Run it after a node has changed:  python -m tools.workflows [URL of a ComfyUI that has the pack [NAME…]]
 The frontend itself lays the values out, saves the graph and exports the API prompt, so both are what a user would get.
 Thumbnails are screenshots of the graph.
 """
@@ -34,6 +34,14 @@ Put into ComfyUI's model folders, choose them in the three loaders, press R firs
 - `models/vae`: [wan_2.1_vae.safetensors](https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/vae/wan_2.1_vae.safetensors)
 
 Then set the size to 832 x 480 and **enlarge** in Decode Video to 1."""
+
+MULTI_STEP_MODELS = """## With a real model
+Step caches help models that sample in many steps. Put into ComfyUI's model folders, choose them in the three loaders, press R first if they do not show:
+- `models/diffusion_models`: [ar_diffusion.pt](https://huggingface.co/zhuhz22/Causal-Forcing/resolve/main/chunkwise/ar_diffusion.pt) of Causal-Forcing, or another causal Wan model that is not distilled
+- `models/text_encoders`: [umt5_xxl_fp8_e4m3fn_scaled.safetensors](https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors)
+- `models/vae`: [wan_2.1_vae.safetensors](https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/vae/wan_2.1_vae.safetensors)
+
+"""
 
 
 def prompt(text: str, y: int) -> tuple:
@@ -118,6 +126,74 @@ WORKFLOWS = {
             ((1540, 460), (720, 190), REAL_MODELS),
         ],
     },
+    "rolling_kv_step_cache": {
+        "nodes": LOADERS
+        | {
+            "model": ("RollingKVLoadModel", (40, 60), {"model_name": TINY, "preset": "causal-multistep"}),
+            "cache": (
+                "RollingKVStepCache",
+                (400, 60),
+                {"model": "model.0", "method": "TaylorSeer", "method.cache_interval": 3},
+            ),
+            "prompt": prompt(CIRCLE, 300),
+            "negative": prompt("", 480),
+            "sample": sample(780, 60, "prompt.0", 2.0, 1, negative="negative.0"),
+        }
+        | output(1160, "sample.0", "rolling_kv_step_cache"),
+        "notes": [
+            (
+                (40, 460),
+                (340, 190),
+                "## Step cache\nMany steps, and most of what they compute hardly changes from one to the next: **Step Cache** "
+                "leaves part of it out. After the run **Sample Video** says how much. Bypass the node to compare; the "
+                "workflow rolling_kv_benchmark measures all methods.",
+            ),
+            (
+                (1160, 460),
+                (720, 230),
+                f"{MULTI_STEP_MODELS}Keep the preset, set the size to 832 x 480 and **enlarge** to 1.",
+            ),
+        ],
+    },
+    "rolling_kv_benchmark": {
+        "nodes": {name: node for name, node in LOADERS.items() if name != "cache"}
+        | {
+            "vae": ("RollingKVLoadVAE", (40, 440), {"vae_name": TINY}),
+            "prompt": prompt(CIRCLE, 60),
+            "negative": prompt("", 240),
+            "benchmark": (
+                "RollingKVBenchmark",
+                (780, 60),
+                {
+                    "model": "model.0",
+                    "positive": "prompt.0",
+                    "negative": "negative.0",
+                    "vae": "vae.0",
+                    "steps": 12,
+                    "guidance": 3,
+                    "chunks": 1,
+                    "width": 64,
+                    "height": 64,
+                },
+                (840, 440),
+            ),
+        },
+        "notes": [
+            (
+                (40, 560),
+                (340, 210),
+                "## Which step cache for this model?\n**Benchmark Step Caches** makes the same short video with every method, "
+                "from gentle to strong, and shows table and plot when it is done. Choose there, then set the method in "
+                "**Step Cache**.",
+            ),
+            (
+                (400, 420),
+                (340, 350),
+                f"{MULTI_STEP_MODELS}Set **steps** (50), **width**, **height** and **guidance** to what you will work with: "
+                "the figures hold for that.",
+            ),
+        ],
+    },
     "quickstart": {
         "api_only": True,
         "nodes": LOADERS
@@ -131,7 +207,7 @@ BUILD = """({ nodes, notes }) => {
   const graph = window.app.graph
   graph.clear()
   const made = {}
-  for (const [name, [type, pos, values]] of Object.entries(nodes)) {
+  for (const [name, [type, pos, values, size]] of Object.entries(nodes)) {
     const node = LiteGraph.createNode(type)
     if (!node) throw new Error(`no node ${type}`)
     graph.add(node)
@@ -147,7 +223,7 @@ BUILD = """({ nodes, notes }) => {
     }
     for (const widget of node.widgets ?? [])
       if (widget.name === 'control_after_generate') widget.value = 'fixed'
-    node.setSize([340, node.computeSize()[1]])
+    node.setSize(size ?? [340, node.computeSize()[1]])
   }
   for (const [pos, size, text] of notes) {
     const note = LiteGraph.createNode('MarkdownNote')
@@ -174,17 +250,25 @@ FRAME = """async () => {
   return { x, y, width: (right - left) * view.scale, height: (bottom - top) * view.scale }
 }"""
 """Brings the whole graph into view and returns its rectangle on the page."""
+JSON = {"Content-Type": "application/json"}
+SETTINGS = {
+    "Comfy.TutorialCompleted": "true",  # else a first visit opens the template browser over the graph
+    "Comfy.VueNodes.Enabled": "false",  # in Nodes 2.0 nodes are larger
+}
 
 
-def build(url: str) -> None:
+def build(url: str, names: list[str]) -> None:
     with sync_playwright() as playwright:
         chromium = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1920, "height": 1000})
-        for name, description in WORKFLOWS.items():
+        for setting, value in SETTINGS.items():
+            page.request.post(f"{url}/settings/{setting}", data=value, headers=JSON)
+        for name in names:
+            description = WORKFLOWS[name]
             page.goto(url)  # anew: the page remembers pictures by node number
             page.wait_for_function("() => window.app?.vueAppReady && window.app.graph", timeout=120_000)
-            page.wait_for_timeout(3000)  # a first visit opens the template browser and loads its default graph
+            page.wait_for_timeout(3000)  # the page then loads its last graph, or the default one
             page.evaluate(BUILD, {key: description[key] for key in ("nodes", "notes")})
             saved = page.evaluate(EXPORT)
             write(PACK / "workflows" / "api" / f"{name.removeprefix('rolling_kv_')}.json", saved["prompt"])
@@ -210,4 +294,8 @@ def write(path: Path, content: dict) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url", nargs="?", default="http://127.0.0.1:8188", help="of a ComfyUI that has the pack")
-    build(parser.parse_args().url)
+    parser.add_argument("names", nargs="*", help=f"which to build (default: all): {', '.join(WORKFLOWS)}")
+    args = parser.parse_args()
+    if unknown := sorted(set(args.names) - set(WORKFLOWS)):
+        parser.error(f"there is no workflow {', '.join(unknown)}")
+    build(args.url, args.names or list(WORKFLOWS))

@@ -1,119 +1,119 @@
-"""What the benchmark of the step caches says: similarity of two videos, table, JSON and plot."""
+"""What the benchmark of the step caches says: a description, a table, JSON and a plot."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 from uuid import uuid4
 
-import torch
+from PIL import Image
 
+from .caching import Measured, Setting
+from .chart import Axis, draw
 from .report import _markdown, _number, _size, machine
 
-if TYPE_CHECKING:
-    from .caching import Measured, Setting
-
-SAME_DB = 80
-"""Where a video that equals the uncached one stands in the plot."""
-
-
-def check_quality() -> None:
-    """Raise ValueError, before anything is measured, if videos could not be compared."""
-    if importlib.util.find_spec("torchmetrics") is None:
-        raise ValueError("comparing videos needs torchmetrics, which is not installed: pip install torchmetrics")
-
-
-def similarity(frames: torch.Tensor, original: torch.Tensor) -> dict[str, float]:
-    """PSNR in dB over the whole video, and the mean SSIM of its frames; both [3, T, H, W] in [-1, 1]."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-
-    ours, theirs = ((video.transpose(0, 1) + 1) / 2 for video in (frames, original))
-    return {
-        "psnr": peak_signal_noise_ratio(ours, theirs, data_range=1.0).item(),
-        "ssim": structural_similarity_index_measure(ours, theirs, data_range=1.0).item(),
-    }
+COLUMNS = {"psnr": ("PSNR, dB", ".1f"), "ssim": ("SSIM", ".3f"), "lpips": ("LPIPS", ".3f")}
+"""Heading and form of each measure of `similarity.Similarity`."""
 
 
 def describe(setting: Setting) -> str:
+    """Two lines: model and run, then the machine."""
     config, sampling = setting.model.transformer.config, setting.sampling
     here = machine(setting.model.compute_device())
-    cpu = f"{here['cpu']}, {here['threads']} threads"
+    cpu = f"{here['cpu']}, {_count(here['threads'], 'thread')}"
     steps = sampling.passes_at(1)
     if setting.mode == "bidirectional":
-        length = f"{setting.chunks * sampling.chunk} latent frames at once"
+        length = f"{setting.clip_frames} latent frames at once"
     else:
-        length = f"{setting.chunks} chunks of {sampling.chunk}, window {setting.cache.window}"
+        length = f"{_count(setting.chunks, 'chunk')} of {sampling.chunk}, window {setting.cache.window}"
     return (
         f"{setting.mode}: {setting.model.preset.name}, {config.num_layers} layers, "
         f"dim {config.num_attention_heads * config.attention_head_dim}; {setting.height}x{setting.width}, {length}; "
-        f"{steps} steps of {sampling.sampler}, guidance {sampling.guidance_scale:g}, "
+        f"{_count(steps, 'step')} of {sampling.sampler}, guidance {sampling.guidance_scale:g}, "
         f"{str(setting.model.dtype).removeprefix('torch.')}\n"
-        f"{here.get('gpu', cpu)}, torch {here['torch']}; {len(setting.seeds)} videos"
+        f"{here.get('gpu', cpu)}, torch {here['torch']}; {_count(len(setting.seeds), 'video')}"
     )
 
 
-def table(setting: Setting, results: Sequence[Measured]) -> str:
+def change_note(setting: Setting, change: Sequence[float]) -> str:
+    """A sentence on what `caching.step_change` measured: what a skipped step would cost."""
+    return (
+        f"From one of the {setting.sampling.passes_at(0)} steps to the next the prediction changes by "
+        f"{100 * median(change):.0f} % (median; {100 * min(change):.0f} to {100 * max(change):.0f} %): that is the "
+        "error a skipped step puts into the video."
+    )
+
+
+def table(results: Sequence[Measured]) -> str:
     """A Markdown table. Skipped: self-attention, cross-attention and feed-forward calls left out, of all there were."""
-    extra = list(results[0].extra)
-    head = ["method", "strength", "seconds", "speed-up", "skipped: self", "cross", "ffn", "its memory", "peak memory"]
-    head += ["PSNR, dB", "SSIM", *extra] if setting.vae is not None else []
+    quality, extra = _qualities(results), list(results[0].extra)
+    with_peak = any(result.peak_bytes is not None for result in results)
+    head = ["method", "strength", "seconds", "speed-up", "skipped: self", "cross", "ffn", "its memory"]
+    head += ["peak memory"] * with_peak + [COLUMNS[name][0] for name in quality] + extra
     rows = []
     for result in results:
         report = result.report
         row = [result.method, result.strength, f"{median(result.seconds):.2f}"]
         row.append(f"{result.speed_up:.2f}" if report else "1")
         row += [f"{report.skipped(part):.0%}" for part in report.possible] if report else ["", "", ""]
-        row += [_size(report.nbytes) if report else "", _size(result.peak_bytes)]
-        if setting.vae is not None:
-            row += ["same" if result.psnr == math.inf else _number(result.psnr, ".1f"), _number(result.ssim, ".3f")]
-            row += [f"{result.extra[name]:.2f}" for name in extra]
-        rows.append(row)
+        row += [_size(report.nbytes) if report else ""] + [_size(result.peak_bytes)] * with_peak
+        values = [(result.quality.get(name), COLUMNS[name][1]) for name in quality]
+        row += ["same" if value == math.inf else _number(value, form) for value, form in values]
+        rows.append(row + [f"{result.extra[name]:.2f}" for name in extra])
     return "\n".join(_markdown(head, rows))
 
 
+def ratios_note(ratios: Sequence[float]) -> str:
+    """MagCache's constants, as its setting in the Step Cache node takes them."""
+    return f"MagCache's constants of this model: {', '.join(f'{ratio:.4f}' for ratio in ratios)}"
+
+
 def as_json(setting: Setting, results: Sequence[Measured], ratios: Sequence[float]) -> dict:
-    """Everything measured. psnr is null where the videos are equal (ssim 1), and for the uncached ones themselves."""
+    """Everything measured. psnr is null where the videos are equal; the uncached ones themselves have no quality."""
+    entries = []
+    for result in results:
+        entry = asdict(result) | {"speed_up": result.speed_up, "report": result.report and result.report._asdict()}
+        entry["quality"] = {n: None if value == math.inf else value for n, value in result.quality.items()}
+        del entry["videos"]
+        entries.append(entry)
     return {
         "setting": describe(setting),
         "machine": machine(setting.model.compute_device()),
         "mode": setting.mode,
         "sampling": asdict(setting.sampling),
         "mag_ratios": list(ratios),
-        "results": [
-            asdict(result)
-            | {"speed_up": result.speed_up, "report": result.report._asdict() if result.report else None}
-            | ({"psnr": None} if result.psnr == math.inf else {})
-            for result in results
-        ],
+        "results": entries,
     }
 
 
-def write_plot(path: Path, setting: Setting, results: Sequence[Measured]) -> None:
-    """Quality over speed-up, one curve per method; without quality, the share of skipped work."""
-    from matplotlib.figure import Figure
+def plot(setting: Setting, results: Sequence[Measured]) -> Image.Image:
+    """PSNR over speed-up, one curve per method from gentle to strong; without quality, the share of skipped work."""
+    with_quality = bool(_qualities(results))
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for result in results[1:]:
+        shown = result.quality["psnr"] if with_quality else 100 * result.report.skipped()
+        curves.setdefault(result.method, []).append((result.speed_up, shown))
+    label = "PSNR against the uncached video, dB" if with_quality else "work left out, %"
+    return draw(curves, Axis("speed-up"), Axis(label, exact="same"), describe(setting), mark_x=1.0)
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for method in dict.fromkeys(result.method for result in results[1:]):
-        points = [result for result in results if result.method == method]
-        ups = [result.speed_up for result in points]
-        shown = [p.report.skipped() if p.psnr is None else min(p.psnr, SAME_DB) for p in points]
-        axes.plot(*zip(*sorted(zip(ups, shown))), marker="o", label=method)
-    quality = "skipped work" if setting.vae is None else "PSNR against the uncached video, dB"
-    axes.set(xlabel="speed-up", ylabel=quality)
-    axes.set_title(describe(setting), fontsize=8)
-    axes.axvline(1, color="grey", linewidth=0.8)
-    axes.grid(alpha=0.3)
-    axes.legend()
+
+def write_plot(path: Path, setting: Setting, results: Sequence[Measured]) -> None:
+    """Save `plot` as a PNG file. Raises ValueError if nothing but the uncached run was measured."""
     unfinished = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
     try:
-        figure.savefig(unfinished, format="png", dpi=120)
+        plot(setting, results).save(unfinished, format="png")
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _qualities(results: Sequence[Measured]) -> list[str]:
+    return list(next((result.quality for result in results if result.quality), {}))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

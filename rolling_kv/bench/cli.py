@@ -10,7 +10,7 @@ import torch
 
 from ..attention import ATTENTION_BACKENDS
 from ..config import STORAGES, CacheConfig
-from . import caching
+from . import caching_cli, storage_cli
 from .floor import Floor
 from .measure import measure
 from .methods import Growing, Method, Recompute, Rolling
@@ -30,10 +30,13 @@ def add_command(commands) -> None:
     )
     parser.set_defaults(run=run)
     add_arguments(parser)
-    more = parser.add_subparsers(metavar="[caching]", required=False)
+    more = parser.add_subparsers(metavar="[caching | storage]", required=False)
     steps = more.add_parser("caching", help="measure every step cache at several strengths, in time and quality")
-    steps.set_defaults(run=caching.main)
-    caching.add_arguments(steps)
+    steps.set_defaults(run=caching_cli.main)
+    caching_cli.add_arguments(steps)
+    storage = more.add_parser("storage", help="measure every way to keep the cache and the weights: bytes, time, error")
+    storage.set_defaults(run=storage_cli.main)
+    storage_cli.add_arguments(storage)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -112,6 +112,7 @@ def _run(
                 result.kv_bytes.append(method.kv_bytes)
                 if gauge:
                     result.peak_bytes.append(method.peak_bytes or gauge.peaks[method.letter])
+            check_finite(index, videos)
             check_agreement(workload, index, videos)
             say(f"chunk {index + 1}: " + ", ".join(f"({r.letter}) {r.seconds[0][-1]:.3f} s" for r in results))
     return results
@@ -125,6 +126,15 @@ def _timed(method: Method, index: int, device: torch.device) -> tuple[float, Ten
     video = method.chunk(index)
     wait(device)
     return time.perf_counter() - start, video
+
+
+def check_finite(index: int, videos: dict[str, Tensor | None]) -> None:
+    """Raise BenchError unless every value of chunk number `index` is finite. videos: latents by letter."""
+    for letter, video in videos.items():
+        if video is not None and not video.isfinite().all():
+            raise BenchError(
+                f"({letter}) made a chunk {index + 1} with values that are not finite; the times are of no use"
+            )
 
 
 def check_agreement(workload: Workload, index: int, videos: dict[str, Tensor | None]) -> None:

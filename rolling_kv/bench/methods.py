@@ -103,7 +103,7 @@ class Rolling(Method):
 
     @property
     def kv_bytes(self):
-        return sum(sum(cache.nbytes) for cache in self.session._caches.values())
+        return sum(self.session.cache_bytes)
 
     @property
     def video_bytes(self):

@@ -8,8 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..config import TEXT_LENGTH, CacheConfig, SamplingConfig
-from ..sampler import check_size
+from ..config import TEXT_LENGTH, CacheConfig, SamplingConfig, check_size
 from ..schedule import Step, warp_steps
 from .noise import draw_noise
 

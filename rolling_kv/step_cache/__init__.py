@@ -10,6 +10,7 @@ from .methods import (
     PyramidAttentionBroadcast,
     SeaCache,
     TaylorSeer,
+    why_unavailable,
 )
 from .watch import Forced, StepWatch, start_step_cache
 
@@ -28,4 +29,5 @@ __all__ = [
     "TaylorSeer",
     "apply_step_cache",
     "start_step_cache",
+    "why_unavailable",
 ]

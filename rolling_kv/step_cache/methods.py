@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import diffusers
 import torch
 from diffusers import hooks
 
@@ -204,8 +205,9 @@ class MagCache:
     def config(self, run: Run):
         if not self.mag_ratios:
             raise ValueError(
-                "MagCache needs constants of this very model (mag_ratios): calibrate them once, with "
-                "`python -m rolling_kv bench caching`, which prints them, or a run with MagCacheCalibration()"
+                "MagCache needs constants of this very model (mag_ratios): calibrate them once, with the "
+                "node Benchmark Step Caches or `python -m rolling_kv bench caching`, which show them, or a run with "
+                "MagCacheCalibration()"
             )
         return hooks.MagCacheConfig(
             threshold=self.threshold, max_skip_steps=self.max_skip_steps, retention_ratio=self.retention_ratio,
@@ -249,8 +251,8 @@ class SeaCache:
     power_exp: float = 3.0
 
     def config(self, run: Run):
-        if not hasattr(hooks, "SeaCacheConfig"):
-            raise ValueError("SeaCache needs diffusers 0.42 or newer: update it, or choose another step cache")
+        if reason := why_unavailable(type(self)):
+            raise ValueError(f"{reason}: update it, or choose another step cache")
         return hooks.SeaCacheConfig(
             threshold=self.threshold, residual_order=self.residual_order, retention_steps=self.retention_steps,
             max_consecutive_cached=self.max_consecutive_cached, cache_end_steps=self.cache_end_steps,
@@ -263,6 +265,13 @@ METHODS = {
     for method in (PyramidAttentionBroadcast, FasterCache, FirstBlockCache, TaylorSeer, MagCache, SeaCache)
 }
 """The methods by name."""
+
+
+def why_unavailable(method: type) -> str:
+    """Why this method cannot run with the diffusers that is installed; empty if it can."""
+    if method is SeaCache and not hasattr(hooks, "SeaCacheConfig"):
+        return f"SeaCache needs diffusers 0.42 or newer, and {diffusers.__version__} is installed"
+    return ""
 
 
 def _at_least(lowest: float, method, *names: str) -> None:

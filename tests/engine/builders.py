@@ -9,6 +9,7 @@ import sentencepiece
 import tokenizers
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 SIZE = dict(
@@ -70,6 +71,53 @@ def scaled_float8(weights: dict) -> tuple[dict, dict]:
             stored[name.removesuffix("weight") + "scale_input"] = torch.tensor(1.0)
             meant[name] = stored[name].float() * scale
     return stored, meant
+
+
+def shuffled(weights):
+    return {name: tensor.flip(-1).contiguous() for name, tensor in weights.items()}
+
+
+FSDP = "model._fsdp_wrapped_module."
+CHECKPOINTS = {  # what files of these names hold, around diffusers' weights
+    "original.safetensors": lambda w: original_names(w),
+    "diffusers.safetensors": lambda w: dict(w),
+    "comfyui.safetensors": lambda w: with_prefix("model.diffusion_model.", original_names(w)),
+    "comfyui_diffusers.safetensors": lambda w: with_prefix("model.diffusion_model.", w),
+    "krea.safetensors": lambda w: with_prefix("model.", original_names(w)),
+    "packed.safetensors": lambda w: {
+        **with_prefix("model.diffusion_model.", original_names(w)),
+        "vae.decoder.conv1.weight": torch.zeros(2, 2),
+        "text_encoders.umt5xxl.transformer.shared.weight": torch.zeros(2, 2),
+    },
+    "bare.pt": lambda w: original_names(w),
+    "bare_diffusers.pth": lambda w: dict(w),
+    "self_forcing.pt": lambda w: {"generator_ema": with_prefix("model.", original_names(w))},
+    "causal_forcing.pt": lambda w: {
+        "generator": with_prefix("model.", original_names(shuffled(w))),
+        "generator_ema": with_prefix("model.", original_names(w)),
+    },
+    "longlive.pt": lambda w: {"generator": with_prefix("model.", original_names(w)), "step": 3000},
+    "model.pt": lambda w: {"model": original_names(w)},
+    "state_dict.ckpt": lambda w: {"state_dict": with_prefix("model.", w), "epoch": 1},
+    "nested.pt": lambda w: {"model": {"state_dict": with_prefix("model.diffusion_model.", w)}},
+    "fsdp.pt": lambda w: {
+        "generator_ema": {
+            name.replace("s.0.", "s.0._fsdp_wrapped_module.").replace("s.1.", "s.1._orig_mod."): value
+            for name, value in with_prefix(FSDP, original_names(w)).items()
+        }
+    },
+    "compiled.pt": lambda w: with_prefix("_orig_mod.", original_names(w)),
+    "compiled_fsdp.pt": lambda w: {"generator": with_prefix("_orig_mod." + FSDP, w)},
+}
+
+
+def write_weights(path, content):
+    """A weight file of the kind that its name says; returns the path."""
+    if path.suffix == ".safetensors":
+        save_file({name: tensor.contiguous() for name, tensor in content.items()}, path)
+    else:
+        torch.save(content, path)
+    return path
 
 
 def write_sparse_safetensors(path, shapes: dict) -> None:

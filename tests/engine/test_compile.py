@@ -4,9 +4,12 @@ import pytest
 import torch
 from builders import tiny_transformer
 
+from rolling_kv.bench.storage import pack
+from rolling_kv.checkpoints import build_transformer
 from rolling_kv.config import CacheConfig, ModelPreset, SamplingConfig
 from rolling_kv.model import CausalModel
 from rolling_kv.sampler import RollingSession
+from rolling_kv.weights import check_compile, store_float8
 
 SAMPLING = SamplingConfig(chunk=2, denoising_steps=(1000, 500))
 
@@ -46,3 +49,30 @@ def test_chunks_after_the_first_compile_nothing(compilations):
     assert not any("_compiled_call_impl" in vars(block) for block in transformer.blocks)
     again, _ = video(compile=True)
     assert torch.equal(again, compiled) and len(compilations) == counts[-1]
+
+
+def test_weights_of_a_gguf_file_compile_as_others_do(compilations):
+    pytest.importorskip("gguf")
+    counts = []
+    for packing in ("model", "Q8_0"):
+        weights = tiny_transformer(ffn_dim=256).state_dict()
+        transformer = build_transformer(weights if packing == "model" else pack(weights, packing))
+        model = CausalModel(transformer, ModelPreset("test", SAMPLING, CacheConfig(5)))
+        prompt, before = torch.zeros(1, 6, transformer.config.text_dim), len(compilations)
+        torch._dynamo.reset()
+        with RollingSession(model, prompt, height=32, width=48, compile=True) as session:
+            list(session.generate(3, seed=7))
+        counts.append(len(compilations) - before)
+    assert counts[0] == counts[1] > 0
+
+
+def test_float8_weights_are_refused(compilations):
+    """Their layers are widened between the compiled parts: twice as many graphs, and nothing gained."""
+    transformer = tiny_transformer()
+    store_float8(transformer)
+    model = CausalModel(transformer, ModelPreset("test", SAMPLING, CacheConfig(5)))
+    session = RollingSession(model, torch.zeros(1, 6, transformer.config.text_dim), height=32, width=48, compile=True)
+    with pytest.raises(ValueError, match='float8 cannot go with compile.*Turn compile off.*"model"'), session:
+        pass
+    assert not compilations and not any("forward" in vars(block) for block in transformer.blocks)
+    check_compile("model")

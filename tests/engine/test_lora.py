@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from builders import original_names, tiny_transformer
+from builders import original_names, tiny_transformer, write_weights
 from diffusers.loaders import lora_conversion_utils
 from safetensors.torch import save_file
 from torch import nn
@@ -98,14 +98,6 @@ FILES = {  # what the file holds, and the scale (alpha / rank) that it asks for
 }
 
 
-def write(path, content):
-    if path.suffix == ".safetensors":
-        save_file({name: tensor.contiguous() for name, tensor in content.items()}, path)
-    else:
-        torch.save(content, path)
-    return path
-
-
 def changed(weights, pairs, scale=1.0):
     """The weights with `scale * up @ down` added."""
     added = {f"{module}.weight": up @ down * scale for module, (down, up) in pairs.items()}
@@ -121,18 +113,18 @@ def close(weights, expected):
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_layout_changes_the_same_weights(name, model, tmp_path):
     content, scale = FILES[name](matrices())
-    lora = load_lora(write(tmp_path / name, content))
+    lora = load_lora(write_weights(tmp_path / name, content))
     expected = changed(model.transformer.state_dict(), matrices(), scale)
     with applied_loras(model, [(lora, 1.0)]):
         assert close(model.transformer.state_dict(), expected)
-    if scale == 1.0:
-        assert lora.identity == read_lora(peft(matrices())).identity
+    same = kohya(matrices(), "lora_unet_", underscored, RANK * scale)
+    assert lora.identity == read_lora(same).identity
 
 
 @pytest.mark.parametrize("settings, scale", [({"lora_alpha": 2}, 0.5), ({"lora_alpha": 2, "use_rslora": True}, 1.0),
                                              ({"lora_alpha": 2, "alpha_pattern": {"ffn.0": 8}}, None)])  # fmt: skip
 def test_the_alpha_of_an_adapter_config_is_used(settings, scale, tmp_path):
-    write(tmp_path / "adapter_model.safetensors", peft(matrices(), "base_model.model.", original))
+    write_weights(tmp_path / "adapter_model.safetensors", peft(matrices(), "base_model.model.", original))
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     metadata = tmp_path / "other.safetensors"
     packed = {"lora_adapter_metadata": json.dumps({f"transformer.{name}": value for name, value in settings.items()})}
@@ -141,6 +133,14 @@ def test_the_alpha_of_an_adapter_config_is_used(settings, scale, tmp_path):
         scales = {name: layer.alpha / RANK for name, layer in lora.layers.items()}
         assert scales["blocks.0.attn1.to_q"] == (scale or 0.5)
         assert scales["blocks.1.ffn.net.0.proj"] == (scale or 2.0)
+
+
+@pytest.mark.parametrize("metadata", ["{", "[1]", "3"])
+def test_metadata_that_is_no_object_is_explained(metadata, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    save_file(peft(matrices(), "diffusion_model.", original), path, {"lora_adapter_metadata": metadata})
+    with pytest.raises(CheckpointError, match=r"lora\.safetensors: its metadata .* is no JSON object"):
+        load_lora(path)
 
 
 def test_names_and_scales_are_those_of_the_converters_of_diffusers():
@@ -317,7 +317,7 @@ def test_a_video_with_a_lora_is_that_of_the_merged_model(fuse, model):
 
 
 def refused(tensors, match, tmp_path, name="lora.safetensors"):
-    path = write(tmp_path / name, tensors)
+    path = write_weights(tmp_path / name, tensors)
     with pytest.raises(CheckpointError, match=match) as caught:
         load_lora(path)
     assert str(path) in str(caught.value)
@@ -340,7 +340,7 @@ def test_an_incomplete_lora_is_refused(tmp_path):
     refused({name: t for name, t in tensors.items() if name != half}, "1 layers .*blocks.0.self_attn.q", tmp_path)
     refused(tensors | {half: torch.zeros(128, 3)}, "blocks.0.self_attn.q have the ranks 4 and 3", tmp_path)
     refused(tensors | {"lora_te_text.strange": torch.zeros(2)}, r"1 tensors .*lora_te_text.strange \[2\]", tmp_path)
-    path = write(tmp_path / "lora.safetensors", tensors)
+    path = write_weights(tmp_path / "lora.safetensors", tensors)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="damaged or incomplete"):
         load_lora(path)

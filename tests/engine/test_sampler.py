@@ -6,9 +6,9 @@ from builders import tiny_transformer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rolling_kv.config import CacheConfig, ModelPreset, SamplingConfig
+from rolling_kv.config import CacheConfig, ModelPreset, SamplingConfig, check_size
 from rolling_kv.model import CausalModel
-from rolling_kv.sampler import RollingSession, Workspace, activation_bytes, check_size, working_bytes
+from rolling_kv.sampler import RollingSession, Workspace, activation_bytes, working_bytes
 from rolling_kv.schedule import seeded_noise
 from rolling_kv.state import CacheState
 
@@ -71,6 +71,21 @@ def test_taking_over_really_takes_over(model):
     passes.clear()
     sample(model, 1, state=first, on_pass=lambda done, total: passes.append((done, total)))
     assert passes == [(n, 5) for n in range(5)]
+
+
+@pytest.mark.parametrize("guidance, branches", [(1.0, 1), (3.0, 2)])
+def test_a_session_knows_the_bytes_of_its_cache(model, guidance, branches):
+    sampling = SamplingConfig(chunk=2, denoising_steps=(1000, 500), guidance_scale=guidance)
+    frame = 2 * 2 * 6 * 24 * 4  # keys and values, layers, tokens, dim, float32
+    words = dict(negative=prompt(model, 1), height=HEIGHT, width=WIDTH, sampling=sampling)
+    session = RollingSession(model, prompt(model), cache=CacheConfig(5, sink=1, offload=True), **words)
+    assert session.cache_bytes == (0, 0)
+    with session:
+        next(session.generate(1))
+        assert session.cache_bytes == (branches * 5 * frame, branches * 5 * frame)  # offloaded: two layers, and all
+    with RollingSession(model, prompt(model), cache=CacheConfig(-1), **words) as session:
+        sizes = [session.cache_bytes for _ in session.generate(3)]
+    assert sizes == [(branches * frames * frame, 0) for frames in (2, 4, 6)]
 
 
 def test_branches_of_one_state_do_not_disturb_each_other(model):

@@ -1,12 +1,17 @@
 """What the cache keeps in other forms and places is what a plain cache keeps, exactly or within a stated error."""
 
+import contextlib
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_cache import histories
 
+from rolling_kv import storage
 from rolling_kv.cache import CacheShape, RollingKVCache
-from rolling_kv.config import CacheConfig
+from rolling_kv.config import SINK_PHASES, CacheConfig
 from rolling_kv.rope import rotary_angles, rotate, turns
 from rolling_kv.storage import CODECS
 
@@ -43,6 +48,114 @@ def test_offloading_changes_no_bit(layers, storage, history):
     there = RollingKVCache(shape(layers), CacheConfig(window, sink, storage=storage, offload=True), "cpu", 3)
     for a, b in zip(run(here, chunks), run(there, chunks)):
         assert torch.equal(a[3], b[3]) and torch.equal(a[4], b[4])
+
+
+class LateCopies(storage.Copies):
+    """Does each copy as late as the order of two streams allows: when somebody waits for it."""
+
+    def __init__(self):
+        self.asked, self.done, self.shared = [], 0, []
+
+    def share(self, parts):
+        self.shared += parts  # held, so that their memory is not that of other tensors later
+
+    def copy(self, to, source):
+        memory = {part.untyped_storage().data_ptr() for part in (to, source)}
+        assert len(memory & {part.untyped_storage().data_ptr() for part in self.shared}) == 1
+        self.asked.append((to, source))
+
+    def mark(self):
+        return len(self.asked)
+
+    def wait(self, mark):
+        for to, source in self.asked[self.done : mark]:
+            to.copy_(source)
+        self.done = max(self.done, mark)
+
+    def finish(self):
+        self.wait(self.mark())
+
+
+@settings(max_examples=60, deadline=None)
+@given(history=histories(), data=st.data())
+@pytest.mark.parametrize("sink_phase", SINK_PHASES)
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+def test_copies_that_come_late_change_no_bit(layers, sink_phase, history, data):
+    """Steps leave out layers, as step caches do; the last pass of a chunk, which keeps it, has them all."""
+    window, sink, chunks = history
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(storage, "Copies", LateCopies)
+        config = CacheConfig(window, sink, sink_phase, offload=True)
+        there = RollingKVCache(shape(layers), config, "cpu", 2)
+    here = RollingKVCache(shape(layers), replace(config, offload=False), "cpu", 2)
+    generator = torch.Generator().manual_seed(0)
+    for size in chunks:
+        steps = data.draw(st.lists(st.sets(st.integers(0, layers - 1)), max_size=3))
+        for cache in (here, there):
+            cache.begin(size)
+        for visited in [*steps, range(layers)]:
+            for layer in sorted(visited):
+                fresh = torch.randn(2, 1, size * TOKENS, HEADS, HEAD_DIM, generator=generator)
+                for a, b in zip(here.update(layer, *fresh), there.update(layer, *fresh)):
+                    assert torch.equal(a, b)
+        for cache in (here, there):
+            cache.commit()
+    there.store.copies.finish()
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(here.store.layers, there.store.layers))
+
+
+def test_each_layer_is_brought_in_once_and_one_layer_ahead(monkeypatch):
+    monkeypatch.setattr(storage, "Copies", LateCopies)
+    cache = RollingKVCache(shape(4), CacheConfig(5, offload=True), "cpu")
+    copies = cache.store.copies
+    cache.begin(2)
+    fresh = torch.ones(2, 1, 2 * TOKENS, HEADS, HEAD_DIM)
+    for number in range(8):  # two passes
+        cache.update(number % 4, *fresh)
+        assert len(copies.asked) == 2 * (number + 1) + 1  # in and back for each so far, and the next one in
+        assert copies.done == 2 * number + (number == 0)  # nobody waits for the next one, nor for the way back
+
+
+class FakeStream:
+    """Stands for a CUDA stream: writes down what is asked of it."""
+
+    def __init__(self, device, said):
+        self.device, self.said = device, said
+
+    def __getattr__(self, name):
+        return lambda *arguments: self.said.append((self.device, name, *arguments)) or f"{name} of {self.device}"
+
+
+def test_the_two_streams_wait_for_each_other_on_the_right_device(monkeypatch):
+    """What a machine without CUDA can tell: which calls are made, in which order, for a device that is not the current."""
+    said, current = [], {}
+    second = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream("copies", said))
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: current.setdefault(device, FakeStream(device, said))
+    )
+    monkeypatch.setattr(
+        torch.cuda, "stream", lambda stream: contextlib.nullcontext(said.append((stream.device, "used")))
+    )
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: said.append((stream.device, "held")))
+    copies = storage.StreamCopies(second)
+    copies.stream.device = second
+    copies.share((torch.zeros(2),))
+    to, source = torch.zeros(2, 1, 4, 1)[:, :, :3], torch.ones(2, 1, 3, 1)
+    copies.copy(to, source)
+    mark = copies.mark()
+    copies.wait(mark)
+    copies.finish()
+    (computation,) = current.values()
+    assert torch.equal(to, source) and list(current) == [second]
+    assert said == [
+        (second, "held"),
+        (second, "wait_stream", computation),
+        (second, "used"),
+        (second, "record_event"),
+        (second, "wait_event", mark),
+        (second, "synchronize"),
+    ]
 
 
 def test_offloading_keeps_two_layers_on_the_device():

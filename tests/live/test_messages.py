@@ -27,6 +27,22 @@ def test_a_size_that_does_not_fit_is_told_with_the_ones_that_do(client):
         client.run(one_sampler(width=70))
 
 
+@pytest.mark.parametrize("name", ["wan/absent.safetensors", "wan\\absent.safetensors"])
+def test_a_missing_lora_is_named_with_its_folder(client, name):
+    graph = one_sampler(model=["lora", 0])
+    graph["lora"] = node("RollingKVLoadLoRA", model=["model", 0], lora_name=name, strength=1.0)
+    with pytest.raises(PromptRejected, match="(?s)absent.safetensors.*was not found. Put the file into .*loras"):
+        client.run(graph)
+
+
+@pytest.mark.traceback_expected
+def test_float8_weights_that_are_to_be_compiled_are_refused_by_the_loader(client):
+    graph = one_sampler()
+    graph["model"]["inputs"] |= {"storage": "float8", "compile": True}
+    with pytest.raises(PromptFailed, match="RollingKVLoadModel.*float8 cannot go with compile.*Turn compile off"):
+        client.run(graph)
+
+
 @pytest.mark.traceback_expected
 def test_a_latent_of_another_model_is_told_with_its_shape(client):
     graph = one_sampler(initial_latent=["image latent", 0])

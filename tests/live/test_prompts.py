@@ -1,4 +1,4 @@
-"""Every example prompt runs on a real ComfyUI, and the video is what was asked for."""
+"""Every example prompt that makes a video runs on a real ComfyUI, and the video is what was asked for."""
 
 import copy
 
@@ -8,7 +8,11 @@ from graphs import api_prompts, read_video
 
 from tools.comfy_client import first_file
 
-PROMPTS = api_prompts()
+PROMPTS = {
+    name: prompt
+    for name, prompt in api_prompts().items()
+    if any(node["class_type"] == "SaveVideo" for node in prompt.values())
+}
 CHUNK = 3  # latent frames, of the bundled model
 FPS = 16
 

@@ -30,6 +30,13 @@ def test_project_metadata_and_requirements_file_agree():
     assert [d for d in dependencies if d.name != "comfyui-frontend-package"] == requirements("requirements.txt")
 
 
+def test_what_is_optional_is_tested_in_the_same_versions():
+    extras = project()["project"]["optional-dependencies"]
+    assert extras.keys() == {"bench"}
+    tested = {str(requirement) for requirement in requirements("requirements-test.txt")}
+    assert {str(Requirement(line)) for lines in extras.values() for line in lines} <= tested
+
+
 def test_metadata_is_what_the_registry_asks_for():
     data = project()
     assert "comfy" not in data["project"]["name"].lower()

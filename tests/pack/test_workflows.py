@@ -7,7 +7,7 @@ import math
 import pytest
 
 from tools.comfy_env import PACK
-from tools.object_info import inputs_of, recorded
+from tools.object_info import inputs_of, recorded, settings_of
 
 SCHEMAS = recorded()
 NOTES = ("MarkdownNote", "Note")
@@ -15,6 +15,7 @@ FOLDER = PACK / "workflows"
 WORKFLOWS = sorted(FOLDER.glob("*.json"))
 PROMPTS = sorted((FOLDER / "api").glob("*.json"))
 TITLE_HEIGHT = 30
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
 SEED_CONTROLS = ("fixed", "increment", "decrement", "randomize")
 
 each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -34,6 +35,8 @@ def choices(spec):
     kind, *options = spec
     if isinstance(kind, list):
         return kind
+    if kind == DYNAMIC:
+        return [option["key"] for option in options[0]["options"]]
     return options[0]["options"] if kind == "COMBO" else None
 
 
@@ -41,12 +44,29 @@ def is_widget(spec):
     return choices(spec) is not None or spec[0] in ("INT", "FLOAT", "STRING", "BOOLEAN")
 
 
-def widgets_of(schema):
-    """The widgets that the frontend makes for a node, in its order: name to input, None for those of its own."""
+def settings_for(name, spec, choice):
+    """The inputs that a choice of a dynamic combo brings along, by their names in a prompt; {} for other inputs."""
+    settings = settings_of(spec)
+    return {f"{name}.{k.partition('.')[2]}": v for k, v in settings.items() if k.partition(".")[0] == choice}
+
+
+def inputs_with(schema, values):
+    """The inputs of a node by name, with those that its dynamic combos bring at these values."""
+    return {
+        key: value
+        for name, spec in inputs_of(schema).items()
+        for key, value in ({name: spec} | settings_for(name, spec, values.get(name))).items()
+    }
+
+
+def widgets_of(schema, values):
+    """The widgets that the frontend makes for a node at these values, in its order: name to input, None for its own."""
     widgets = {}
     for name, spec in inputs_of(schema).items():
         if is_widget(spec):
+            chosen = values[len(widgets)]
             widgets[name] = spec
+            widgets |= settings_for(name, spec, chosen)
             options = spec[1] if len(spec) > 1 else {}
             if options.get("control_after_generate"):
                 widgets["control_after_generate"] = None
@@ -74,15 +94,19 @@ def box(node):
     return x, y - TITLE_HEIGHT, x + width, y + height
 
 
+def widget_values(node):
+    """The values of a node's widgets by input, without those of the frontend's own widgets."""
+    values = node["widgets_values"]
+    widgets = widgets_of(SCHEMAS[node["type"]], values)
+    return {name: value for (name, spec), value in zip(widgets.items(), values) if spec is not None}
+
+
 def as_prompt(workflow):
     """The API prompt of a workflow, without titles."""
     links = {link[0]: link for link in workflow["links"]}
     prompt = {}
     for node in graph_nodes(workflow):
-        widgets = widgets_of(SCHEMAS[node["type"]])
-        inputs = {
-            name: value for (name, spec), value in zip(widgets.items(), node["widgets_values"]) if spec is not None
-        }
+        inputs = widget_values(node)
         for slot in node["inputs"]:
             if slot["link"] is not None:
                 _, source, output, *_ = links[slot["link"]]
@@ -93,7 +117,8 @@ def as_prompt(workflow):
 
 def test_the_examples_are_there():
     assert {path.stem for path in WORKFLOWS} >= {
-        "rolling_kv_text_to_video", "rolling_kv_image_to_video", "rolling_kv_two_prompts"
+        "rolling_kv_text_to_video", "rolling_kv_image_to_video", "rolling_kv_two_prompts", "rolling_kv_step_cache",
+        "rolling_kv_benchmark",
     }  # fmt: skip
     assert (FOLDER / "api" / "quickstart.json") in PROMPTS
 
@@ -103,14 +128,16 @@ def test_nodes_and_widgets_fit_the_schemas(path):
     for node in graph_nodes(load(path)):
         assert node["type"] in SCHEMAS, f"{node['type']} is not recorded: python -m tools.object_info"
         schema = SCHEMAS[node["type"]]
-        widgets, values = widgets_of(schema), node["widgets_values"]
+        values = node["widgets_values"]
+        widgets = widgets_of(schema, values)
         assert len(values) == len(widgets), f"{node['type']}: {values} for {list(widgets)}"
         for (name, spec), value in zip(widgets.items(), values):
             if spec is not None:
                 check_value(f"{node['type']}.{name}", spec, value)
         if "control_after_generate" in widgets:
             assert values[list(widgets).index("control_after_generate")] in SEED_CONTROLS
-        inputs = {name: spec[0] if isinstance(spec[0], str) else "COMBO" for name, spec in inputs_of(schema).items()}
+        specs = inputs_with(schema, widget_values(node))
+        inputs = {name: spec[0] if isinstance(spec[0], str) else "COMBO" for name, spec in specs.items()}
         slots = {slot["name"]: slot["type"] for slot in node["inputs"] if slot["name"] != "upload"}
         assert slots == inputs, node["type"]
         assert [(slot["name"], slot["type"]) for slot in node["outputs"]] == list(
@@ -185,7 +212,7 @@ def test_api_prompts_fit_the_schemas(path):
     prompt = load(path)
     for node_id, node in prompt.items():
         schema = SCHEMAS[node["class_type"]]
-        inputs, values = inputs_of(schema), node["inputs"]
+        inputs, values = inputs_with(schema, node["inputs"]), node["inputs"]
         assert schema["input"].get("required", {}).keys() <= values.keys() <= inputs.keys(), node["class_type"]
         assert node["_meta"]["title"], node_id
         for name, value in values.items():

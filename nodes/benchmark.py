@@ -1,0 +1,233 @@
+from dataclasses import replace
+
+import comfy.model_management as mm
+import numpy as np
+import torch
+from comfy.utils import ProgressBar
+from comfy_api.latest import io, ui
+from PIL import Image
+from server import PromptServer
+
+from ..rolling_kv.bench.caching import (
+    Setting,
+    applicable,
+    bytes_needed,
+    check,
+    compare,
+    decode_video,
+    measure,
+    step_change,
+)
+from ..rolling_kv.bench.caching_report import change_note, describe, plot, ratios_note, table
+from ..rolling_kv.bench.similarity import Similarity
+from ..rolling_kv.config import SamplingConfig
+from ..rolling_kv.step_cache import METHODS
+from .managed import check_cancelled
+from .sample import embedding
+from .types import CATEGORY, VAE, Model, ModelHandle
+
+
+class RollingKVBenchmark(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RollingKVBenchmark",
+            display_name="Benchmark Step Caches",
+            category=CATEGORY,
+            description=(
+                "Measures on your own model what each step cache brings: seconds, speed-up, work left out and memory, and "
+                "how much the video still resembles the one made without. For models that sample in many steps. It makes "
+                "the same short video over and over, so it takes a while; cancel at any time."
+            ),
+            search_aliases=["benchmark", "step cache", "teacache", "compare", "speed", "psnr", "ssim", "measure"],
+            inputs=[
+                Model.Input("model", tooltip="From Load Causal Video Model, Attach Rolling Cache or Step Cache."),
+                io.Conditioning.Input(
+                    "positive", tooltip="What the video shows. From Encode Prompt or CLIP Text Encode."
+                ),
+                io.DynamicCombo.Input(
+                    "methods",
+                    options=[
+                        io.DynamicCombo.Option("all", []),
+                        io.DynamicCombo.Option("chosen", [_switch(method) for method in METHODS.values()]),
+                    ],
+                    tooltip="Which step caches to measure. All: every one that can run here. The settings of a Step Cache "
+                    "node before this one are measured as well.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    tooltip="Denoising steps per chunk. 0: as the model's preset has it, which must be many; a few-step "
+                    "model is refused, with the reason measured.",
+                ),
+                io.Int.Input(
+                    "chunks",
+                    default=2,
+                    min=1,
+                    max=1000,
+                    tooltip="Length of each video (3 latent frames per chunk, or 1 for frame-wise models).",
+                ),
+                io.Int.Input("first_seed", default=0, min=0, max=0xFFFFFFFF, tooltip="Of the noise of the first video."),
+                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
+                VAE.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="From Load Streaming VAE: decodes the videos to compare them. Without it there is no quality.",
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="What to avoid. Only read when there is guidance."
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=0.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="Classifier-free guidance. 0: what the model was trained for. 1: off. More needs a negative "
+                    "prompt and twice the time.",
+                ),
+                io.Combo.Input(
+                    "strengths",
+                    options=["all", "defaults"],
+                    optional=True,
+                    advanced=True,
+                    tooltip="All: each step cache from gentle to strong, for curves. Defaults: each with its default "
+                    "settings only, in a third of the time.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=["multi-step", "bidirectional"],
+                    optional=True,
+                    advanced=True,
+                    tooltip="Multi-step: chunk by chunk with the rolling cache. Bidirectional: all frames at once and "
+                    "without it, as ordinary Wan models sample.",
+                ),
+                io.Int.Input(
+                    "videos",
+                    default=1,
+                    min=1,
+                    max=100,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Seeds to average over, from the first one on.",
+                ),
+                io.Boolean.Input(
+                    "memory",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Also measure peak memory. On a CUDA GPU that costs nothing, elsewhere one more run, a slow "
+                    "one, per setting.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(
+                    display_name="table", tooltip="All figures as a Markdown table, for Preview as Text or a file."
+                ),
+                io.Image.Output(
+                    display_name="plot", tooltip="Quality over speed-up, one curve per step cache, for Save Image."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, methods, steps, chunks, first_seed, width, height, vae=None, negative=None, guidance=0.0,
+        strengths="all", mode="multi-step", videos=1, memory=True,
+    ) -> io.NodeOutput:  # fmt: skip
+        names, notes = applicable(_chosen(methods))
+        if model.compile:
+            raise ValueError("A step cache cannot go with compile: turn it off in Load Causal Video Model.")
+        setting = Setting(
+            model.patcher.model, embedding(positive, "positive"),
+            None if negative is None else embedding(negative, "negative"), mode,
+            _sampling(model.sampling, steps, guidance), model.cache, height, width, chunks,
+            tuple(range(first_seed, first_seed + videos)), memory, model.backend,
+        )  # fmt: skip
+        own = [] if model.step_cache is None else [("Step Cache node", model.step_cache.title, model.step_cache)]
+        check(setting, own)
+        node_id = cls.hidden.unique_id
+        progress = ProgressBar(1, node_id=node_id)
+
+        def say(text: str) -> None:
+            PromptServer.instance.send_progress_text(text, node_id)
+
+        def on_pass(done: int, total: int) -> None:
+            check_cancelled()
+            progress.update_absolute(done, total)
+
+        def on_run(done: int, total: int, what: str) -> None:
+            say(f"{done + 1} of {total}: {what}")
+
+        try:
+            _bring_to_device(model, setting)
+            if setting.sampling.sampler == "renoise":
+                raise ValueError(_why_not(replace(setting, chunks=1), on_pass))
+            results, ratios = measure(
+                setting, names, defaults_only=strengths == "defaults", more=own, on_run=on_run, on_pass=on_pass
+            )
+            if vae is not None:
+                say("Comparing the videos")
+                vae.bring_to_device(vae.model.decode_bytes(height, width))
+                similarity = Similarity()
+                compare(results, lambda latents: decode_video(vae.model, latents, check_cancelled), similarity)
+                notes += similarity.notes
+            else:
+                notes.append("No quality: connect a VAE to compare the videos.")
+        finally:
+            mm.soft_empty_cache()
+        progress.update_absolute(progress.total)
+        say(f"{len(results) - 1} settings measured")
+        notes = [ratios_note(ratios)] * bool(ratios) + notes
+        text = "\n\n".join([describe(setting).replace("\n", "  \n"), table(results), *notes])
+        picture = _to_image(plot(setting, results))
+        return io.NodeOutput(text, picture, ui=ui.PreviewImage(picture).as_dict() | {"text": (text,)})
+
+
+def _switch(method: type) -> io.Boolean.Input:
+    return io.Boolean.Input(
+        method.name, display_name=method.title, default=True, tooltip=f"Whether to measure {method.title}."
+    )
+
+
+def _chosen(methods: dict) -> list[str] | None:
+    """Names of the methods, None for all. methods: what the combo gives, its choice under "methods"."""
+    if methods["methods"] == "all":
+        return None
+    names = [name for name in METHODS if methods.get(name)]
+    if not names:
+        raise ValueError('No step cache is chosen. Switch on at least one, or set methods to "all".')
+    return names
+
+
+def _sampling(trained: SamplingConfig, steps: int, guidance: float) -> SamplingConfig:
+    sampling = replace(trained, guidance_scale=guidance) if guidance else trained
+    if not steps:
+        return sampling
+    sampler = "unipc" if trained.sampler == "renoise" else trained.sampler
+    return replace(sampling, sampler=sampler, num_inference_steps=steps)
+
+
+def _bring_to_device(model: ModelHandle, setting: Setting) -> None:
+    model.patcher.bring_to_device(bytes_needed(setting) + model.patcher.lora_bytes(model.loras))
+    model.patcher.use_loras(model.loras)
+
+
+def _why_not(setting: Setting, on_pass) -> str:
+    return (
+        "This model makes a chunk in few steps, and there is nothing to leave out. "
+        f"{change_note(setting, step_change(setting, on_pass))} "
+        "Step caches are for sampling in many steps: set steps to 20 or more here, or choose the preset "
+        "causal-multistep in Load Causal Video Model, if the model can do that; distilled models cannot do it well."
+    )
+
+
+def _to_image(picture: Image.Image) -> torch.Tensor:
+    """[1, H, W, 3] in [0, 1]."""
+    return torch.from_numpy(np.array(picture, dtype=np.float32) / 255)[None]

@@ -1,0 +1,179 @@
+"""From a prompt to a file, in Python and on the command line: the choices reach the model, the cache and the session."""
+
+import pytest
+import torch
+from builders import original_names
+from safetensors.torch import save_file
+from test_lora import changed, close
+
+from rolling_kv import pipeline as pipeline_module
+from rolling_kv.checkpoints import load_model
+from rolling_kv.cli import main
+from rolling_kv.config import CacheConfig
+from rolling_kv.files import CheckpointError
+from rolling_kv.lora import load_lora
+from rolling_kv.lora_stack import applied_loras
+from rolling_kv.pipeline import Pipeline
+from rolling_kv.sampler import RollingSession
+from rolling_kv.tiny import make_tiny
+from rolling_kv.video import read_video_info
+from rolling_kv.weights import storage_of
+
+SIZE = dict(height=32, width=32, seconds=0.2)
+PROMPT = "a red circle moving left"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def pairs(folder, seed, rank=4):
+    """Matrices (down, up) by module name, for the self-attention of the model in `folder`."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = load_model(folder).transformer.state_dict()
+    names = [name.removesuffix(".weight") for name in weights if ".attn1.to_" in name and name.endswith(".weight")]
+    return {
+        name: (torch.randn(rank, 128, generator=generator) / 8, torch.randn(128, rank, generator=generator) / 8)
+        for name in names
+    }
+
+
+@pytest.fixture(scope="module")
+def loras(folder, tmp_path_factory):
+    """Two LoRA files for the model in `folder`."""
+    files = []
+    for seed in (1, 2):
+        files.append(tmp_path_factory.mktemp("loras") / f"lora {seed}.safetensors")
+        tensors = {}
+        for module, halves in pairs(folder, seed).items():
+            tensors |= {f"transformer.{module}.lora_{half}.weight": tensor for half, tensor in zip("AB", halves)}
+        save_file(tensors, files[-1])
+    return files
+
+
+@pytest.fixture
+def sessions(monkeypatch):
+    """What each session of a pipeline was opened with, and the session."""
+    opened = []
+
+    class Noted(RollingSession):
+        def __init__(self, model, prompt, **options):
+            super().__init__(model, prompt, **options)
+            opened.append((options, self))
+
+    monkeypatch.setattr(pipeline_module, "RollingSession", Noted)
+    return opened
+
+
+def test_loras_add_up_with_their_strengths(folder, loras):
+    weights = load_model(folder).transformer.state_dict()
+    expected = changed(changed(weights, pairs(folder, 1), 0.5), pairs(folder, 2), -1.0)
+    pipeline = Pipeline.load(folder, loras=[(loras[0], 0.5), (loras[1], -1.0)])
+    assert close(pipeline.model.transformer.state_dict(), expected)
+    assert close(Pipeline.load(folder, loras=[(loras[0], 0.0)]).model.transformer.state_dict(), weights)
+
+
+def test_what_does_not_fit_is_refused_before_the_rest_is_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline_module, "load_text_encoder", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(CheckpointError, match="absent.safetensors: there is no such file"):
+        Pipeline.load(folder, loras=[(tmp_path / "absent.safetensors", 1.0)])
+    wide = {"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 256)}
+    wide["transformer.blocks.0.attn1.to_q.lora_B.weight"] = torch.ones(256, 2)
+    save_file(wide, tmp_path / "wide.safetensors")
+    with pytest.raises(CheckpointError, match="wide was made for another model"):
+        Pipeline.load(folder, loras=[(tmp_path / "wide.safetensors", 1.0)])
+
+
+def test_a_video_is_that_of_a_session_with_the_same_choices(folder, loras, tmp_path, sessions):
+    cache = CacheConfig(4, sink=1, sink_phase="rebased", storage="int8", offload=True)
+    chosen = dict(cache=cache, backend="native", seed=3)
+    pipeline = Pipeline.load(folder, storage="float8", loras=[(loras[0], 0.7)])
+    pipeline.generate(PROMPT, tmp_path / "video.mp4", **SIZE, **chosen)
+    ((options, ours),) = sessions
+    assert storage_of(pipeline.model.transformer) == "float8"
+    assert (options["cache"], options["backend"], options["compile"]) == (cache, "native", False)
+
+    model = load_model(folder, storage="float8")
+    with applied_loras(model, [(load_lora(loras[0]), 0.7)]):
+        size = {name: SIZE[name] for name in ("height", "width")}
+        with RollingSession(model, pipeline.text_encoder.encode([PROMPT]), **size, cache=cache) as theirs:
+            list(theirs.generate(1, seed=3))
+    assert torch.equal(ours.state.latents(), theirs.state.latents())
+    assert read_video_info(tmp_path / "video.mp4").frames == 9
+
+
+def test_float8_cannot_be_compiled(folder, tmp_path):
+    pipeline = Pipeline.load(folder, storage="float8")
+    with pytest.raises(ValueError, match="float8 cannot go with compile"):
+        pipeline.generate(PROMPT, tmp_path / "video.mp4", **SIZE, compile=True)
+    assert not any(tmp_path.iterdir())
+
+
+# The command line
+
+
+def generate(folder, output, *options):
+    arguments = ["generate", "--prompt", PROMPT, "--model", folder, "--width", 32, "--height", 32, "--seconds", 0.2]
+    main([str(value) for value in [*arguments, "--output", output, *options]])
+
+
+def test_every_choice_is_an_option(folder, loras, tmp_path, sessions, monkeypatch):
+    loaded = []
+    load = Pipeline.load.__func__
+    monkeypatch.setattr(
+        Pipeline,
+        "load",
+        classmethod(lambda cls, model, **options: loaded.append(options) or load(cls, model, **options)),
+    )
+    options = ["--lora", loras[0], 0.5, "--lora", loras[1], "--weight-storage", "float8", "--backend", "native"]
+    options += ["--window", 5, "--sink", 2, "--sink-phase", "rebased", "--cache-storage", "float8", "--offload-cache"]
+    generate(folder, tmp_path / "video.mp4", *options)
+    assert loaded[0]["loras"] == [(loras[0], 0.5), (loras[1], 1.0)] and loaded[0]["storage"] == "float8"
+    chosen, _ = sessions[0]
+    assert chosen["cache"] == CacheConfig(5, 2, "rebased", "float8", True)
+    assert (chosen["backend"], chosen["compile"]) == ("native", False)
+    assert read_video_info(tmp_path / "video.mp4").frames == 9
+
+
+def test_compile_reaches_the_session(folder, tmp_path, sessions, monkeypatch):
+    compiled = []
+
+    def compile(self, **_):
+        compiled.append(self)
+        self._compiled_call_impl = None  # runs as it is
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    generate(folder, tmp_path / "video.mp4", "--compile")
+    ((options, session),) = sessions
+    assert options["compile"] is True and compiled == list(session.model.transformer.blocks)
+
+
+def test_a_gguf_file_takes_its_text_encoder_and_vae_from_elsewhere(folder, tmp_path, sessions):
+    gguf = pytest.importorskip("gguf")
+    from test_weights import write_gguf
+
+    weights = load_model(folder).transformer.state_dict()
+    write_gguf(tmp_path / "tiny.gguf", weights, gguf.GGMLQuantizationType.Q8_0)
+    assert "head.head.weight" in original_names(weights)
+    generate(tmp_path / "tiny.gguf", tmp_path / "video.mp4", "--text-encoder", folder, "--vae", folder)
+    ((_, session),) = sessions
+    assert session.model.transformer.blocks[0].attn1.to_q.weight.dtype == torch.uint8
+    with pytest.raises(SystemExit, match="tiny.gguf holds no text encoder: name one with --text-encoder"):
+        generate(tmp_path / "tiny.gguf", tmp_path / "video.mp4")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--lora", "style.safetensors", "much"], "a file and a number, its strength; got style.safetensors much"),
+        (["--lora", "a.safetensors", "1", "b.safetensors"], "Give --lora again"),
+        (["--lora", "absent.safetensors"], "absent.safetensors: there is no such file"),
+        (["--compile", "--weight-storage", "float8"], "float8 cannot go with compile"),
+        (["--backend", "_flash_3"], "_flash_3 is not installed"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_model_is_loaded(options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline_module, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(SystemExit, match=message):
+        generate(tmp_path, tmp_path / "video.mp4", "--text-encoder", tmp_path, "--vae", tmp_path, *options)
