@@ -69,7 +69,9 @@ class RollingKVBenchmark(io.ComfyNode):
                     max=1000,
                     tooltip="Length of each video (3 latent frames per chunk, or 1 for frame-wise models).",
                 ),
-                io.Int.Input("first_seed", default=0, min=0, max=0xFFFFFFFF, tooltip="Of the noise of the first video."),
+                io.Int.Input(
+                    "first_seed", default=0, min=0, max=0xFFFFFFFF, tooltip="Of the noise of the first video."
+                ),
                 io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
                 io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
                 VAE.Input(

@@ -195,12 +195,12 @@ def measure(
     on_run: Callable[[int, int, str], None] = lambda *_: None,
     on_pass: OnPass = lambda *_: None,
 ) -> tuple[list[Measured], tuple[float, ...]]:
-    """Time the methods of these names (see `applicable`). The first result is without a step cache; also MagCache's
-    constants, where it is among them.
+    """Time the methods of these names (see `applicable`). Returns the results, the first without a step cache, and
+    MagCache's constants, empty unless it is among them.
 
-    defaults_only: each method with its default settings alone. more: further settings. on_run:
-    called as (done, total, what) before the runs of each setting. on_pass: over all runs together. An exception from
-    either cancels, and leaves the model as it was.
+    defaults_only: each method with its default settings alone. more: further settings. on_run: called as (done, total,
+    what) before the runs of each setting. on_pass: over all runs together. An exception from either cancels, and leaves
+    the model as it was.
     """
     calibrated = "magcache" in names and setting.mode != "few-step"
 

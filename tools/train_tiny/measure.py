@@ -108,7 +108,7 @@ def measure_prompts(tiny: Tiny, count: int, chunks: int = 5, **options) -> dict[
     scenes = scenes_for(count, 1)
     seen = watch(tiny, scenes, chunks, **options)
     border, inside = border_errors(seen)
-    first = border_errors(seen, frames=slice(0, 1))[0]
+    first = border_errors(seen, frames=slice(0, 1))
     alone, _ = border_errors(watch(tiny, scenes, chunks, CacheConfig(window=3), **options))
     pairs = list(zip(scenes, seen))
     return {
@@ -121,7 +121,7 @@ def measure_prompts(tiny: Tiny, count: int, chunks: int = 5, **options) -> dict[
         "error at borders, px": border,
         "error inside chunks, px": inside,
         "border / inside": border / inside,
-        "the same, first pixel frame of the chunk only": first / inside,
+        "the same, first pixel frame of each latent frame only": first[0] / first[1],
         "error at borders without the cache, px": alone,
         "without / with the cache": alone / border,
     }
