@@ -146,7 +146,10 @@ def test_every_single_file_gives_the_same_weights(name, weights, pieces, tmp_pat
 @pytest.mark.parametrize("place", [".", "text_encoder"])
 def test_a_diffusers_folder_loads_from_either_level(place, folder, single):
     assert len(list((folder / "text_encoder").glob("*.safetensors"))) > 1
-    assert torch.equal(load_text_encoder(folder / place).encode(PROMPTS), load_text_encoder(single).encode(PROMPTS))
+    # To rounding, which depends on where the weights lie in memory, on some processors.
+    torch.testing.assert_close(
+        load_text_encoder(folder / place).encode(PROMPTS), load_text_encoder(single).encode(PROMPTS), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_scaled_float8_is_multiplied_by_its_scales(weights, pieces, single, tmp_path):

@@ -1,8 +1,9 @@
-"""The VAE: streams equal the stock codec bit for bit, every file layout loads, and errors say what is wrong."""
+"""The VAE: streams equal the stock codec, every file layout loads, and errors say what is wrong."""
 
 import pickle
 import re
 import socket
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,10 @@ from rolling_kv.vae import LATENTS_MEAN, LATENTS_STD, WanVAE, load_vae, to_model
 
 class Cancelled(BaseException):
     """Stands for ComfyUI's interrupt, which is a BaseException too."""
+
+
+# Bit for bit on some processors, to rounding on others; `make_vae` magnifies it forty times, and what is wrong differs by 1.
+assert_close = partial(torch.testing.assert_close, atol=5e-3, rtol=0)
 
 
 def make_vae(**config) -> AutoencoderKLWan:
@@ -54,7 +59,7 @@ def test_streaming_decode_equals_the_full_one(chunks):
     assert [part.shape[2] for part in parts] == [4 * n - (i == 0) * 3 for i, n in enumerate(chunks)]
     full = full_decode(raw)
     assert (full.abs() == 1).any() and (full.abs() < 1).any()
-    assert torch.equal(torch.cat(parts, 2), full)
+    assert_close(torch.cat(parts, 2), full)
 
 
 @settings(max_examples=15, deadline=None)
@@ -64,7 +69,7 @@ def test_streaming_encode_equals_the_full_one(chunks):
     video = pixels(sum(sizes))
     stream = WanVAE(STOCK).encoder()
     parts = [stream.encode(piece) for piece in video.split(sizes, dim=2)]
-    assert torch.equal(torch.cat(parts, 2), full_encode(video))
+    assert_close(torch.cat(parts, 2), full_encode(video))
 
 
 def test_bfloat16_and_batches_stream_too():
@@ -109,7 +114,8 @@ def test_streams_interleave_and_leave_the_stock_module_alone():
     encoded.append(encoder.encode(pixels(9)[:, :, 5:]))
     frames_b.append(b.decode(second[:, :, 1:]))
     assert STOCK._feat_map is untouched and untouched == ["mine"]
-    assert all(torch.equal(torch.cat(got, 2), want) for got, want in zip((frames_a, frames_b, encoded), expected))
+    for got, want in zip((frames_a, frames_b, encoded), expected):
+        assert_close(torch.cat(got, 2), want)
 
 
 def test_decoding_can_pause_after_any_frame():
@@ -118,7 +124,7 @@ def test_decoding_can_pause_after_any_frame():
     frames = stream.decode_frames(raw)
     parts = [next(frames), next(frames)]
     frames.close()
-    assert torch.equal(torch.cat([*parts, stream.decode(raw[:, :, 2:])], 2), full_decode(raw))
+    assert_close(torch.cat([*parts, stream.decode(raw[:, :, 2:])], 2), full_decode(raw))
 
 
 def test_an_interrupt_inside_a_frame_ends_only_that_stream():
@@ -137,13 +143,13 @@ def test_an_interrupt_inside_a_frame_ends_only_that_stream():
     hook.remove()
     with pytest.raises(RuntimeError, match="start a new one"):
         broken.decode(raw[:, :, 2:])
-    assert torch.equal(torch.cat([before, other.decode(raw[:, :, 1:])], 2), full_decode(raw))
+    assert_close(torch.cat([before, other.decode(raw[:, :, 1:])], 2), full_decode(raw))
 
 
 def test_encode_video_trims_to_whole_latent_frames():
     video = pixels(12)
     encoded = WanVAE(STOCK).encode_video(video)
-    assert torch.equal(encoded, full_encode(video[:, :, :9]))
+    assert_close(encoded, full_encode(video[:, :, :9]))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +173,7 @@ def test_wrong_shapes_are_refused_without_harm():
     start = stream.decode(raw[:, :, :1])
     with pytest.raises(ValueError, match=r"\[1, 2, 2\], but the stream began with \[1, 2, 4\]"):
         stream.decode(raw[..., :2])
-    assert torch.equal(torch.cat([start, stream.decode(raw[:, :, 1:])], 2), full_decode(raw))
+    assert_close(torch.cat([start, stream.decode(raw[:, :, 1:])], 2), full_decode(raw))
     with pytest.raises(ValueError, match="multiples of 8 pixels, got 12x24"):
         WanVAE(STOCK).encoder().encode(pixels(1, height=12))
 
@@ -254,13 +260,13 @@ def test_every_layout_gives_the_same_vae(layout, config, tmp_path, offline):
     assert loaded.vae.state_dict().keys() == vae.state_dict().keys()
     assert all(torch.equal(tensor, vae.state_dict()[name]) for name, tensor in loaded.vae.state_dict().items())
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    assert torch.equal(loaded.decoder().decode(latents(2)), vae.decode(latents(2)).sample)
+    assert_close(loaded.decoder().decode(latents(2)), vae.decode(latents(2)).sample)
 
 
 def test_a_folder_may_have_another_architecture(tmp_path):
     vae = make_vae(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=0)
     vae.save_pretrained(tmp_path)
-    assert torch.equal(load_vae(tmp_path).decoder().decode(latents(2)), vae.decode(latents(2)).sample)
+    assert_close(load_vae(tmp_path).decoder().decode(latents(2)), vae.decode(latents(2)).sample)
 
 
 def test_a_folder_with_other_statistics_is_refused(tmp_path):
