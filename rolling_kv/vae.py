@@ -126,8 +126,9 @@ class StreamingDecoder(_CausalStream):
     """Decodes consecutive chunks of one video; any cut into chunks gives the same bits.
 
     The frames equal `AutoencoderKLWan.decode` of all latents at once bit for bit, as long as PyTorch uses one kernel
-    for the 1x1x1 convolution before the decoder: on a CPU in float32 it changes kernels when 16 * B * F * h exceeds
-    20480 (more than 21 latent frames at 480 rows), and the stock decode of a longer video differs in rounding.
+    for the 1x1x1 convolution before the decoder. On an Intel CPU in float32 it changes kernels when 16 * B * F * h
+    exceeds 20480 (more than 21 latent frames at 480 rows), and the stock decode of a longer video differs in rounding;
+    on an AMD CPU it was seen to round differently for any number of frames beyond one.
     """
 
     def __init__(self, vae: AutoencoderKLWan):

@@ -27,21 +27,34 @@ LOADERS = {
     "vae": ("RollingKVLoadVAE", (780, 440), {"vae_name": TINY}),
     "cache": ("RollingKVAttachCache", (400, 60), {"model": "model.0"}),
 }
-REAL_MODELS = """## With a real model
-Put into ComfyUI's model folders, choose them in the three loaders, press R first if they do not show:
-- `models/diffusion_models`: [self_forcing_dmd.pt](https://huggingface.co/gdhe17/Self-Forcing/resolve/main/checkpoints/self_forcing_dmd.pt) or another causal Wan model
+
+
+def real_model(first: str, model: str, then: str) -> str:
+    """Note on the files of a real model. first: a sentence in front; model: which transformer; then: what to set."""
+    return f"""## With a real model
+{first}Put into ComfyUI's model folders, choose them in the three loaders, press R first if they do not show:
+- `models/diffusion_models`: {model}
 - `models/text_encoders`: [umt5_xxl_fp8_e4m3fn_scaled.safetensors](https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors)
 - `models/vae`: [wan_2.1_vae.safetensors](https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/vae/wan_2.1_vae.safetensors)
 
-Then set the size to 832 x 480 and **enlarge** in Decode Video to 1."""
+{then}"""
 
-MULTI_STEP_MODELS = """## With a real model
-Step caches help models that sample in many steps. Put into ComfyUI's model folders, choose them in the three loaders, press R first if they do not show:
-- `models/diffusion_models`: [ar_diffusion.pt](https://huggingface.co/zhuhz22/Causal-Forcing/resolve/main/chunkwise/ar_diffusion.pt) of Causal-Forcing, or another causal Wan model that is not distilled
-- `models/text_encoders`: [umt5_xxl_fp8_e4m3fn_scaled.safetensors](https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors)
-- `models/vae`: [wan_2.1_vae.safetensors](https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/vae/wan_2.1_vae.safetensors)
 
-"""
+def multi_step_model(then: str) -> str:
+    return real_model(
+        "Step caches help models that sample in many steps. ",
+        "[ar_diffusion.pt](https://huggingface.co/zhuhz22/Causal-Forcing/resolve/main/chunkwise/ar_diffusion.pt) of "
+        "Causal-Forcing, or another causal Wan model that is not distilled",
+        then,
+    )
+
+
+REAL_MODELS = real_model(
+    "",
+    "[self_forcing_dmd.pt](https://huggingface.co/gdhe17/Self-Forcing/resolve/main/checkpoints/self_forcing_dmd.pt) or "
+    "another causal Wan model",
+    "Then set the size to 832 x 480 and **enlarge** in Decode Video to 1.",
+)
 
 
 def prompt(text: str, y: int) -> tuple:
@@ -151,7 +164,7 @@ WORKFLOWS = {
             (
                 (1160, 460),
                 (720, 230),
-                f"{MULTI_STEP_MODELS}Keep the preset, set the size to 832 x 480 and **enlarge** to 1.",
+                multi_step_model("Keep the preset, set the size to 832 x 480 and **enlarge** to 1."),
             ),
         ],
     },
@@ -189,8 +202,10 @@ WORKFLOWS = {
             (
                 (400, 420),
                 (340, 350),
-                f"{MULTI_STEP_MODELS}Set **steps** (50), **width**, **height** and **guidance** to what you will work with: "
-                "the figures hold for that.",
+                multi_step_model(
+                    "Set **steps** (50), **width**, **height** and **guidance** to what you will work with: the figures hold "
+                    "for that."
+                ),
             ),
         ],
     },
