@@ -21,9 +21,10 @@ from diffusers.models.attention_dispatch import (
 
 from .block import fused_feed_forward, fused_forward, modulated_norm, rms_norm_
 from .cache import Branch
+from .graphs import CudaRecorder, PassGraphs, PassKey
 from .rope import rotary_angles, rotate, turns
 from .transfer import to_device
-from .weights import check_compile, storage_of
+from .weights import check_compile, check_cuda_graphs, storage_of
 
 ATTENTION_BACKENDS = ("native", "_native_cudnn", "flash", "_flash_3", "sage", "xformers")
 """Those of diffusers' backends that attend without a mask and download nothing."""
@@ -36,6 +37,7 @@ class _Pass:
     branch: Branch
     time_rows: int
     keys_only: bool
+    rotation: torch.Tensor | None = None  # as `rope.rotate` takes it
 
 
 class RollingAttachment:
@@ -46,13 +48,23 @@ class RollingAttachment:
     backend: attention backend of diffusers' dispatcher (None: its default, SDPA).
     compile: run the blocks through torch.compile. What changes from chunk to chunk (the cache's indices, the number of
         keys) stays outside the compiled parts, so a session compiles once per chunk size.
+    cuda_graphs: once the window is full, record passes as CUDA graphs and repeat them; see `graphs`.
     """
 
-    def __init__(self, transformer, *, exact: bool = False, backend: str | None = None, compile: bool = False):
+    def __init__(
+        self,
+        transformer,
+        *,
+        exact: bool = False,
+        backend: str | None = None,
+        compile: bool = False,
+        cuda_graphs: bool = False,
+    ):
         self.transformer = transformer
         self.exact = exact
         self.backend = backend
         self.compile = compile
+        self.graphs = PassGraphs(CudaRecorder()) if cuda_graphs else None
         self.current: _Pass | None = None
         self._rotations: dict[tuple, torch.Tensor] = {}
         self._undo = []
@@ -84,16 +96,26 @@ class RollingAttachment:
         self.current = _Pass(branch, time_rows or frames, keys_only)
         try:
             timesteps = torch.full((batch,), float(timestep), dtype=torch.float64, device=latents.device)
-            sample = self.transformer(latents, timesteps, branch.prompt.embeds, return_dict=False)[0]
+            inputs = latents, timesteps, self._rotation(latents)
+            if self.graphs is None or (layout := cache.layout) is None:
+                return self._run(*inputs)
+            key = PassKey(cache, branch.prompt, layout, latents.shape, self.current.time_rows, keys_only)
+            return self.graphs.run(key, self._run, *inputs)
         finally:
             self.current = None
-        return None if keys_only else sample
+
+    def _run(self, latents: torch.Tensor, timesteps: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor | None:
+        self.current.rotation = rotation
+        sample = self.transformer(latents, timesteps, self.current.branch.prompt.embeds, return_dict=False)[0]
+        return None if self.current.keys_only else sample
 
     def detach(self) -> None:
         """Put the transformer back exactly as it was. Safe to call twice, and after an exception."""
         while self._undo:
             self._undo.pop()()
         self._rotations.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
 
     def __enter__(self) -> RollingAttachment:
         return self
@@ -106,7 +128,7 @@ class RollingAttachment:
         for layer, block in enumerate(blocks):
             self._set_processor(block.attn1, RollingSelfAttention(self, layer))
             self._set_processor(block.attn2, PromptCrossAttention(self, layer))
-        self._set_forward(self.transformer.rope, self._rotation)
+        self._set_forward(self.transformer.rope, self._given_rotation)
         self._set_forward(self.transformer.condition_embedder, self._embed_condition)
         if not self.exact and not self.compile:
             for block in blocks:
@@ -131,13 +153,13 @@ class RollingAttachment:
             self._undo.append(lambda: delattr(module, "forward"))
         module.forward = forward
 
-    def _rotation(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _rotation(self, latents: torch.Tensor) -> torch.Tensor:
         """The rotation for the open chunk's positions, as `rope.rotate` takes it."""
         window = self.current.branch.cache.window
         _, patch_height, patch_width = self.transformer.config.patch_size
-        frames, height, width = hidden_states.shape[2:]
+        frames, height, width = latents.shape[2:]
         grid = (frames, height // patch_height, width // patch_width)
-        key = (window.end, *grid, hidden_states.device)
+        key = (window.end, *grid, latents.device)
         if key not in self._rotations:
             # Every step of a chunk uses the same one; another chunk's will not be needed again.
             self._rotations.clear()
@@ -145,8 +167,11 @@ class RollingAttachment:
             rotation = rotation.to(torch.complex128 if self.exact else torch.complex64)[None, :, None]
             # torch.compile fuses real arithmetic only.
             rotation = torch.view_as_real(rotation) if self.compile else rotation
-            self._rotations[key] = to_device(rotation, hidden_states.device)
+            self._rotations[key] = to_device(rotation, latents.device)
         return self._rotations[key]
+
+    def _given_rotation(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.current.rotation
 
     def _embed_condition(self, timestep, encoder_hidden_states, encoder_hidden_states_image=None, **_):
         embedder = self.transformer.condition_embedder
@@ -270,17 +295,24 @@ def time_sinusoid(timestep: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def apply_rolling_kv_cache(
-    transformer, *, exact: bool = False, backend: str | None = None, compile: bool = False
+    transformer,
+    *,
+    exact: bool = False,
+    backend: str | None = None,
+    compile: bool = False,
+    cuda_graphs: bool = False,
 ) -> RollingAttachment:
     """Attach to a stock `WanTransformer3DModel`. Use as a context manager, or call `detach` on what is returned.
 
-    Raises ValueError if a rolling cache is attached already, if the model is conditioned on images, or if the attention
-    backend is not one of ATTENTION_BACKENDS or is not installed, or if float8 weights are to be compiled. The arguments
-    are those of `RollingAttachment`.
+    Raises ValueError if a rolling cache is attached already, if the model is conditioned on images, if the attention
+    backend is not one of ATTENTION_BACKENDS or is not installed, if float8 weights are to be compiled or recorded, or if
+    CUDA graphs are asked for without CUDA. The arguments are those of `RollingAttachment`.
     """
     check_backend(backend)
     if compile:
         check_compile(storage_of(transformer))
+    if cuda_graphs:
+        check_cuda_graphs(transformer.patch_embedding.weight.device, storage_of(transformer))
     if any(isinstance(block.attn1.processor, RollingSelfAttention) for block in transformer.blocks):
         raise ValueError("this transformer has a rolling cache attached already; detach that one first")
     registry = getattr(transformer, "_diffusers_hook", None)
@@ -288,7 +320,9 @@ def apply_rolling_kv_cache(
         raise ValueError("this transformer has the hooks of rolling_kv.hooks; remove them first")
     if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
         raise ValueError("this is an image-conditioned Wan model; causal models are text-conditioned (T2V) ones")
-    attachment = RollingAttachment(transformer, exact=exact, backend=backend, compile=compile)
+    attachment = RollingAttachment(
+        transformer, exact=exact, backend=backend, compile=compile, cuda_graphs=cuda_graphs
+    )
     try:
         attachment._attach()
     except BaseException:

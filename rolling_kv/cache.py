@@ -184,6 +184,17 @@ class RollingKVCache:
         self._writes = [tuple(tokens * n for n in segment) for segment in self.window.segments()]
         self._used = self.window.filled * tokens
 
+    @property
+    def layout(self) -> tuple | None:
+        """Where a pass over the open chunk writes, and how far it reads: all that the CPU decides about it.
+
+        None where no later chunk will find the same: the window is not full yet, a rebased sink moves with every chunk,
+        or offloaded layers come and go.
+        """
+        config = self.config
+        repeats = self.window.filled == config.window and config.sink_phase == "absolute" and not config.offload
+        return (self._used, *self._writes) if repeats else None
+
     def commit(self) -> None:
         """The open chunk, as last written, becomes part of the past."""
         self.window.commit()

@@ -19,7 +19,7 @@ from .pipeline import Pipeline
 from .tiny import BUNDLED, make_tiny
 from .video import read_video_info
 from .weights import STORAGES as WEIGHT_STORAGES
-from .weights import check_compile
+from .weights import check_compile, check_cuda_graphs
 
 TINY_SIZE = 64
 """Pixels along each side that the tiny model makes."""
@@ -96,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         "--backend", choices=ATTENTION_BACKENDS, help="attention kernel (default: PyTorch's own choice)"
     )
     generate.add_argument("--compile", action="store_true", help="run the blocks through torch.compile")
+    generate.add_argument(
+        "--cuda-graphs", action="store_true", help="record passes as CUDA graphs and repeat them (not tried on a GPU yet)"
+    )
     generate.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     generate.add_argument("--scale", type=int, default=1, help="enlarge each pixel so many times, for tiny videos")
 
@@ -120,6 +123,8 @@ def _generate(args: argparse.Namespace) -> None:
     check_backend(args.backend)
     if args.compile:
         check_compile(args.weight_storage)
+    if args.cuda_graphs:
+        check_cuda_graphs(torch.device(args.device), args.weight_storage)
     loras = [_lora(*values) for values in args.lora]
     small = args.model == BUNDLED
     width, height = args.width or (TINY_SIZE if small else 832), args.height or (TINY_SIZE if small else 480)
@@ -159,6 +164,7 @@ def _generate(args: argparse.Namespace) -> None:
             scale=args.scale,
             backend=args.backend,
             compile=args.compile,
+            cuda_graphs=args.cuda_graphs,
             on_pass=on_pass,
         )
         bar.update(bar.total - bar.n)

@@ -75,13 +75,14 @@ class Pipeline:
         scale: int = 1,
         backend: str | None = None,
         compile: bool = False,
+        cuda_graphs: bool = False,
         on_pass: Callable[[int, int], None] | None = None,
     ) -> Path:
         """Write a video of at least `seconds` to `output` (.mp4), decoding each chunk as it is done; returns the path.
 
         Memory does not grow with the length, up to the clean latents (0.4 MB per latent frame at 480x832).
         height, width: pixels, multiples of 16. scale: enlarge each pixel so many times. sampling, cache: by default the
-        model's preset. backend, compile, on_pass: see `RollingSession`.
+        model's preset. backend, compile, cuda_graphs, on_pass: see `RollingSession`.
         """
         sampling = sampling or self.model.preset.sampling
         session = RollingSession(
@@ -94,6 +95,7 @@ class Pipeline:
             negative=self.text_encoder.encode([negative_prompt]) if sampling.guided else None,
             backend=backend,
             compile=compile,
+            cuda_graphs=cuda_graphs,
             on_pass=on_pass,
         )
         latent_height, latent_width = session.latent_size

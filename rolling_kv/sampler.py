@@ -75,10 +75,10 @@ class RollingSession:
     prompt, negative: text embeddings [B or 1, L, D], zero-padded; negative is needed with guidance only.
     height, width: pixels, multiples of 16. sampling, cache: by default the model's preset.
     state: the video to continue; its tensors are only read. workspace: where to look for, and leave, a working cache.
-    exact, backend, compile: see `RollingAttachment`. on_pass: called as on_pass(done, total) before every model pass;
-    whatever it raises cancels the run, and the working cache is dropped. step_cache: a method of `step_cache.METHODS`,
-    which skips work between denoising steps, never in a pass that writes the cache; `step_report` tells what it did,
-    once the session is closed.
+    exact, backend, compile, cuda_graphs: see `RollingAttachment`. on_pass: called as on_pass(done, total) before every
+    model pass; whatever it raises cancels the run, and the working cache is dropped. step_cache: a method of
+    `step_cache.METHODS`, which skips work between denoising steps, never in a pass that writes the cache; `step_report`
+    tells what it did, once the session is closed.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class RollingSession:
         exact: bool = False,
         backend: str | None = None,
         compile: bool = False,
+        cuda_graphs: bool = False,
         on_pass: Callable[[int, int], None] | None = None,
         step_cache=None,
     ):
@@ -111,6 +112,7 @@ class RollingSession:
         self.exact = exact
         self.backend = backend
         self.compile = compile
+        self.cuda_graphs = cuda_graphs
         self.on_pass = on_pass
         self.step_cache = step_cache
         self.step_report: StepCacheReport | None = None
@@ -125,6 +127,8 @@ class RollingSession:
         self.cache_config.check_chunk(self.sampling.chunk)
         if self.step_cache is not None and self.compile:
             raise ValueError("a step cache cannot go with compiled blocks: turn compile off, or remove the step cache")
+        if self.step_cache is not None and self.cuda_graphs:
+            raise ValueError("a step cache cannot go with CUDA graphs: turn them off, or remove the step cache")
         if self.state.chunks:
             self._check_latents(self.state.chunks[-1], "the cache state's latents")
         self.set_prompt(prompt, negative)
@@ -260,7 +264,11 @@ class RollingSession:
         spec = CacheSpec(self.model.identity, shape, self.cache_config, names, self.exact, self.device)
         workspace = self._workspace
         self._attachment = apply_rolling_kv_cache(
-            self.model.transformer, exact=self.exact, backend=self.backend, compile=self.compile
+            self.model.transformer,
+            exact=self.exact,
+            backend=self.backend,
+            compile=self.compile,
+            cuda_graphs=self.cuda_graphs,
         )
         try:
             if workspace.spec == spec:

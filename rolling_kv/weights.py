@@ -37,6 +37,17 @@ def check_compile(storage: str) -> None:
         )
 
 
+def check_cuda_graphs(device: torch.device, storage: str) -> None:
+    """Raise ValueError if passes cannot be recorded as CUDA graphs on that device, with weights in that storage."""
+    if device.type != "cuda":
+        raise ValueError(f"CUDA graphs need a CUDA device, but the model is on {device}: turn them off")
+    if storage == "float8":
+        raise ValueError(
+            "weights in float8 cannot go with CUDA graphs: each layer's weights move when it runs, and a graph would go "
+            'on reading the old place. Turn CUDA graphs off, or set the weight storage to "model".'
+        )
+
+
 def storage_of(transformer: WanTransformer3DModel) -> str:
     """Which of STORAGES the weights are in; those of a GGUF file count as "model"."""
     return "float8" if any(p.dtype == torch.float8_e4m3fn for p in transformer.blocks.parameters()) else "model"

@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-storage", choices=STORAGES, default="model", help="how (a) keeps its cache")
     parser.add_argument("--offload-cache", action="store_true", help="keep the cache in CPU memory; (a) only")
     parser.add_argument("--compile", action="store_true", help="torch.compile; (a) only")
+    parser.add_argument("--cuda-graphs", action="store_true", help="record passes as CUDA graphs; (a) only")
     parser.add_argument("--backend", choices=ATTENTION_BACKENDS, help="attention backend; (a) only")
     parser.add_argument("--methods", help="letters of the methods, such as ae (default: all that can run here)")
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
@@ -102,7 +103,8 @@ def make_workload(args: argparse.Namespace) -> Workload:
     return Workload(
         size, args.height or size.height, args.width or size.width, args.chunks,
         CacheConfig(window, args.sink, storage=args.cache_storage, offload=args.offload_cache),
-        dtype=getattr(torch, dtype), device=device, compile=args.compile, backend=args.backend,
+        dtype=getattr(torch, dtype), device=device, compile=args.compile, cuda_graphs=args.cuda_graphs,
+        backend=args.backend,
     )  # fmt: skip
 
 
@@ -122,6 +124,7 @@ def describe(args: argparse.Namespace, workload: Workload) -> str:
     cpu = f"{here['cpu']}, {here['threads']} threads"
     options = [f"cache in {args.cache_storage}"] * (args.cache_storage != "model")
     options += ["cache offloaded"] * args.offload_cache + ["compiled"] * args.compile
+    options += ["CUDA graphs"] * args.cuda_graphs
     options += [f"attention by {args.backend}"] if args.backend else []
     return (
         f"{args.size}: {size.layers} layers, dim {size.dim}, {size.heads} heads, ffn {size.ffn}, random weights; "

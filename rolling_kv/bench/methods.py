@@ -90,6 +90,7 @@ class Rolling(Method):
             height=workload.height,
             width=workload.width,
             compile=workload.compile,
+            cuda_graphs=workload.cuda_graphs,
             backend=workload.backend,
         )
         self.stack = ExitStack()

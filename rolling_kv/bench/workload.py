@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config import TEXT_LENGTH, CacheConfig, SamplingConfig, check_size
 from ..schedule import Step, warp_steps
+from ..weights import check_cuda_graphs
 from .noise import draw_noise
 
 HEAD_DIM = 128
@@ -48,8 +49,8 @@ SIZES = {
 class Workload:
     """One measurement: every method makes the same chunks from the same weights, prompt and noise.
 
-    height, width: pixels. chunks: of the video. cache, compile, backend: only the engine has these; the window also
-    limits the methods that know one.
+    height, width: pixels. chunks: of the video. cache, compile, cuda_graphs, backend: only the engine has these; the
+    window also limits the methods that know one.
     Raises ValueError for a video size or a window that the engine does not take.
     """
 
@@ -62,12 +63,15 @@ class Workload:
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
     compile: bool = False
+    cuda_graphs: bool = False
     backend: str | None = None
     seed: int = 0
 
     def __post_init__(self):
         check_size(self.height, self.width)
         self.cache.check_chunk(self.sampling.chunk)
+        if self.cuda_graphs:
+            check_cuda_graphs(self.device, "model")
         if self.chunks < 1:
             raise ValueError(f"at least 1 chunk must be measured, got {self.chunks}")
 

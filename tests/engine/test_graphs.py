@@ -1,0 +1,145 @@
+"""Recorded passes: the same bits as passes that run one by one, with a recorder that needs no GPU."""
+
+import pytest
+import torch
+from builders import tiny_transformer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rolling_kv import attention
+from rolling_kv.config import CacheConfig, ModelPreset, SamplingConfig
+from rolling_kv.model import CausalModel
+from rolling_kv.sampler import RollingSession
+from rolling_kv.step_cache import SeaCache
+from rolling_kv.weights import check_cuda_graphs
+
+CHUNK, WINDOW, SINK = 2, 5, 1
+SAMPLING = SamplingConfig(chunk=CHUNK, denoising_steps=(1000, 750, 500))
+LAYOUTS = 2  # places of a chunk in a ring of 4 frames
+SIZE = dict(height=32, width=48)
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph keeps: each operation with the memory and the numbers that it had. Nothing else is run again."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, made))
+        return made
+
+    def replay(self):
+        for function, args, kwargs, made in self.calls:
+            for place, again in zip(tree_leaves(made), tree_leaves(function(*args, **kwargs))):
+                if isinstance(place, torch.Tensor) and place.data_ptr() != again.data_ptr():  # neither view nor in place
+                    place.copy_(again)
+
+
+class TapeRecorder:
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def __call__(self, run):
+        self.recorded += 1
+        with Tape() as tape:
+            output = run()
+
+        def replay():
+            self.replayed += 1
+            tape.replay()
+
+        return replay, output
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    made = []
+    monkeypatch.setattr(attention, "CudaRecorder", lambda: made.append(TapeRecorder()) or made[-1])
+    monkeypatch.setattr(attention, "check_cuda_graphs", lambda *_: None)
+    return made
+
+
+@pytest.fixture(scope="module")
+def model():
+    transformer = tiny_transformer(num_attention_heads=2, attention_head_dim=12, num_layers=3)
+    return CausalModel(transformer, ModelPreset("test", SAMPLING, CacheConfig(WINDOW, SINK)))
+
+
+def words(model, seed):
+    return torch.randn(1, 6, model.transformer.config.text_dim, generator=torch.Generator().manual_seed(seed))
+
+
+def video(model, chunks=8, switch=None, **options):
+    with RollingSession(model, words(model, 0), negative=words(model, 1), **SIZE, **options) as session:
+        for number in range(chunks):
+            if number == switch:
+                session.set_prompt(words(model, 2), words(model, 1))
+            for _ in session.generate(1, seed=7):
+                pass
+        kept = session._attachment.graphs
+        held = 0 if kept is None else len(kept._recorded)
+    assert kept is None or not kept._recorded and not kept._seen, "closing lets go of the graphs"
+    return session.state.latents(), held
+
+
+@pytest.mark.parametrize("storage", ["model", "int8"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_recorded_passes_change_no_bit(model, recorders, guidance, storage):
+    options = dict(
+        sampling=SamplingConfig(chunk=CHUNK, denoising_steps=(1000, 750, 500), guidance_scale=guidance),
+        cache=CacheConfig(WINDOW, SINK, storage=storage),
+    )
+    branches = 2 if guidance != 1.0 else 1
+    plain, _ = video(model, **options)
+    recorded, held = video(model, cuda_graphs=True, **options)
+    assert torch.equal(recorded, plain)
+    assert held == recorders[0].recorded == 2 * LAYOUTS * branches  # denoising and context passes
+    # The third chunk fills the window. Its layout and the fourth chunk's run once as they are, 3 steps and a context pass.
+    assert recorders[0].replayed == branches * (6 * 3 + 5 - 2 * LAYOUTS)
+
+
+def test_another_prompt_has_graphs_of_its_own_and_the_old_ones_go(model, recorders):
+    plain, _ = video(model, switch=6)
+    recorded, held = video(model, switch=6, cuda_graphs=True)
+    assert torch.equal(recorded, plain)
+    assert held < recorders[0].recorded
+    assert recorders[0].replayed > 0
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [CacheConfig(-1), CacheConfig(WINDOW, SINK, offload=True), CacheConfig(WINDOW, SINK, sink_phase="rebased")],
+    ids=["unlimited", "offloaded", "rebased"],
+)
+def test_passes_that_no_other_repeats_are_not_recorded(model, recorders, cache):
+    plain, _ = video(model, chunks=5, cache=cache)
+    recorded, _ = video(model, chunks=5, cache=cache, cuda_graphs=True)
+    assert torch.equal(recorded, plain) and recorders[0].recorded == 0
+
+
+def test_a_result_is_not_overwritten_by_the_next_pass(model, recorders):
+    with RollingSession(model, words(model, 0), cuda_graphs=True, **SIZE) as session:
+        list(session.generate(6, seed=7))
+        session._catch_up(0)
+        (branch,) = session._branches(session._prompt, None)
+        branch.cache.begin(CHUNK)
+        with torch.inference_mode():
+            shape = (1, 16, CHUNK, *session.latent_size)
+            first, second = (session._attachment.forward(torch.full(shape, x), 500.0, branch) for x in (0.1, -0.9))
+            assert not torch.equal(first, second)
+            assert torch.equal(first, session._attachment.forward(torch.full(shape, 0.1), 500.0, branch))
+    assert recorders[0].replayed > 0
+
+
+def test_what_cannot_be_recorded_is_refused(model):
+    session = RollingSession(model, words(model, 0), cuda_graphs=True, **SIZE)
+    with pytest.raises(ValueError, match="CUDA graphs need a CUDA device, but the model is on cpu"), session:
+        pass
+    assert not any("forward" in vars(block) for block in model.transformer.blocks)
+    with pytest.raises(ValueError, match="float8 cannot go with CUDA graphs"):
+        check_cuda_graphs(torch.device("cuda"), "float8")
+    with pytest.raises(ValueError, match="step cache cannot go with CUDA graphs"):
+        RollingSession(model, words(model, 0), step_cache=SeaCache(), cuda_graphs=True, **SIZE)
