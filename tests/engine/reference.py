@@ -4,7 +4,9 @@ Written for obviousness, in the original's order of operations. On any machine t
 bit while all frames stay in the window; recorded outputs also carry the rounding of the machine that recorded them.
 """
 
+import numpy as np
 import torch
+from diffusers import UniPCMultistepScheduler
 
 from rolling_kv.schedule import flow_schedule
 
@@ -94,6 +96,11 @@ class NaiveRun:
             self.forward(chunk, 0.0, rows=1)
             self.start += chunk.shape[2]
 
+    def keep(self, clean):
+        """The context pass: a finished chunk, [B, C, f, h, w], becomes part of the past."""
+        self.forward(clean, self.sampling.context_noise, rows=clean.shape[2])
+        self.start += clean.shape[2]
+
     def chunk(self, noise):
         """noise(draw) -> [B, C, f, h, w]; returns the clean chunk and writes it to the lists."""
         timesteps, sigmas = flow_schedule(self.sampling.shift)
@@ -105,6 +112,20 @@ class NaiveRun:
             if n + 1 < len(levels):
                 following = sigmas[levels[n + 1]].reshape(1)
                 x = (1 - following) * clean + following * noise(n + 1)
-        self.forward(clean, self.sampling.context_noise, rows=x.shape[2])
-        self.start += x.shape[2]
+        self.keep(clean)
         return clean
+
+
+def guided_chunk(cond, uncond, x):
+    """Many steps with guidance, from noise x [B, C, f, h, w]: one `NaiveRun` per branch. Returns the clean chunk."""
+    sampling = cond.sampling
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=sampling.shift, solver_order=2
+    )
+    scheduler.set_timesteps(sigmas=np.linspace(0.999, 0, sampling.num_inference_steps + 1)[:-1])
+    for timestep in scheduler.timesteps:
+        flows = [run.forward(x, timestep.item(), rows=x.shape[2]) for run in (uncond, cond)]
+        x = scheduler.step(flows[0] + sampling.guidance_scale * (flows[1] - flows[0]), timestep, x).prev_sample
+    for run in (cond, uncond):
+        run.keep(x)
+    return x

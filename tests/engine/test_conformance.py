@@ -3,9 +3,17 @@
 `ROLLING_KV_CASES=DIR` runs the same tests on another folder of cases.
 """
 
+from copy import deepcopy
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import FOLDER, load_cases
+from reference import NaiveRun, guided_chunk
+
+from rolling_kv.config import CacheConfig
+from rolling_kv.sampler import RollingSession
+from rolling_kv.schedule import seeded_noise
 
 FEW_STEP = load_cases("renoise")
 MULTI_STEP = load_cases("unipc")
@@ -58,3 +66,27 @@ def test_bfloat16_is_no_worse_than_the_original(case, exact):
 @by_name(MULTI_STEP)
 def test_multistep_with_guidance(case):
     assert difference(case.run(exact=True), case.tensors["output"]) <= 1e-5
+
+
+@pytest.mark.parametrize("given", [0, 3, 4], ids=lambda frames: f"{frames} given frames")
+@pytest.mark.parametrize("window, sink", [(-1, 0), (6, 0), (8, 1)], ids=["all", "window", "window and sink"])
+def test_multistep_with_a_window_and_given_frames(window, sink, given):
+    """No recording has these together: against the naive reference, bit for bit until a frame leaves."""
+    model = MULTI_STEP[0].model(torch.float32)
+    sampling = replace(model.preset.sampling, num_inference_steps=6)
+    model.preset = replace(model.preset, sampling=sampling, cache=CacheConfig(window, sink))
+    prompt, negative = (MULTI_STEP[0].tensors[f"{name}prompt_embeds"] for name in ("", "negative_"))
+    shape = (1, 16, sampling.chunk, 4, 6)
+    clip = seeded_noise(2, 0, (1, 16, given, *shape[3:]), 0)
+    cond, uncond = (NaiveRun(deepcopy(model), embeds) for embeds in (prompt, negative))
+    session = RollingSession(model, prompt, negative=negative, height=32, width=48, exact=True)
+    with session:
+        if given:
+            session.prefill(clip)
+            for run in (cond, uncond):
+                run.prefill(clip)
+        for chunk in session.generate(4, seed=1):
+            expected = guided_chunk(cond, uncond, seeded_noise(1, cond.start, shape, 0))
+            assert difference(chunk.latents, expected) <= (0 if window == -1 or cond.start <= window else 1e-5)
+    assert max(cond.attended) == given + 4 * sampling.chunk - 1
+    assert len(cond.attended) == (given + 4 * sampling.chunk if window == -1 else window)
