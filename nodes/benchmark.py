@@ -168,7 +168,7 @@ class RollingKVBenchmark(io.ComfyNode):
             say(f"{done + 1} of {total}: {what}")
 
         try:
-            _bring_to_device(model, setting)
+            _bring_to_device(model, bytes_needed(setting, names, own))
             if setting.sampling.sampler == "renoise":
                 raise ValueError(_why_not(replace(setting, chunks=1), on_pass))
             results, ratios = measure(
@@ -216,8 +216,9 @@ def _sampling(trained: SamplingConfig, steps: int, guidance: float) -> SamplingC
     return replace(sampling, sampler=sampler, num_inference_steps=steps)
 
 
-def _bring_to_device(model: ModelHandle, setting: Setting) -> None:
-    model.patcher.bring_to_device(bytes_needed(setting) + model.patcher.lora_bytes(model.loras))
+def _bring_to_device(model: ModelHandle, memory_required: int) -> None:
+    model.patcher.workspace.clear()  # of an earlier Sample Video: in the way here, and only a matter of time there
+    model.patcher.bring_to_device(memory_required + model.patcher.lora_bytes(model.loras))
     model.patcher.use_loras(model.loras)
 
 

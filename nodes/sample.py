@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from server import PromptServer
 
 from ..rolling_kv.config import SPATIAL_COMPRESSION, TEXT_LENGTH
-from ..rolling_kv.sampler import RollingSession, activation_bytes, working_bytes
+from ..rolling_kv.sampler import RollingSession, activation_bytes, step_cache_bytes, working_bytes
 from ..rolling_kv.vae import to_model, to_raw
 from .managed import check_cancelled
 from .types import CATEGORY, Model, State
@@ -146,10 +146,9 @@ class RollingKVSample(io.ComfyNode):
         needed = working_bytes(
             patcher.model, height, width, batch=batch, sampling=sampling, cache=model.cache, frames=frames
         )
-        activations = activation_bytes(patcher.model, height, width, batch=batch, sampling=sampling)
-        patcher.bring_to_device(
-            max(needed - patcher.workspace.nbytes, 0) + activations + patcher.lora_bytes(model.loras)
-        )
+        passing = activation_bytes(patcher.model, height, width, batch=batch, sampling=sampling)
+        passing += step_cache_bytes(patcher.model, height, width, model.step_cache, batch=batch, sampling=sampling)
+        patcher.bring_to_device(max(needed - patcher.workspace.nbytes, 0) + passing + patcher.lora_bytes(model.loras))
         patcher.use_loras(model.loras)
 
         progress = ProgressBar(1, node_id=cls.hidden.unique_id)

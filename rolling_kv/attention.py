@@ -9,6 +9,8 @@ The state dict and the module tree stay as they are.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -304,7 +306,7 @@ def apply_rolling_kv_cache(
 ) -> RollingAttachment:
     """Attach to a stock `WanTransformer3DModel`. Use as a context manager, or call `detach` on what is returned.
 
-    Raises ValueError if a rolling cache is attached already, if the model is conditioned on images, if the attention
+    Raises ValueError if a rolling cache or one of diffusers' own is attached already, if the model is conditioned on images, if the attention
     backend is not one of ATTENTION_BACKENDS or is not installed, if float8 weights are to be compiled or recorded, or if
     CUDA graphs are asked for without CUDA. The arguments are those of `RollingAttachment`.
     """
@@ -313,22 +315,47 @@ def apply_rolling_kv_cache(
         check_compile(storage_of(transformer))
     if cuda_graphs:
         check_cuda_graphs(transformer.patch_embedding.weight.device, storage_of(transformer))
-    if any(isinstance(block.attn1.processor, RollingSelfAttention) for block in transformer.blocks):
+    if is_attached(transformer):
         raise ValueError("this transformer has a rolling cache attached already; detach that one first")
+    if transformer.is_cache_enabled:
+        raise ValueError(
+            "this transformer has one of diffusers' own caches enabled, which would also skip the passes that write the "
+            "rolling cache: call its disable_cache() first, and give the method as step_cache instead"
+        )
     registry = getattr(transformer, "_diffusers_hook", None)
     if registry is not None and registry.get_hook("rolling_kv_cache") is not None:
         raise ValueError("this transformer has the hooks of rolling_kv.hooks; remove them first")
     if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
         raise ValueError("this is an image-conditioned Wan model; causal models are text-conditioned (T2V) ones")
-    attachment = RollingAttachment(
-        transformer, exact=exact, backend=backend, compile=compile, cuda_graphs=cuda_graphs
-    )
+    attachment = RollingAttachment(transformer, exact=exact, backend=backend, compile=compile, cuda_graphs=cuda_graphs)
     try:
         attachment._attach()
     except BaseException:
         attachment.detach()
         raise
     return attachment
+
+
+def is_attached(transformer) -> bool:
+    """Whether a rolling cache is attached to `transformer`."""
+    return any(isinstance(block.attn1.processor, RollingSelfAttention) for block in transformer.blocks)
+
+
+@contextmanager
+def attention_backend(transformer, backend: str | None) -> Iterator[None]:
+    """Let the attention of a stock transformer use `backend` for a while; None: what it uses anyway.
+
+    diffusers' own `set_attention_backend` also changes what every other model uses.
+    """
+    processors = [attention.processor for block in transformer.blocks for attention in (block.attn1, block.attn2)]
+    before = [processor._attention_backend for processor in processors]
+    try:
+        for processor in processors if backend else ():
+            processor._attention_backend = backend
+        yield
+    finally:
+        for processor, name in zip(processors, before):
+            processor._attention_backend = name
 
 
 def check_backend(backend: str | None) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from .attention import attention_backend, check_backend, is_attached
 from .config import SamplingConfig, check_size
 from .model import CausalModel
 from .schedule import sample_chunk, seeded_noise
@@ -20,8 +21,9 @@ class BidirectionalClip:
 
     prompt, negative: text embeddings [B or 1, L, D], zero-padded; negative is needed with guidance only.
     height, width: pixels, multiples of 16. sampling: by default the model's preset; its chunk settings are not read.
-    step_cache: a method of `step_cache.METHODS`. on_pass: called as on_pass(done, total) before every model pass, a
-    guided pair counting as one; whatever it raises cancels.
+    step_cache: a method of `step_cache.METHODS`. backend: of the attention, one of `attention.ATTENTION_BACKENDS`.
+    on_pass: called as on_pass(done, total) before every model pass, a guided pair counting as one; whatever it raises
+    cancels.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class BidirectionalClip:
         batch: int = 1,
         sampling: SamplingConfig | None = None,
         step_cache=None,
+        backend: str | None = None,
         on_pass: Callable[[int, int], None] | None = None,
     ):
         if frames < 1:
@@ -48,6 +51,8 @@ class BidirectionalClip:
                 "guidance to 1 to sample without"
             )
         self.shape = (batch, model.transformer.config.in_channels, frames, *check_size(height, width))
+        check_backend(backend)
+        self.backend = backend
         self.step_cache = step_cache
         self.step_report: StepCacheReport | None = None
         self.on_pass = on_pass
@@ -55,7 +60,14 @@ class BidirectionalClip:
         self._embeds = [e.to(model.compute_device(), model.dtype).expand(batch, -1, -1) for e in embeds]
 
     def sample(self, seed: int = 0) -> torch.Tensor:
-        """The clean latents, [B, C, F, h, w] in model space. `step_report` then tells what the step cache did."""
+        """The clean latents, [B, C, F, h, w] in model space. `step_report` then tells what the step cache did.
+
+        Raises ValueError while a rolling cache is attached to the model.
+        """
+        if is_attached(self.model.transformer):
+            raise ValueError(
+                "a rolling cache is attached to this model: close its session before sampling a whole clip"
+            )
         device, dtype = self.model.compute_device(), self.model.dtype
         steps = self.sampling.passes_at(0)
         few_step = self.sampling.sampler == "renoise"
@@ -80,7 +92,7 @@ class BidirectionalClip:
         try:
             if cache:
                 cache.begin()
-            with torch.inference_mode():
+            with torch.inference_mode(), attention_backend(self.model.transformer, self.backend):
                 latents = sample_chunk(predict, draw, self.sampling, 0).to(dtype)
             self.step_report = cache.report() if cache else None
         finally:

@@ -16,13 +16,10 @@ from .bench.cli import add_command as add_bench
 from .checkpoints import inspect_checkpoint
 from .config import PRESETS, SINK_PHASES, STORAGES, pixel_frames
 from .pipeline import Pipeline
-from .tiny import BUNDLED, make_tiny
+from .tiny import BUNDLED, check_model, default_size, make_tiny
 from .video import read_video_info
 from .weights import STORAGES as WEIGHT_STORAGES
 from .weights import check_compile, check_cuda_graphs
-
-TINY_SIZE = 64
-"""Pixels along each side that the tiny model makes."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -97,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--compile", action="store_true", help="run the blocks through torch.compile")
     generate.add_argument(
-        "--cuda-graphs", action="store_true", help="record passes as CUDA graphs and repeat them (not tried on a GPU yet)"
+        "--cuda-graphs",
+        action="store_true",
+        help="record passes as CUDA graphs and repeat them (not tried on a GPU yet)",
     )
     generate.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     generate.add_argument("--scale", type=int, default=1, help="enlarge each pixel so many times, for tiny videos")
@@ -118,16 +117,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    if args.model == BUNDLED and not BUNDLED.is_dir():
-        raise ValueError(f"the tiny model is not there; make it with: python -m rolling_kv make-tiny {BUNDLED}")
+    check_model(args.model)
     check_backend(args.backend)
     if args.compile:
         check_compile(args.weight_storage)
     if args.cuda_graphs:
         check_cuda_graphs(torch.device(args.device), args.weight_storage)
     loras = [_lora(*values) for values in args.lora]
-    small = args.model == BUNDLED
-    width, height = args.width or (TINY_SIZE if small else 832), args.height or (TINY_SIZE if small else 480)
+    height, width = default_size(args.model)
+    height, width = args.height or height, args.width or width
     pipeline = Pipeline.load(
         args.model,
         text_encoder=args.text_encoder,

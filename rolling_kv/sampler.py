@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from .config import SPATIAL_COMPRESSION, TEXT_LENGTH, CacheConfig, SamplingConfi
 from .model import CausalModel
 from .schedule import sample_chunk, seeded_noise
 from .state import CacheState
-from .step_cache import StepCache, StepCacheReport, StepWatch, start_step_cache
+from .step_cache import StepCache, StepCacheReport, StepShape, StepWatch, start_step_cache
 from .transfer import to_device
 
 NoiseSource = Callable[[int, int, tuple[int, ...]], torch.Tensor]
@@ -366,3 +367,27 @@ def activation_bytes(
     tokens = batch * (sampling or model.preset.sampling).chunk * (latent_height // 2) * (latent_width // 2)
     hidden = config.num_attention_heads * config.attention_head_dim
     return tokens * max(10 * hidden, 4 * hidden + 2 * config.ffn_dim) * torch.float32.itemsize
+
+
+def step_cache_bytes(
+    model: CausalModel, height: int, width: int, method, *, batch: int = 1, sampling: SamplingConfig | None = None
+) -> int:
+    """Bytes on the device that a step cache (a method of `step_cache.METHODS`, or None) keeps from step to step.
+
+    Few-step sampling has none; see `step_cache.start_step_cache`.
+    """
+    sampling = sampling or model.preset.sampling
+    if method is None or sampling.sampler == "renoise":
+        return 0
+    config = model.transformer.config
+    latent_height, latent_width = check_size(height, width)
+    positions = batch * sampling.chunk * latent_height * latent_width
+    shape = StepShape(
+        branches=2 if sampling.guided else 1,
+        layers=config.num_layers,
+        tokens=positions // math.prod(config.patch_size),
+        dim=config.num_attention_heads * config.attention_head_dim,
+        latents=positions * config.in_channels,
+        itemsize=model.dtype.itemsize,
+    )
+    return method.bytes_held(shape)

@@ -1,6 +1,7 @@
 // Shows the table of Benchmark Step Caches inside the node; the plot is an image, which ComfyUI shows by itself.
 import { app } from "../../scripts/app.js"
 
+const COMFY_CLASS = "RollingKVBenchmark"
 const WIDGET = "measured"
 const LINE = 16, PLOT = 420 // heights in pixels
 
@@ -32,31 +33,49 @@ function show(area, text) {
     element("table", "border-collapse: collapse", ...rows.map(row)), ...after.map(paragraph))
 }
 
+/** Show what a run of the node put out, if it did: { text: [Markdown], … }. */
+function display(node, output) {
+  const text = output?.text?.join("\n")
+  if (!text) return
+  let widget = node.widgets?.find(known => known.name === WIDGET)
+  if (!widget) {
+    const area = element("div", "overflow: auto; padding: 4px 8px; font: 11px sans-serif; user-select: text;"
+      + " color: var(--input-text); background: var(--comfy-input-bg); border-radius: 4px")
+    const height = () => Math.min(LINE * (2 + area.querySelectorAll("p, tr").length), 480)
+    widget = node.addDOMWidget(WIDGET, "table", area,
+      { serialize: false, getMinHeight: height, getMaxHeight: height })
+    widget.serialize = false
+    show(area, text)
+    const [width, least] = node.computeSize()
+    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], least + PLOT)])
+  } else {
+    show(widget.element, text)
+  }
+  node.setDirtyCanvas(true, true)
+}
+
+/** The node that an output belongs to: "id", or "subgraph:id" inside a subgraph. */
+function nodeOf(locator) {
+  const [id, subgraph] = locator.split(":").reverse()
+  const root = app.rootGraph ?? app.graph
+  return (subgraph ? root.subgraphs?.get(subgraph) : root)?.getNodeById(id)
+}
+
 app.registerExtension({
   name: "RollingKV.Benchmark",
   nodeCreated(node) {
-    if (node.comfyClass !== "RollingKVBenchmark") return
+    if (node.comfyClass !== COMFY_CLASS) return
     const executed = node.onExecuted
     node.onExecuted = function (output) {
       executed?.apply(this, arguments)
-      const text = output?.text?.join("\n")
-      if (!text) return
-      let widget = this.widgets?.find(known => known.name === WIDGET)
-      const first = !widget
-      if (first) {
-        const area = element("div", "overflow: auto; padding: 4px 8px; font: 11px sans-serif; user-select: text;"
-          + " color: var(--input-text); background: var(--comfy-input-bg); border-radius: 4px")
-        const height = () => Math.min(LINE * (2 + area.querySelectorAll("p, tr").length), 480)
-        widget = this.addDOMWidget(WIDGET, "table", area,
-          { serialize: false, getMinHeight: height, getMaxHeight: height })
-        widget.serialize = false
-      }
-      show(widget.element, text)
-      if (first) {
-        const [width, height] = this.computeSize()
-        this.setSize([Math.max(this.size[0], width), Math.max(this.size[1], height + PLOT)])
-      }
-      this.setDirtyCanvas(true, true)
+      display(this, output)
+    }
+  },
+  // Back from another tab, or opened from the history: the outputs are there again, and nothing has been executed.
+  onNodeOutputsUpdated(outputs) {
+    for (const [locator, output] of Object.entries(outputs)) {
+      const node = nodeOf(locator)
+      if (node?.comfyClass === COMFY_CLASS) display(node, output)
     }
   },
 })

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import median
 
 import torch
 
 from ..bidirectional import BidirectionalClip
-from ..config import SIZE_MULTIPLE, CacheConfig, SamplingConfig
+from ..config import CacheConfig, SamplingConfig
 from ..model import CausalModel
-from ..sampler import RollingSession, activation_bytes, working_bytes
+from ..sampler import RollingSession, activation_bytes, step_cache_bytes, working_bytes
 from ..step_cache import (
     METHODS,
     FasterCache,
@@ -28,7 +30,7 @@ from ..step_cache import (
 )
 from ..step_cache.methods import Run
 from ..vae import WanVAE, to_raw
-from .memory import TensorBytes, storage_bytes
+from .memory import CudaGauge, TensorBytes, storage_bytes
 from .similarity import Similarity
 
 MODES = ("multi-step", "bidirectional", "few-step")
@@ -72,7 +74,7 @@ class Measured:
     """One method at one strength. Lists are by seed; for the uncached runs, method is "none" and strength empty.
 
     seconds: of the run. plain_seconds: of an uncached run right before it, so that whatever else the machine does hits
-    both. peak_bytes: most memory in use, weights included. videos: latents [1, C, F, h, w] in model space, on the CPU,
+    both. report: over all seeds. peak_bytes: most memory in use, weights included. videos: latents [1, C, F, h, w] in model space, on the CPU,
     until `compare` has decoded them. quality: against the uncached videos, means by the names of `Similarity`. extra:
     what a `judge` said of the decoded videos, means.
     """
@@ -144,12 +146,12 @@ def sample(
     """One video, [1, C, F, h, w] in model space on the CPU, and what the step cache did. Nothing stays attached."""
     shared = dict(
         negative=setting.negative if setting.sampling.guided else None, height=setting.height, width=setting.width,
-        sampling=setting.sampling, step_cache=method, on_pass=on_pass,
+        sampling=setting.sampling, step_cache=method, backend=setting.backend, on_pass=on_pass,
     )  # fmt: skip
     if setting.mode == "bidirectional":
         clip = BidirectionalClip(setting.model, setting.prompt, frames=setting.clip_frames, **shared)
         return clip.sample(seed).cpu(), clip.step_report
-    session = RollingSession(setting.model, setting.prompt, cache=setting.cache, backend=setting.backend, **shared)
+    session = RollingSession(setting.model, setting.prompt, cache=setting.cache, **shared)
     with session:
         for _ in session.generate(setting.chunks, seed=seed):
             pass
@@ -166,24 +168,19 @@ def check(setting: Setting, more: Sequence[Named] = ()) -> None:
         method.config(Run(lambda: 0.0, setting.sampling.passes_at(1)))
 
 
-def bytes_needed(setting: Setting) -> int:
-    """Rough bytes that the runs take on the device beside the weights.
-
-    Caches, activations, and what the hungriest method holds: with TaylorSeer's defaults, for each guidance branch, two
-    outputs in bfloat16 of both attentions and of the feed-forward of every block.
-    """
-    config, branches = setting.model.transformer.config, 2 if setting.sampling.guided else 1
+def bytes_needed(setting: Setting, names: Sequence[str], more: Sequence[Named] = ()) -> int:
+    """Rough bytes that the runs of `measure` take on the device beside the weights: caches, activations, and what the
+    hungriest step cache holds."""
+    sizes = setting.model, setting.height, setting.width
     at_once = replace(setting.sampling, chunk=setting.clip_frames)
-    tokens = setting.clip_frames * (setting.height // SIZE_MULTIPLE) * (setting.width // SIZE_MULTIPLE)
-    held = tokens * config.num_attention_heads * config.attention_head_dim * config.num_layers * 3 * 2
+    methods = [method for _, method in variants((1.0,), setting.sampling.guided) if method.name in names]
+    methods += [method for _, _, method in more]
+    held = max((step_cache_bytes(*sizes, method, sampling=at_once) for method in methods), default=0)
     rolling = 0
     if setting.mode != "bidirectional":
         frames = sum(setting.sampling.chunk_sizes(setting.chunks))
-        rolling = working_bytes(
-            setting.model, setting.height, setting.width, sampling=setting.sampling, cache=setting.cache, frames=frames
-        )
-    activations = activation_bytes(setting.model, setting.height, setting.width, sampling=at_once)
-    return rolling + activations + held * branches * torch.bfloat16.itemsize
+        rolling = working_bytes(*sizes, sampling=setting.sampling, cache=setting.cache, frames=frames)
+    return rolling + activation_bytes(*sizes, sampling=at_once) + held
 
 
 def measure(
@@ -213,8 +210,9 @@ def measure(
         return [("none", "", None), *chosen, *more]
 
     count = len(plan((1.0,) if calibrated else ()))
-    cuda = setting.model.compute_device().type == "cuda"
-    separate = setting.memory and not cuda
+    device = setting.model.compute_device()
+    gauge = CudaGauge(device, _weights(setting)) if device.type == "cuda" else None
+    separate = setting.memory and gauge is None
     progress = _Progress(1 + (2 * count - 1) * len(setting.seeds) + separate * count, on_pass)
 
     def run(method, seed: int) -> tuple[torch.Tensor, StepCacheReport | None]:
@@ -222,7 +220,11 @@ def measure(
         progress.video += 1
         return made
 
-    # The first run is not measured: what is set up once does not belong to any method.
+    def warm_up(method) -> None:
+        """One chunk, untimed: what a method sets up on its first use is no part of its price."""
+        sample(replace(setting, chunks=1), method, max(setting.seeds) + 1, progress.wait)
+
+    # The first run is not measured either, and calibrates.
     _, report = run(MagCacheCalibration() if calibrated else None, max(setting.seeds) + 1)
     ratios = report.mag_ratios if calibrated else ()
     results = []
@@ -231,17 +233,20 @@ def measure(
         if setting.mode == "few-step" and method is not None:
             method = Forced(method)
         result = Measured(title, strength)
+        if method is not None and title not in {earlier.method for earlier in results}:
+            warm_up(method)
         for seed in setting.seeds:
             start = time.perf_counter()
             if method is not None:
                 run(None, seed)
             middle = time.perf_counter()
-            with _CudaPeak(setting) as peak:
-                latents, result.report = run(method, seed)
+            with gauge.turn(title) if gauge else nullcontext():
+                latents, report = run(method, seed)
             result.seconds.append(time.perf_counter() - middle)
+            result.report = report.plus(result.report) if result.report else report
             result.plain_seconds.append(middle - start if method is not None else result.seconds[-1])
             result.videos.append(latents)
-            result.peak_bytes = max(peak.bytes, result.peak_bytes or 0) if cuda else None
+            result.peak_bytes = max(gauge.peaks[title], result.peak_bytes or 0) if gauge else None
         if separate:
             with TensorBytes(_weights(setting)) as counted:
                 run(method, setting.seeds[0])
@@ -296,28 +301,15 @@ class _Progress:
 
     def __init__(self, videos: int, on_pass: OnPass):
         self.video, self.videos, self.on_pass = 0, videos, on_pass
+        self._total = 0
 
     def __call__(self, done: int, total: int) -> None:
+        self._total = total
         self.on_pass(self.video * total + done, self.videos * total)
 
-
-class _CudaPeak:
-    """Most memory that the model takes meanwhile on a CUDA device, weights included, whatever else lies there."""
-
-    def __init__(self, setting: Setting):
-        self.setting = setting
-        self.device = setting.model.compute_device()
-        self.bytes = 0
-
-    def __enter__(self) -> _CudaPeak:
-        if self.device.type == "cuda":
-            self._before = torch.cuda.memory_allocated(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before + _weights(self.setting)
+    def wait(self, *_) -> None:
+        """A pass that does not count."""
+        self.on_pass(self.video * self._total, self.videos * self._total)
 
 
 def _weights(setting: Setting) -> int:
@@ -325,4 +317,9 @@ def _weights(setting: Setting) -> int:
 
 
 def _mean(scores: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]} if scores else {}
+    """By name. PSNR is that of all videos together, whose squared errors are averaged: one equal video is no infinity."""
+    means = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]} if scores else {}
+    if "psnr" in means:
+        error = sum(10 ** (-score["psnr"] / 10) for score in scores) / len(scores)
+        means["psnr"] = -10 * math.log10(error) if error else math.inf
+    return means

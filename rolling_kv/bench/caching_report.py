@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from uuid import uuid4
 
 from PIL import Image
 
 from .caching import Measured, Setting
 from .chart import Axis, draw
-from .report import _markdown, _number, _size, machine
+from .report import machine, markdown, new_file, number, size
 
 COLUMNS = {"psnr": ("PSNR, dB", ".1f"), "ssim": ("SSIM", ".3f"), "lpips": ("LPIPS", ".3f")}
 """Heading and form of each measure of `similarity.Similarity`."""
@@ -41,6 +39,8 @@ def describe(setting: Setting) -> str:
 
 def change_note(setting: Setting, change: Sequence[float]) -> str:
     """A sentence on what `caching.step_change` measured: what a skipped step would cost."""
+    if not change:
+        return "It makes a chunk in a single step."
     return (
         f"From one of the {setting.sampling.passes_at(0)} steps to the next the prediction changes by "
         f"{100 * median(change):.0f} % (median; {100 * min(change):.0f} to {100 * max(change):.0f} %): that is the "
@@ -60,11 +60,11 @@ def table(results: Sequence[Measured]) -> str:
         row = [result.method, result.strength, f"{median(result.seconds):.2f}"]
         row.append(f"{result.speed_up:.2f}" if report else "1")
         row += [f"{report.skipped(part):.0%}" for part in report.possible] if report else ["", "", ""]
-        row += [_size(report.nbytes) if report else ""] + [_size(result.peak_bytes)] * with_peak
+        row += [size(report.nbytes) if report else ""] + [size(result.peak_bytes)] * with_peak
         values = [(result.quality.get(name), COLUMNS[name][1]) for name in quality]
-        row += ["same" if value == math.inf else _number(value, form) for value, form in values]
+        row += ["same" if value == math.inf else number(value, form) for value, form in values]
         rows.append(row + [f"{result.extra[name]:.2f}" for name in extra])
-    return "\n".join(_markdown(head, rows))
+    return "\n".join(markdown(head, rows))
 
 
 def ratios_note(ratios: Sequence[float]) -> str:
@@ -72,8 +72,10 @@ def ratios_note(ratios: Sequence[float]) -> str:
     return f"MagCache's constants of this model: {', '.join(f'{ratio:.4f}' for ratio in ratios)}"
 
 
-def as_json(setting: Setting, results: Sequence[Measured], ratios: Sequence[float]) -> dict:
-    """Everything measured. psnr is null where the videos are equal; the uncached ones themselves have no quality."""
+def as_json(
+    setting: Setting, results: Sequence[Measured], ratios: Sequence[float], change: Sequence[float] = ()
+) -> dict:
+    """Everything measured; change: what `caching.step_change` gave, in few-step sampling. psnr is null where the videos are equal; the uncached ones themselves have no quality."""
     entries = []
     for result in results:
         entry = asdict(result) | {"speed_up": result.speed_up, "report": result.report and result.report._asdict()}
@@ -86,6 +88,7 @@ def as_json(setting: Setting, results: Sequence[Measured], ratios: Sequence[floa
         "mode": setting.mode,
         "sampling": asdict(setting.sampling),
         "mag_ratios": list(ratios),
+        "step_change": list(change),
         "results": entries,
     }
 
@@ -103,12 +106,8 @@ def plot(setting: Setting, results: Sequence[Measured]) -> Image.Image:
 
 def write_plot(path: Path, setting: Setting, results: Sequence[Measured]) -> None:
     """Save `plot` as a PNG file. Raises ValueError if nothing but the uncached run was measured."""
-    unfinished = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
-    try:
-        plot(setting, results).save(unfinished, format="png")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with new_file(path) as file:
+        plot(setting, results).save(file, format="png")
 
 
 def _qualities(results: Sequence[Measured]) -> list[str]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
 from ..attention import ATTENTION_BACKENDS
 from ..config import STORAGES, CacheConfig
-from . import caching_cli, storage_cli
+from . import caching_cli, options, storage_cli
 from .floor import Floor
 from .measure import measure
 from .methods import Growing, Method, Recompute, Rolling
@@ -26,11 +27,12 @@ def add_command(commands) -> None:
     parser = commands.add_parser(
         "bench",
         help="measure the time and memory of the rolling cache, and of other ways to the same chunks",
-        epilog="`python -m tools.bench`, in the source repository, measures ComfyUI's own sampler beside these.",
+        epilog="In a checkout of the source repository (d), ComfyUI's own sampler, takes part too where there is a ComfyUI: "
+        "in $COMFYUI_PATH, above custom_nodes, or in ~/ComfyUI.",
     )
     parser.set_defaults(run=run)
     add_arguments(parser)
-    more = parser.add_subparsers(metavar="[caching | storage]", required=False)
+    more = parser.add_subparsers(metavar="[caching | storage]", required=False, action=options.Subcommands)
     steps = more.add_parser("caching", help="measure every step cache at several strengths, in time and quality")
     steps.set_defaults(run=caching_cli.main)
     caching_cli.add_arguments(steps)
@@ -48,62 +50,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sink", type=int, default=0, help="first latent frames that never leave the window; (a) only")
     parser.add_argument("--chunks", type=int, default=10, help="chunks to make, of 3 latent frames (default: 10)")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: bfloat16 on CUDA")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--cache-storage", choices=STORAGES, default="model", help="how (a) keeps its cache")
     parser.add_argument("--offload-cache", action="store_true", help="keep the cache in CPU memory; (a) only")
     parser.add_argument("--compile", action="store_true", help="torch.compile; (a) only")
     parser.add_argument("--cuda-graphs", action="store_true", help="record passes as CUDA graphs; (a) only")
     parser.add_argument("--backend", choices=ATTENTION_BACKENDS, help="attention backend; (a) only")
     parser.add_argument("--methods", help="letters of the methods, such as ae (default: all that can run here)")
-    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
     parser.add_argument("--repeats", type=int, default=1, help="timed runs (default: %(default)s)")
-    parser.add_argument("--no-memory", action="store_true", help="without CUDA: leave out the runs that follow memory")
-    parser.add_argument("--json", type=Path, metavar="F", help="write all figures to this file")
+    options.add_machine(parser)
     parser.add_argument("--plot", type=Path, metavar="F", help="draw seconds and memory by chunk into this PNG file")
 
 
-def run(args: argparse.Namespace, more: Sequence[type[Method]] = (), notes: Sequence[str] = ()) -> None:
-    """Measure and print. more: methods beside METHODS. notes: lines for the reader, printed last.
-
-    Raises ValueError, before anything is measured, for arguments that cannot work.
-    """
+def run(args: argparse.Namespace) -> None:
+    """Measure and print. Raises ValueError, before anything is measured, for arguments that cannot work."""
     workload = make_workload(args)
-    methods = choose_methods(args.methods, (*METHODS, *more))
-    if args.repeats < 1 or args.threads is not None and args.threads < 1:
-        raise ValueError(f"--repeats and --threads must be at least 1, got {args.repeats} and {args.threads}")
-    for path in filter(None, (args.json, args.plot)):
-        if not path.absolute().parent.is_dir():
-            raise ValueError(f"the folder of {path} does not exist; make it first")
+    options.check(args, "repeats")
     if args.plot:
-        check_plot(args.plot)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(args.threads or threads)
+        check_plot()
+    with options.threads(args.threads), comfyui_sampler(workload, args.methods) as (sampler, note):
+        methods = choose_methods(args.methods, METHODS + ((sampler,) if sampler else ()))
         described = describe(args, workload)
         print(described)
         # What is compiled on the first chunks, or set up in CUDA's libraries, is not what is measured.
         warmup = 2 if workload.compile or workload.device.type == "cuda" else 0
         results = measure(workload, methods, repeats=args.repeats, warmup=warmup, memory=not args.no_memory)
         print(f"\n{tables(workload, results)}")
-        for note in notes:
+        if note:
             print(note)
         if args.json:
             write_json(args.json, as_json(_plain(args), workload, results))
         if args.plot:
             write_plot(args.plot, described, workload, results)
-    finally:
-        torch.set_num_threads(threads)
+
+
+@contextmanager
+def comfyui_sampler(workload: Workload, letters: str | None) -> Iterator[tuple[type[Method] | None, str]]:
+    """(d), ComfyUI's own sampler, and a note for the reader: why it is left out, or empty. letters: of --methods.
+
+    It needs another process, which the published pack never starts: the method is in the folder `tools` of the source.
+    Raises ValueError if (d) was asked for and cannot run.
+    """
+    wanted = letters is None or "d" in letters
+    source = Path(__file__).parents[2] / "tools" / "comfyui_sampler.py"
+    with ExitStack() as stack:
+        sampler, why_not = None, "it is part of the source repository only"
+        if wanted and source.is_file():
+            from tools.comfyui_sampler import find_sampler
+
+            sampler, why_not = stack.enter_context(find_sampler(workload))
+        if letters is not None and wanted and sampler is None:
+            raise ValueError(f"(d) cannot be measured: {why_not}")
+        yield sampler, f"(d) was not measured: {why_not}." if wanted and sampler is None else ""
 
 
 def make_workload(args: argparse.Namespace) -> Workload:
     size = SIZES[args.size]
-    device = torch.device(args.device)
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     window = size.window if args.window is None else args.window
     return Workload(
         size, args.height or size.height, args.width or size.width, args.chunks,
         CacheConfig(window, args.sink, storage=args.cache_storage, offload=args.offload_cache),
-        dtype=getattr(torch, dtype), device=device, compile=args.compile, cuda_graphs=args.cuda_graphs,
+        dtype=options.dtype_of(args), device=torch.device(args.device), compile=args.compile, cuda_graphs=args.cuda_graphs,
         backend=args.backend,
     )  # fmt: skip
 

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from uuid import uuid4
@@ -65,11 +67,11 @@ def tables(workload: Workload, results: list[Result]) -> str:
         [
             f"({result.letter}) {result.title}",
             f"{row['seconds']:.3f}",
-            _number(row["frames_per_second"], ".2f"),
-            _number(row["share_of_floor"], ".3f"),
-            _size(row["kv_bytes"]),
-            _size(row["peak_bytes"]),
-            _number(row["peak_growth"], "+.2%"),
+            number(row["frames_per_second"], ".2f"),
+            number(row["share_of_floor"], ".3f"),
+            size(row["kv_bytes"]),
+            size(row["peak_bytes"]),
+            number(row["peak_growth"], "+.2%"),
         ]
         for result, row in ((result, figures[result.letter]) for result in results)
     ]
@@ -78,14 +80,14 @@ def tables(workload: Workload, results: list[Result]) -> str:
     lines = [
         f"Window of {window}, {workload.sampling.chunk} per chunk. Medians over {span}"
         f"{'' if reaches_full_window(workload) else ', which does not have a full window'}. Model passes only: "
-        f"no text encoder, no VAE. Real time is {FPS} frames/s. Growth of the peak: from the first chunk of {span} to the "
+        f"no text encoder, no VAE. Real time is {FPS} frames/s. Growth of the peak: from the first of these chunks to the "
         "largest.",
         "",
-        *_markdown(head, rows),
+        *markdown(head, rows),
         "",
         *(f"({result.letter}) {result.title}: {result.note}." for result in results),
         "",
-        *_markdown(["chunk", *(f"({result.letter}) s" for result in results)], _chunk_rows(workload, results)),
+        *markdown(["chunk", *(f"({result.letter}) s" for result in results)], _chunk_rows(workload, results)),
     ]
     return "\n".join(lines)
 
@@ -105,18 +107,18 @@ def _chunk_rows(workload: Workload, results: list[Result]) -> list[list[str]]:
     return rows[: ROWS // 2] + [["…"] * len(rows[0])] + rows[-ROWS // 2 :]
 
 
-def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in (head, *rows)]
     lines.insert(1, " | ".join("-" * width for width in widths))
     return [f"| {line} |" for line in lines]
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _size(count: int | None) -> str:
+def size(count: int | None) -> str:
     if count is None:
         return ""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
@@ -133,22 +135,26 @@ def as_json(settings: dict, workload: Workload, results: list[Result]) -> dict:
     }
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write beside the target first: what was there stays until the new file is whole."""
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to: what was there stays until the new file is whole, and then makes way for it."""
     unfinished = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
     try:
-        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        yield unfinished
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def check_plot(path: Path) -> None:
-    """Raise ValueError, before anything is measured, if a plot could not be written."""
+def write_json(path: Path, content: dict) -> None:
+    with new_file(path) as file:
+        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def check_plot() -> None:
+    """Raise ValueError, before anything is measured, if no plot can be drawn here."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib, which is not installed: pip install matplotlib, or leave --plot out")
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--plot writes a PNG picture: name it .png, not {path.name}")
 
 
 def write_plot(path: Path, title: str, workload: Workload, results: list[Result]) -> None:
@@ -171,9 +177,5 @@ def write_plot(path: Path, title: str, workload: Workload, results: list[Result]
         axis.set_ylim(0, axis.get_ylim()[1] * 1.1)
         axis.legend()
     axes[-1].set_xlabel("chunk")
-    unfinished = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
-    try:
-        figure.savefig(unfinished, format="png", dpi=120)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with new_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)

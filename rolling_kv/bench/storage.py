@@ -20,7 +20,8 @@ from ..sampler import RollingSession
 from ..weights import GGUF_PACKAGE, store_float8
 from .measure import BenchError
 from .memory import CudaGauge, TensorBytes, storage_bytes
-from .report import _markdown, _number, _size, machine
+from .report import machine, markdown, number, size
+from .workload import full_window
 
 Say = Callable[[str], None]
 
@@ -52,9 +53,7 @@ class Setting:
 
     @property
     def full_window(self) -> list[int]:
-        """Numbers (from 0) of the chunks whose passes all see a full window; the last chunk alone if there are none."""
-        window, chunk = self.preset.cache.window, self.preset.sampling.chunk
-        return [i for i in range(self.chunks) if window != -1 and i * chunk >= window] or [self.chunks - 1]
+        return full_window(self.chunks, self.preset.sampling, self.preset.cache)
 
 
 @dataclass(frozen=True)
@@ -259,14 +258,14 @@ def table(setting: Setting, results: Sequence[Measured]) -> str:
     rows = []
     for row in summary(setting, results):
         sizes = [row["weight_bytes"], row["cache_device_bytes"], row["cache_host_bytes"] or None, row["peak_bytes"]]
-        times = [_number(row["seconds"], ".3f"), _number(row["times_the_first"], ".2f"), _number(row["error"], ".1e")]
-        rows.append([row["weights"], row["cache"], "yes" if row["offload"] else "", *map(_size, sizes), *times])
+        times = [number(row["seconds"], ".3f"), number(row["times_the_first"], ".2f"), number(row["error"], ".1e")]
+        rows.append([row["weights"], row["cache"], "yes" if row["offload"] else "", *map(size, sizes), *times])
     full = setting.full_window
     span = f"chunks {full[0] + 1} to {full[-1] + 1}" if len(full) > 1 else f"chunk {full[0] + 1}"
     window = setting.preset.cache.window
     dtype = str(setting.dtype).removeprefix("torch.")
     lines = [
-        *_markdown(head, rows),
+        *markdown(head, rows),
         "",
         f"model: {dtype}. Window of {'all frames' if window == -1 else f'{window} latent frames'}; medians over {span}. "
         "Error: 2-norm of the difference from the latents that the same weights make in float32, relative to those.",

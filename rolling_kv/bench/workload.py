@@ -106,10 +106,7 @@ class Workload:
 
     @property
     def full_window(self) -> list[int]:
-        """Numbers (from 0) of the chunks whose passes all see a full window; the last chunk alone if there are none."""
-        window = self.cache.window
-        full = [i for i in range(self.chunks) if window != -1 and i * self.sampling.chunk >= window]
-        return full or [self.chunks - 1]
+        return full_window(self.chunks, self.sampling, self.cache)
 
     @torch.inference_mode(False)
     def random_weights(self) -> dict[str, Tensor]:
@@ -129,6 +126,12 @@ class Workload:
             return values.mul_(fan_in**-0.5)
 
         return {name: fill(name, shape) for name, shape in weight_shapes(self.size).items()}
+
+
+def full_window(chunks: int, sampling: SamplingConfig, cache: CacheConfig) -> list[int]:
+    """Numbers (from 0) of the chunks whose passes all see a full window; the last chunk alone if there are none."""
+    full = [i for i in range(chunks) if cache.window != -1 and i * sampling.chunk >= cache.window]
+    return full or [chunks - 1]
 
 
 def weight_shapes(size: BenchSize) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from .methods import (
     MagCacheCalibration,
     PyramidAttentionBroadcast,
     SeaCache,
+    StepShape,
     TaylorSeer,
     why_unavailable,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "SeaCache",
     "StepCache",
     "StepCacheReport",
+    "StepShape",
     "StepWatch",
     "TaylorSeer",
     "apply_step_cache",

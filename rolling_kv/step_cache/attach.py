@@ -46,6 +46,14 @@ class StepCacheReport(NamedTuple):
         possible = sum(self.possible[part] for part in parts)
         return 1 - sum(self.computed[part] for part in parts) / possible if possible else 0.0
 
+    def plus(self, other: StepCacheReport) -> StepCacheReport:
+        """Of two runs with one method: calls add up, bytes are the most of either. The rest stays as it is here."""
+        return self._replace(
+            computed={part: calls + other.computed[part] for part, calls in self.computed.items()},
+            possible={part: calls + other.possible[part] for part, calls in self.possible.items()},
+            nbytes=max(self.nbytes, other.nbytes),
+        )
+
     def summary(self) -> str:
         """A sentence for people."""
         shares = ", ".join(f"{self.skipped(part):.0%} of {part}" for part in self.possible)
@@ -70,14 +78,12 @@ class StepCache:
         self._counter = _CallCounter(transformer)
         self._passes = 0
         self._peak = 0
+        self._weighed: set[torch.Size] = set()  # shapes of the chunks that `_peak` has seen
 
     def begin(self) -> None:
         """Forget everything: the next `predict` is the first step of another chunk."""
         self._collect_ratios()
-        for hook in self._cache_hooks + (_hooks(self._joint) if self._joint else []):
-            hook.reset_state(None)
-        self._states.clear()
-        self.step = 0
+        self._forget()
 
     def predict(self, x: torch.Tensor, timestep: float, passes: list[Pass]) -> list[torch.Tensor]:
         """Run one denoising step of every guidance branch; steps come in order. One flow per pass, [B, C, f, h, w].
@@ -92,8 +98,23 @@ class StepCache:
         else:
             flows = [self._run(name, branch, x) for name, branch in branches.items()]
         self.step += 1
-        self._peak = max(self._peak, self._nbytes())
+        if x.shape not in self._weighed:  # every chunk of that shape holds as much
+            storages = [tensor.untyped_storage() for tensor in self.held()]
+            self._peak = max(self._peak, sum({s.data_ptr(): s.nbytes() for s in storages}.values()))
+            if self.step == self.steps:
+                self._weighed.add(x.shape)
         return flows
+
+    def held(self) -> list[torch.Tensor]:
+        """What is kept from step to step: every tensor, of all branches."""
+        hooks = self._all_hooks()
+        managers = {id(v): v for hook in hooks for v in vars(hook).values() if isinstance(v, StateManager)}
+        states = [list(manager._state_cache.values()) for manager in managers.values()]
+        # The hooks on the denoiser, and on attention, have one state each; those of the branches are kept here.
+        states += [vars(hook).get("state") for hook in hooks] + [
+            list(states.values()) for states in self._states.values()
+        ]
+        return list(_tensors(states))
 
     def report(self) -> StepCacheReport:
         self._collect_ratios()
@@ -104,6 +125,7 @@ class StepCache:
     def detach(self) -> None:
         """Put the transformer back exactly as it was. Safe to call twice, and after an exception."""
         self._counter.remove()
+        self._forget()  # the hooks live on in cycles of references, for who knows how long
         if self.transformer.is_cache_enabled:
             self._switch(on=True)
             self.transformer.disable_cache()
@@ -111,7 +133,7 @@ class StepCache:
         for module, (forward, registry) in self._before.items():
             _set_attribute(module, "forward", forward)
             _set_attribute(module, "_diffusers_hook", registry)
-        self._before, self._forwards, self._cache_hooks = {}, {}, []
+        self._before, self._forwards, self._cache_hooks, self._joint = {}, {}, [], None
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -130,6 +152,15 @@ class StepCache:
         if isinstance(self.method, FasterCache):
             self._joint = _JointBranches(self.method.config(Run(lambda: self.timestep, self.steps), guided=True))
 
+    def _all_hooks(self) -> list:
+        return self._cache_hooks + (_hooks(self._joint) if self._joint else [])
+
+    def _forget(self) -> None:
+        for hook in self._all_hooks():
+            hook.reset_state(None)
+        self._states.clear()
+        self.step = 0
+
     def _attention_timestep(self) -> float:
         """What the attention hooks see. FasterCache, with guidance, reuses attention only where it skips a branch."""
         return math.inf if self._joint is not None and self._joint.both else self.timestep
@@ -147,7 +178,8 @@ class StepCache:
         where = {}
         if isinstance(self.method, SeaCache):
             where = dict(step_index=self.step, num_inference_steps=self.steps, sigma=self.timestep / 1000)
-        self._switch(on=True)
+        # FasterCache, with guidance, never reuses attention in the unconditional branch: nothing is kept of it.
+        self._switch(on=self._joint is None or name == "cond")
         self._counter.on = True
         try:
             with self.transformer.cache_context(name, **where):
@@ -165,12 +197,6 @@ class StepCache:
     def _switch(self, on: bool) -> None:
         for module, (hooked, plain) in self._forwards.items():
             _set_attribute(module, "forward", hooked if on else plain)
-
-    def _nbytes(self) -> int:
-        managers = {id(v): v for hook in self._cache_hooks for v in vars(hook).values() if isinstance(v, StateManager)}
-        states = [list(manager._state_cache.values()) for manager in managers.values()]
-        states += [list(states.values()) for states in self._states.values()]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(states)}.values())
 
 
 class _JointBranches(nn.Module):

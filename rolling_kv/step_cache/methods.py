@@ -23,6 +23,26 @@ class Run(NamedTuple):
     steps: int  # denoising steps of a chunk
 
 
+class StepShape(NamedTuple):
+    """The size of one denoising step, for what a method keeps of it: its `bytes_held(shape)`, of all branches together.
+
+    branches: 2 with guidance. tokens: of the whole batch, after patches are made. latents: values of the latents of the
+    whole batch. itemsize: bytes of a value in the model's dtype.
+    """
+
+    branches: int
+    layers: int
+    tokens: int
+    dim: int
+    latents: int
+    itemsize: int
+
+    @property
+    def hidden(self) -> int:
+        """Bytes of one tensor of the hidden size."""
+        return self.tokens * self.dim * self.itemsize
+
+
 @dataclass(frozen=True)
 class PyramidAttentionBroadcast:
     """Reuses each attention's output for a number of steps. https://arxiv.org/abs/2408.12588
@@ -46,14 +66,19 @@ class PyramidAttentionBroadcast:
         _ranges(self, "spatial_attention_timestep_skip_range", "cross_attention_timestep_skip_range")
 
     def config(self, run: Run):
+        # None: nothing is kept of an attention that is always computed. diffusers turns two of them into its default.
+        self_range, cross_range = self.spatial_attention_block_skip_range, self.cross_attention_block_skip_range
         return hooks.PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=self.spatial_attention_block_skip_range,
-            # None: nothing is kept of an attention that is always computed.
-            cross_attention_block_skip_range=cross if (cross := self.cross_attention_block_skip_range) > 1 else None,
+            spatial_attention_block_skip_range=None if self_range == 1 < cross_range else self_range,
+            cross_attention_block_skip_range=None if cross_range == 1 else cross_range,
             spatial_attention_timestep_skip_range=self.spatial_attention_timestep_skip_range,
             cross_attention_timestep_skip_range=self.cross_attention_timestep_skip_range,
             current_timestep_callback=run.timestep,
         )
+
+    def bytes_held(self, shape: StepShape) -> int:
+        reused = (self.spatial_attention_block_skip_range > 1) + (self.cross_attention_block_skip_range > 1)
+        return shape.branches * max(reused, 1) * shape.layers * shape.hidden
 
 
 @dataclass(frozen=True)
@@ -107,6 +132,10 @@ class FasterCache:
             is_guidance_distilled=not guided,
         )
 
+    def bytes_held(self, shape: StepShape) -> int:
+        spectra = 2 * torch.complex64.itemsize * shape.latents if shape.branches == 2 else 0
+        return 2 * shape.layers * shape.hidden + spectra  # of attention, in the conditional branch alone
+
 
 @dataclass(frozen=True)
 class FirstBlockCache:
@@ -127,6 +156,9 @@ class FirstBlockCache:
 
     def config(self, run: Run):
         return hooks.FirstBlockCacheConfig(threshold=self.threshold)
+
+    def bytes_held(self, shape: StepShape) -> int:
+        return shape.branches * 3 * shape.hidden
 
 
 WAN_TAYLORSEER_MODULES = (r"blocks\.\d+\.attn[12]", r"blocks\.\d+\.ffn")
@@ -177,6 +209,11 @@ class TaylorSeer:
             cache_identifiers=None if self.use_lite_mode else list(self.cache_identifiers),
         )
 
+    def bytes_held(self, shape: StepShape) -> int:
+        """With the default `cache_identifiers`."""
+        values = shape.latents if self.use_lite_mode else 3 * shape.layers * shape.tokens * shape.dim
+        return shape.branches * (self.max_order + 1) * values * getattr(torch, self.taylor_factors_dtype).itemsize
+
 
 @dataclass(frozen=True)
 class MagCache:
@@ -214,6 +251,9 @@ class MagCache:
             num_inference_steps=run.steps, mag_ratios=torch.tensor(self.mag_ratios),
         )  # fmt: skip
 
+    def bytes_held(self, shape: StepShape) -> int:
+        return shape.branches * 2 * shape.hidden
+
 
 @dataclass(frozen=True)
 class MagCacheCalibration:
@@ -225,6 +265,9 @@ class MagCacheCalibration:
     def config(self, run: Run):
         # One step more than there are: at the last one diffusers would print the constants and forget them.
         return hooks.MagCacheConfig(calibrate=True, num_inference_steps=run.steps + 1)
+
+    def bytes_held(self, shape: StepShape) -> int:
+        return shape.branches * 2 * shape.hidden
 
 
 @dataclass(frozen=True)
@@ -258,6 +301,11 @@ class SeaCache:
             max_consecutive_cached=self.max_consecutive_cached, cache_end_steps=self.cache_end_steps,
             power_exp=self.power_exp,
         )  # fmt: skip
+
+    def bytes_held(self, shape: StepShape) -> int:
+        # In float32 the filtered latents are the real half of complex numbers.
+        indicator = shape.latents * (shape.itemsize if shape.itemsize < 4 else 2 * shape.itemsize)
+        return shape.branches * ((self.residual_order + 1) * shape.hidden + indicator)
 
 
 METHODS = {

@@ -34,7 +34,8 @@ class Tape(TorchDispatchMode):
     def replay(self):
         for function, args, kwargs, made in self.calls:
             for place, again in zip(tree_leaves(made), tree_leaves(function(*args, **kwargs))):
-                if isinstance(place, torch.Tensor) and place.data_ptr() != again.data_ptr():  # neither view nor in place
+                # Neither a view nor written in place.
+                if isinstance(place, torch.Tensor) and place.data_ptr() != again.data_ptr():
                     place.copy_(again)
 
 

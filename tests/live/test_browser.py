@@ -31,3 +31,16 @@ def check_table(page, markdown):
     page.wait_for_selector("table tr", state="attached")
     assert page.locator("table tr").count() == len(lines) - 1 > 12
     assert page.locator("table tr").last.inner_text().split()[0] == lines[-1].split()[1]
+
+
+def test_the_table_is_still_there_after_a_look_at_another_tab(frontend):
+    """The page closes a workflow's nodes when another one is shown, and makes them anew."""
+    frontend.open_workflow(PACK / "workflows/rolling_kv_benchmark.json")
+    frontend.press_run(seconds=900)
+    rows = frontend.page.locator("table tr")
+    count = rows.count()
+    frontend.open_workflow(PACK / "workflows/rolling_kv_text_to_video.json")
+    assert rows.count() == 0
+    frontend.page.locator(".workflow-tab", has_text="rolling_kv_benchmark").last.click()
+    frontend.page.wait_for_selector("table tr", state="attached")
+    assert rows.count() == count > 12

@@ -55,9 +55,7 @@ def own_videos(count: int, chunks: int, seed: int = 11) -> tuple[torch.Tensor, t
     kept = known.nonzero()[:, 0].tolist()
     paths = torch.cat(places, 1)[kept]
     shapes = [[SHAPES[(SHAPES.index(scenes[i].shape) + turn) % 3] for i in kept] for turn in range(3)]
-    own, *others = (
-        render([replace(scenes[i], shape=name) for i, name in zip(kept, names)], paths) for names in shapes
-    )
+    own, *others = (render([replace(scenes[i], shape=name) for i, name in zip(kept, names)], paths) for names in shapes)
     return latents[kept], own, torch.stack(others)
 
 

@@ -1,30 +1,46 @@
-"""`python -m rolling_kv bench` and, where there is a ComfyUI, its own SamplerARVideo on the same weights and noise.
+"""(d) of `python -m rolling_kv bench`: ComfyUI's own SamplerARVideo on the same weights, prompt and noise.
 
-    python -m tools.bench [--comfyui DIR] [any argument of `python -m rolling_kv bench`]
-
-ComfyUI runs in a process of its own, in its own Python, and takes turns with the other methods. It is looked for as
-`tools.comfy_env` does: $COMFYUI_PATH, above custom_nodes, ~/ComfyUI. To measure everything with one and the same
-torch, run this with ComfyUI's Python. This part is no part of the pack that is published, which starts no process.
+ComfyUI runs in a process of its own, in its own Python, and takes turns with the other methods. To measure everything
+with one and the same torch, run the benchmark with ComfyUI's Python. No part of the pack that is published, which
+starts no process.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import subprocess
-import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 
-from rolling_kv.bench.cli import add_arguments, run
+from rolling_kv.bench.measure import BenchError
 from rolling_kv.bench.methods import Method
+from rolling_kv.bench.workload import Workload
 
 from .comfy_env import PACK, ComfyError, ComfyInstall, find_install
+
+
+@contextmanager
+def find_sampler(workload: Workload) -> Iterator[tuple[type[ComfyUISampler] | None, str]]:
+    """The method for this workload, or None and why it cannot be measured. Looks where `comfy_env.find_comfyui` does."""
+    try:
+        install = find_install()
+    except ComfyError as error:
+        yield None, str(error)
+        return
+    if install is None:
+        yield None, "no ComfyUI was found; name one in COMFYUI_PATH"
+    elif workload.device.type == "cpu" and workload.dtype != torch.float32:
+        yield None, "on a CPU, ComfyUI's sampler runs in float32 only"
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            note = f"{ComfyUISampler.note}; torch {install.versions['torch']}"
+            known = {"install": install, "folder": Path(folder), "note": note}
+            yield type("ComfyUISampler", (ComfyUISampler,), known), ""
 
 
 class ComfyUISampler(Method):
@@ -50,7 +66,7 @@ class ComfyUISampler(Method):
             save_file({"prompt": workload.prompt.float().cpu()}, prompt_file)
         self.log = (self.folder / "log.txt").open("w+", encoding="utf-8", errors="replace")
         self.process = subprocess.Popen(
-            [self.install.python, "-m", "tools.bench_comfyui"], cwd=PACK, stdin=subprocess.PIPE,
+            [self.install.python, "-m", "tools.comfyui_sampler_process"], cwd=PACK, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.log, text=True, encoding="utf-8",
         )  # fmt: skip
         try:
@@ -108,36 +124,5 @@ class ComfyUISampler(Method):
         if not line:
             self.log.seek(0)
             reason = "\n".join(self.log.read().strip().splitlines()[-5:])
-            raise ComfyError(f"ComfyUI at {self.install.path} could not be measured; its last words were:\n{reason}")
+            raise BenchError(f"ComfyUI at {self.install.path} could not be measured; its last words were:\n{reason}")
         self.answer = json.loads(line)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--comfyui", metavar="DIR", help="folder of the ComfyUI to measure (default: looked for)")
-    add_arguments(parser)
-    args = parser.parse_args(arguments)
-    logging.set_verbosity_error()
-    if args.comfyui:
-        os.environ["COMFYUI_PATH"] = args.comfyui
-    try:
-        install = find_install()
-        with tempfile.TemporaryDirectory() as folder:
-            if install is None:
-                run(args, notes=["(d) was not measured: no ComfyUI was found. Name one with --comfyui DIR."])
-            elif args.device == "cpu" and args.dtype in ("float16", "bfloat16"):
-                run(args, notes=["(d) was not measured: on a CPU, ComfyUI's sampler runs in float32 only."])
-            else:
-                sampler = type("ComfyUISampler", (ComfyUISampler,), {"install": install, "folder": Path(folder)})
-                sampler.note += f"; torch {install.versions['torch']}"
-                run(args, [sampler])
-    except (ValueError, OSError, ComfyError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("cancelled")
-
-
-if __name__ == "__main__":
-    main()
