@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from rolling_kv.bench.workload import SIZES, BenchSize, Workload, weight_shapes
 from rolling_kv.checkpoints import build_transformer
 from rolling_kv.cli import main
 from rolling_kv.config import CacheConfig, SamplingConfig
+from tools import comfyui_sampler
+from tools.comfy_env import ComfyInstall
 
 SMALL = BenchSize(layers=2, dim=128, ffn=96, height=32, width=48, window=7)
 STEPS = 2
@@ -227,7 +230,7 @@ def test_methods_take_turns_and_the_floor_runs_right_after_the_engine(monkeypatc
 
 def test_the_command_prints_a_table_and_writes_every_figure(tmp_path, capsys):
     target = tmp_path / "bench.json"
-    main(["bench", "--size", "tiny", "--chunks", "2", "--window", "3", "--json", str(target)])
+    main(["bench", "--size", "tiny", "--chunks", "2", "--window", "3", "--methods", "abce", "--json", str(target)])
     printed = capsys.readouterr().out
     for title in ("(a) rolling cache", "(b) no cache", "(c) grow and trim", "(e) floor"):
         assert f"| {title}" in printed
@@ -256,7 +259,7 @@ def test_a_plot_is_a_picture(tmp_path):
         (["--chunks", "0"], "at least 1 chunk"),
         (["--repeats", "0"], "at least 1"),
         (["--json", "nowhere/bench.json"], "does not exist"),
-        (["--plot", "bench.jpg"], "png|matplotlib"),
+        (["--plot", "bench.jpg"], "png"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_measured(arguments, said, monkeypatch):
@@ -267,10 +270,45 @@ def test_what_cannot_work_is_said_before_anything_is_measured(arguments, said, m
         cli.run(parser.parse_args(arguments))
 
 
-def test_a_plot_needs_matplotlib_and_says_so(monkeypatch, tmp_path):
+def test_a_plot_needs_matplotlib_and_says_so(monkeypatch):
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
-        report.check_plot(tmp_path / "bench.png")
+        report.check_plot()
+
+
+def test_options_before_a_subcommand_are_refused(capsys):
+    """Its own defaults would replace them without a word."""
+    with pytest.raises(SystemExit):
+        main(["bench", "--json", "bench.json", "caching"])
+    assert "--json stands before 'caching'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def no_comfyui(monkeypatch, tmp_path):
+    monkeypatch.setattr(comfyui_sampler, "find_install", lambda: None)
+
+
+def test_without_a_comfyui_the_rest_is_measured_and_a_note_says_so(no_comfyui, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "METHODS", (Floor,))
+    main(["bench", "--chunks", "1", "--no-memory"])
+    assert "(d) was not measured: no ComfyUI was found" in capsys.readouterr().out
+    main(["bench", "--chunks", "1", "--no-memory", "--methods", "e"])
+    assert "(d)" not in capsys.readouterr().out
+
+
+def test_asking_for_comfyui_where_it_cannot_run_is_an_error(no_comfyui, monkeypatch):
+    with pytest.raises(SystemExit, match="no ComfyUI was found; name one in COMFYUI_PATH"):
+        main(["bench", "--methods", "d"])
+    install = ComfyInstall(Path("comfyui"), Path("python"), {"torch": "2"}, cuda=False)
+    monkeypatch.setattr(comfyui_sampler, "find_install", lambda: install)
+    with pytest.raises(SystemExit, match="float32 only"):
+        main(["bench", "--methods", "d", "--dtype", "bfloat16", "--device", "cpu"])
+
+
+def test_the_published_pack_has_no_comfyui_to_measure(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "rolling_kv/bench/cli.py"))
+    with cli.comfyui_sampler(workload(), None) as (sampler, note):
+        assert sampler is None and "source repository only" in note
 
 
 def test_the_number_of_threads_is_put_back():

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from rolling_kv.bench import caching, caching_cli, similarity
-from rolling_kv.bench.caching_report import plot, table
+from rolling_kv.bench.caching_report import change_note, plot, table
 from rolling_kv.bench.chart import Axis, draw, ticks
 from rolling_kv.bench.similarity import Similarity
 from rolling_kv.sampler import activation_bytes, working_bytes
@@ -78,7 +78,11 @@ def test_progress_counts_every_pass_of_every_run(setting):
     setting = replace(setting, seeds=(0, 1), memory=True)
     results, _ = caching.measure(setting, ["taylorseer"], on_pass=lambda *pair: seen.append(pair))
     passes = 6 * (1 + 2 + 3 * 4 + 4)  # the first run; uncached twice; three strengths with a pair per seed; memory
-    assert seen == [(index, passes) for index in range(passes)]
+    before = 6 * 4  # without a step cache
+    assert seen[:before] == [(index, passes) for index in range(before)]
+    assert seen[before : before + 6] == [(before, passes)] * 6, "the untimed run of the method does not count"
+    assert seen[before + 6 :] == [(index, passes) for index in range(before, passes)]
+    assert results[1].report.possible["feed-forward"] == 2 * 6 * 2 * 4, "of both seeds"
     assert [len(result.seconds) for result in results] == [2] * 4
 
 
@@ -123,7 +127,7 @@ def test_what_the_runs_need_is_about_what_they_use(setting):
     setting = replace(setting, memory=True, chunks=2)
     results, _ = caching.measure(setting, ["taylorseer"], defaults_only=True)
     used = [result.peak_bytes - caching._weights(setting) for result in results]
-    needed, held = caching.bytes_needed(setting), results[1].report.nbytes
+    needed, held = caching.bytes_needed(setting, ["taylorseer"]), results[1].report.nbytes
     assert used[1] < 1.1 * needed < 3 * used[1]
     sizes = setting.model, setting.height, setting.width
     plain = working_bytes(*sizes, sampling=setting.sampling, cache=setting.cache)
@@ -148,9 +152,17 @@ def test_one_run_measures_calibrates_and_writes(folder, tmp_path, capsys):
     assert Image.open(picture).size == (960, 600)
 
 
-def test_few_step_says_why_not(folder, capsys):
-    caching_cli.main(arguments(folder, "--mode", "few-step", "--methods", "taylorseer", "--no-memory"))
+def test_few_step_says_why_not(folder, tmp_path, capsys):
+    target = tmp_path / "caching.json"
+    options = ["--mode", "few-step", "--methods", "taylorseer", "--no-memory", "--json", str(target)]
+    caching_cli.main(arguments(folder, *options))
     assert "From one of the 4 steps to the next the prediction changes by" in capsys.readouterr().out
+    assert len(json.loads(target.read_text())["step_change"]) == 3
+
+
+def test_a_single_step_has_no_change(setting):
+    single = replace(setting, sampling=replace(setting.sampling, sampler="renoise", denoising_steps=(1000,)))
+    assert "single step" in change_note(single, ())
 
 
 @pytest.mark.parametrize(
@@ -159,6 +171,7 @@ def test_few_step_says_why_not(folder, capsys):
         (["--methods", "teacache"], "named pab, .* got teacache"),
         (["--methods", ""], "got none"),
         (["--videos", "0"], "--videos must be at least 1"),
+        (["--threads", "0"], "--threads must be at least 1"),
         (["--json", "no/f.json"], "does not exist"),
         (["--plot", "f.jpg"], "PNG"),
         (["--mode", "few-step", "--methods", "magcache"], "multi-step sampling only"),
@@ -171,7 +184,30 @@ def test_what_cannot_work_is_said_first(folder, options, message, monkeypatch):
         caching_cli.main(arguments(folder, *options))
 
 
+@pytest.mark.parametrize("mode", ["multi-step", "bidirectional"])
+def test_the_backend_reaches_every_mode(setting, mode):
+    with pytest.raises(ValueError, match="attention backend must be one of .* got 'flesh'"):
+        caching.sample(replace(setting, mode=mode, backend="flesh"), None, 0)
+
+
+def test_the_hungriest_settings_decide_what_the_runs_need(setting):
+    def beside_the_rest(names, more=()):
+        return caching.bytes_needed(setting, names, more) - caching.bytes_needed(setting, [])
+
+    one, all_of_them = beside_the_rest(["seacache"]), beside_the_rest(list(METHODS))
+    assert 0 < one < all_of_them
+    mine = TaylorSeer(max_order=9, taylor_factors_dtype="float32")
+    assert beside_the_rest(list(METHODS), [("mine", "", mine)]) == 10 * 2 / 2 * all_of_them
+
+
 # -- likeness ----------------------------------------------------------------------------------------------------------
+
+
+def test_psnr_is_that_of_all_videos_together():
+    """Some of them may be equal; half of the squared error is 3 dB."""
+    scores = [{"psnr": math.inf, "ssim": 1.0}, {"psnr": 30.0, "ssim": 0.9}]
+    assert caching._mean(scores) == pytest.approx({"psnr": 30 + 10 * math.log10(2), "ssim": 0.95})
+    assert caching._mean([scores[0]] * 2)["psnr"] == math.inf
 
 
 def test_psnr_and_ssim_are_the_librarys():

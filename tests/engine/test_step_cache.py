@@ -1,5 +1,7 @@
 """Step caches skip work between denoising steps, and nothing else: not the context pass, not the other branch."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,7 @@ from rolling_kv.attention import RollingSelfAttention
 from rolling_kv.bidirectional import BidirectionalClip
 from rolling_kv.config import CacheConfig, ModelPreset, SamplingConfig
 from rolling_kv.model import CausalModel
-from rolling_kv.sampler import RollingSession, Workspace
+from rolling_kv.sampler import RollingSession, Workspace, step_cache_bytes
 from rolling_kv.step_cache import (
     METHODS,
     FasterCache,
@@ -126,6 +128,56 @@ def test_fastercache_leaves_out_the_unconditional_branch(model):
     report = roll(model, FasterCache(3, 2, (-1, 1001), (-1, 999)), chunks=1, sampling=unguided).step_report
     assert report.computed["feed-forward"] == LAYERS * STEPS
     assert report.skipped("self-attention") > 0.3
+
+
+HOLDING = SKIPPING | {
+    "pab self": PyramidAttentionBroadcast(2, 1, (50, 990)),
+    "pab cross": PyramidAttentionBroadcast(1, 3, cross_attention_timestep_skip_range=(50, 990)),
+    "taylorseer of order 2 in float32": TaylorSeer(2, 2, taylor_factors_dtype="float32"),
+    "seacache of order 0": SeaCache(2.0, residual_order=0),
+}
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("mode", [roll, clip], ids=["rolling", "bidirectional"])
+@pytest.mark.parametrize("method", HOLDING.values(), ids=HOLDING)
+def test_what_is_held_is_what_was_foreseen(model, method, mode, guidance):
+    sampling = replace(MULTI_STEP, guidance_scale=guidance)
+    made = mode(model, method, sampling=sampling)
+    report = made.step_report if mode is roll else made[1]
+    at_once = sampling if mode is roll else replace(sampling, chunk=4)
+    foreseen = step_cache_bytes(model, **SIZE, method=method, sampling=at_once)
+    assert report.nbytes == pytest.approx(foreseen, rel=0.005)  # single numbers are held, too
+
+
+def test_half_precision_holds_half():
+    model = CausalModel(
+        tiny_transformer(num_layers=2).to(torch.bfloat16), ModelPreset("test", MULTI_STEP, CacheConfig(4))
+    )
+    for method in (SKIPPING["seacache"], SKIPPING["firstblock"], SKIPPING["fastercache"]):
+        foreseen = step_cache_bytes(model, **SIZE, method=method)
+        assert roll(model, method, chunks=1).step_report.nbytes == pytest.approx(foreseen, rel=0.01)
+
+
+@EACH
+@pytest.mark.parametrize("guided", [True, False])
+def test_nothing_is_held_any_more_afterwards(model, method, guided):
+    """Not until Python happens to look for cycles of references: such tensors can fill a GPU."""
+    cache = apply_step_cache(model.transformer, method, STEPS)
+    passes = [run(model, 0), run(model, 1)][: 1 + guided]
+    gc.disable()
+    try:
+        cache.begin()
+        for step in range(3):
+            with torch.inference_mode():
+                cache.predict(torch.ones(1, 16, 2, 4, 6), 1000.0 - 80 * step, passes)
+        held = [weakref.ref(tensor) for tensor in cache.held()]
+        assert held
+        cache.detach()
+        assert not any(tensor() is not None for tensor in held)
+    finally:
+        gc.enable()
+        cache.detach()
 
 
 @EACH
@@ -295,6 +347,36 @@ def test_one_chunk_of_everything_is_the_bidirectional_clip(model):
     whole = replace(MULTI_STEP, chunk=4)
     rolled = roll(model, chunks=1, sampling=whole, cache=CacheConfig(4)).state.latents()
     assert psnr(rolled, clip(model)[0]) > 90
+
+
+def test_the_backend_holds_for_the_clip_alone(model):
+    seen = []
+    processors = [block.attn1.processor for block in model.transformer.blocks]
+    handle = model.transformer.register_forward_pre_hook(
+        lambda *_: seen.extend(processor._attention_backend for processor in processors)
+    )
+    try:
+        video, _ = clip(model, backend="native")
+    finally:
+        handle.remove()
+    assert set(seen) == {"native"} and {processor._attention_backend for processor in processors} == {None}
+    assert torch.equal(video, clip(model)[0])
+    with pytest.raises(ValueError, match="attention backend"):
+        clip(model, backend="flesh")
+
+
+def test_caches_that_would_get_in_each_others_way_are_refused(model):
+    with RollingSession(model, words(model, 0), negative=words(model, 1), **SIZE):
+        with pytest.raises(ValueError, match="close its session"):
+            clip(model)
+    model.transformer.enable_cache(FirstBlockCache().config(None))
+    try:
+        with pytest.raises(ValueError, match="disable_cache"):
+            roll(model)
+    finally:
+        model.transformer.disable_cache()
+        for module in model.transformer.modules():
+            vars(module).pop("_diffusers_hook", None), vars(module).pop("forward", None)
 
 
 def test_impossible_settings_are_refused(model):
