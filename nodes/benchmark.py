@@ -22,7 +22,7 @@ from ..rolling_kv.bench.caching_report import change_note, describe, plot, ratio
 from ..rolling_kv.bench.similarity import Similarity
 from ..rolling_kv.config import SamplingConfig
 from ..rolling_kv.step_cache import METHODS
-from .managed import check_cancelled
+from .managed import check_cancelled, free_memory_of
 from .sample import embedding
 from .types import CATEGORY, VAE, Model, ModelHandle
 
@@ -182,8 +182,10 @@ class RollingKVBenchmark(io.ComfyNode):
                 notes += similarity.notes
             else:
                 notes.append("No quality: connect a VAE to compare the videos.")
-        finally:
-            mm.soft_empty_cache()
+        except BaseException as error:
+            free_memory_of(error)
+            raise
+        mm.soft_empty_cache()
         progress.update_absolute(progress.total)
         say(f"{len(results) - 1} settings measured")
         notes = [ratios_note(ratios)] * bool(ratios) + notes

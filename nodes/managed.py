@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
 import comfy.model_management as mm
@@ -80,10 +81,18 @@ class ManagedModel(ManagedModule):
     def detach(self, unpatch_all=True):
         if unpatch_all:  # False: ComfyUI is only replacing its own entry for these weights
             self.workspace.clear()
-            self.loras.clear()
-        return super().detach(unpatch_all)
+        model = super().detach(unpatch_all)
+        if unpatch_all:
+            self.loras.clear()  # what the weights were is in CPU memory, where these are by now
+        return model
 
 
 def check_cancelled() -> None:
     """Raise ComfyUI's interrupt if the user has cancelled the run."""
     mm.throw_exception_if_processing_interrupted()
+
+
+def free_memory_of(error: BaseException) -> None:
+    """Give back what a run that ended with `error` has held, now: the traceback still refers to its activations."""
+    traceback.clear_frames(error.__traceback__)
+    mm.soft_empty_cache()

@@ -9,7 +9,7 @@ from server import PromptServer
 from ..rolling_kv.config import SPATIAL_COMPRESSION, TEXT_LENGTH
 from ..rolling_kv.sampler import RollingSession, activation_bytes, step_cache_bytes, working_bytes
 from ..rolling_kv.vae import to_model, to_raw
-from .managed import check_cancelled
+from .managed import check_cancelled, free_memory_of
 from .types import CATEGORY, Model, State
 
 
@@ -179,8 +179,8 @@ class RollingKVSample(io.ComfyNode):
                     session.prefill(given)
                 for _ in session.generate(chunks, seed=seed):
                     pass
-        except BaseException:
-            mm.soft_empty_cache()  # the session has dropped its cache: give the memory back now
+        except BaseException as error:
+            free_memory_of(error)
             raise
         progress.update_absolute(progress.total)
         if session.step_report is not None:

@@ -21,12 +21,12 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 
-from .block import fused_feed_forward, fused_forward, modulated_norm, rms_norm_
+from .block import fused_feed_forward, fused_forward, is_plain, may_fuse, modulated_norm, rms_norm_
 from .cache import Branch
 from .graphs import CudaRecorder, PassGraphs, PassKey
 from .rope import rotary_angles, rotate, turns
-from .transfer import to_device
-from .weights import check_compile, check_cuda_graphs, storage_of
+from .transfer import has_float64, to_device
+from .weights import check_compile, check_cuda_graphs, gguf_types, storage_of
 
 ATTENTION_BACKENDS = ("native", "_native_cudnn", "flash", "_flash_3", "sage", "xformers")
 """Those of diffusers' backends that attend without a mask and download nothing."""
@@ -40,6 +40,7 @@ class _Pass:
     time_rows: int
     keys_only: bool
     rotation: torch.Tensor | None = None  # as `rope.rotate` takes it
+    sinusoid: torch.Tensor | None = None  # of the timestep, [channels]
 
 
 class RollingAttachment:
@@ -66,9 +67,10 @@ class RollingAttachment:
         self.exact = exact
         self.backend = backend
         self.compile = compile
-        self.graphs = PassGraphs(CudaRecorder()) if cuda_graphs else None
+        self.graphs = PassGraphs(CudaRecorder(transformer.patch_embedding.weight.device)) if cuda_graphs else None
         self.current: _Pass | None = None
         self._rotations: dict[tuple, torch.Tensor] = {}
+        self._sinusoids: dict[tuple, torch.Tensor] = {}
         self._undo = []
 
     def forward(
@@ -97,8 +99,8 @@ class RollingAttachment:
             )
         self.current = _Pass(branch, time_rows or frames, keys_only)
         try:
-            timesteps = torch.full((batch,), float(timestep), dtype=torch.float64, device=latents.device)
-            inputs = latents, timesteps, self._rotation(latents)
+            timesteps = torch.full((batch,), float(timestep), device=latents.device)
+            inputs = latents, timesteps, self._rotation(latents), self._sinusoid(timestep, latents.device)
             if self.graphs is None or (layout := cache.layout) is None:
                 return self._run(*inputs)
             key = PassKey(cache, branch.prompt, layout, latents.shape, self.current.time_rows, keys_only)
@@ -106,8 +108,8 @@ class RollingAttachment:
         finally:
             self.current = None
 
-    def _run(self, latents: torch.Tensor, timesteps: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor | None:
-        self.current.rotation = rotation
+    def _run(self, latents, timesteps, rotation, sinusoid) -> torch.Tensor | None:
+        self.current.rotation, self.current.sinusoid = rotation, sinusoid
         sample = self.transformer(latents, timesteps, self.current.branch.prompt.embeds, return_dict=False)[0]
         return None if self.current.keys_only else sample
 
@@ -116,6 +118,7 @@ class RollingAttachment:
         while self._undo:
             self._undo.pop()()
         self._rotations.clear()
+        self._sinusoids.clear()
         if self.graphs is not None:
             self.graphs.clear()
 
@@ -127,16 +130,18 @@ class RollingAttachment:
 
     def _attach(self) -> None:
         blocks = self.transformer.blocks
+        last, last_is_plain = blocks[-1], is_plain(blocks[-1])
         for layer, block in enumerate(blocks):
             self._set_processor(block.attn1, RollingSelfAttention(self, layer))
             self._set_processor(block.attn2, PromptCrossAttention(self, layer))
         self._set_forward(self.transformer.rope, self._given_rotation)
         self._set_forward(self.transformer.condition_embedder, self._embed_condition)
         if not self.exact and not self.compile:
-            for block in blocks:
+            for block in filter(may_fuse, blocks):
                 self._set_forward(block, fused_forward(block, block.forward))
                 self._set_forward(block.ffn, fused_feed_forward(block.ffn, block.ffn.forward))
-        self._set_forward(blocks[-1], self._last_block_forward(blocks[-1], blocks[-1].forward))
+        if last_is_plain:  # somebody else's forward, which may bring its weights in, is never cut short
+            self._set_forward(last, self._last_block_forward(last, last.forward))
         if self.compile:
             for block in blocks:
                 block.compile(dynamic=False)
@@ -172,6 +177,16 @@ class RollingAttachment:
             self._rotations[key] = to_device(rotation, latents.device)
         return self._rotations[key]
 
+    def _sinusoid(self, timestep: float, device: torch.device) -> torch.Tensor:
+        """The sinusoid of a timestep, [channels], computed on the CPU in float64. Every chunk has the same timesteps."""
+        key = float(timestep), device
+        if key not in self._sinusoids:
+            embedder = self.transformer.condition_embedder
+            sinusoid = time_sinusoid(torch.tensor(key[:1], dtype=torch.float64), embedder.timesteps_proj.num_channels)
+            dtype = next(embedder.time_embedder.parameters()).dtype
+            self._sinusoids[key] = to_device(sinusoid[0].to(dtype), device)
+        return self._sinusoids[key]
+
     def _given_rotation(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.current.rotation
 
@@ -182,9 +197,8 @@ class RollingAttachment:
             prompt.projected = embedder.text_embedder(encoder_hidden_states)
         # One matrix row per frame, as the original computes it: the row count changes the rounding of the product.
         rows = self.current.time_rows
-        sinusoid = time_sinusoid(timestep.repeat_interleave(rows), embedder.timesteps_proj.num_channels)
-        parameter = next(embedder.time_embedder.parameters())
-        time = embedder.time_embedder(sinusoid.to(parameter.dtype)).type_as(encoder_hidden_states)
+        sinusoid = self.current.sinusoid.repeat(len(timestep) * rows, 1)
+        time = embedder.time_embedder(sinusoid).type_as(encoder_hidden_states)
         modulation = embedder.time_proj(embedder.act_fn(time))
         return time[::rows], modulation[::rows], prompt.projected, None
 
@@ -306,15 +320,20 @@ def apply_rolling_kv_cache(
 ) -> RollingAttachment:
     """Attach to a stock `WanTransformer3DModel`. Use as a context manager, or call `detach` on what is returned.
 
-    Raises ValueError if a rolling cache or one of diffusers' own is attached already, if the model is conditioned on images, if the attention
-    backend is not one of ATTENTION_BACKENDS or is not installed, if float8 weights are to be compiled or recorded, or if
-    CUDA graphs are asked for without CUDA. The arguments are those of `RollingAttachment`.
+    Raises ValueError if a rolling cache or one of diffusers' own is attached already, if the model is conditioned on
+    images, if `exact` is asked for on a device without float64, if the attention backend is not one of
+    ATTENTION_BACKENDS or is not installed, if float8 weights are to be compiled or recorded, if weights in a GGUF packing
+    outside `weights.RECORDABLE` are to be recorded, or if CUDA graphs are asked for without CUDA. The arguments are those
+    of `RollingAttachment`.
     """
     check_backend(backend)
+    device = transformer.patch_embedding.weight.device
+    if exact and not has_float64(device):
+        raise ValueError(f"exact passes rotate in float64, which {device} does not have: turn exact off")
     if compile:
         check_compile(storage_of(transformer))
     if cuda_graphs:
-        check_cuda_graphs(transformer.patch_embedding.weight.device, storage_of(transformer))
+        check_cuda_graphs(device, storage_of(transformer), gguf_types(dict(transformer.named_parameters())))
     if is_attached(transformer):
         raise ValueError("this transformer has a rolling cache attached already; detach that one first")
     if transformer.is_cache_enabled:

@@ -57,6 +57,11 @@ def fused_feed_forward(ffn, stock_forward):
     return forward
 
 
+def may_fuse(block) -> bool:
+    """Whether a fused `block` would pass over nothing of somebody else's, such as a hook that brings its weights in."""
+    return all(map(is_plain, (block, block.norm1, block.norm3, block.ffn)))
+
+
 def is_plain(module: torch.nn.Module) -> bool:
     """Whether calling `module` runs its class's forward and nothing else."""
     return "forward" not in vars(module) and not (module._forward_hooks or module._forward_pre_hooks)

@@ -123,7 +123,8 @@ class RollingKVCache:
     """Keys and values of the latent frames in the window, for one guidance branch.
 
     shape: sizes. config: window and sink in latent frames, and how bytes are kept. capacity: frames to allocate when the
-    window is unlimited (-1), where `reserve` can add more; with a window, capacity is the window.
+    window is unlimited (-1), where `reserve` adds more at once and `begin` adds by halves of what there is; with a window,
+    capacity is the window.
     """
 
     def __init__(self, shape: CacheShape, config: CacheConfig, device: torch.device | str, capacity: int | None = None):
@@ -139,9 +140,18 @@ class RollingKVCache:
         self.store = (Offloaded if config.offload else Resident)(shape.layers, self._sizes(capacity), self.device)
         self._sink_keys: dict[int, Parts] = {}  # per layer, as first written: only for a rebased sink
         self._sink_shifts = [0] * shape.layers  # latent frames by which each layer's sink keys have been moved
+        self._sink_turn: torch.Tensor | None = None  # the open chunk's rotation of every layer's sink keys
 
     @staticmethod
     def bytes_needed(shape: CacheShape, config: CacheConfig, frames: int) -> CacheBytes:
+        """Bytes that a cache of `frames` latent frames takes at its peak: what it keeps, and one layer unpacked."""
+        kept = RollingKVCache.bytes_kept(shape, config, frames)
+        heads = 2 * shape.batch * frames * shape.tokens_per_frame * shape.heads  # keys and values
+        unpacked = heads * CODECS[config.storage](shape.dtype).unpack_bytes(shape.head_dim)
+        return CacheBytes(kept.device + unpacked, kept.host)
+
+    @staticmethod
+    def bytes_kept(shape: CacheShape, config: CacheConfig, frames: int) -> CacheBytes:
         """Bytes of a cache that holds `frames` latent frames, known before anything is allocated."""
         total = shape.bytes_per_frame(config.storage) * frames
         sink_keys = shape.bytes_per_frame(config.storage) * config.sink // 2 if config.sink_phase == "rebased" else 0
@@ -169,6 +179,11 @@ class RollingKVCache:
             self.store.resize(self._sizes(frames), self.window.filled * self.shape.tokens_per_frame)
             self.window.capacity = frames
 
+    def grow(self, frames: int) -> None:
+        """Make room for `frames` latent frames, and for some that follow: appends cost little more than their own size."""
+        if frames > self.window.capacity:
+            self.reserve(max(frames, self.window.capacity * 3 // 2))
+
     def reset(self) -> None:
         """Forget every frame; the buffers stay allocated."""
         self.window = FrameWindow(self.window.capacity, self.window.sink)
@@ -176,10 +191,16 @@ class RollingKVCache:
         self._sink_shifts = [0] * self.shape.layers
         self.store.discard()
 
+    def release(self) -> None:
+        """Give the memory back now, whoever still refers to this cache, which is of no use any more."""
+        self.store.release()
+        self._sink_keys.clear()
+
     def begin(self, frames: int) -> None:
         """Open a chunk of `frames` latent frames. See `FrameWindow.begin`; an unlimited window grows if it must."""
-        self.reserve(self.window.end + frames)
+        self.grow(self.window.end + frames)
         self.window.begin(frames)
+        self._sink_turn = None
         tokens = self.shape.tokens_per_frame
         self._writes = [tuple(tokens * n for n in segment) for segment in self.window.segments()]
         self._used = self.window.filled * tokens
@@ -232,8 +253,10 @@ class RollingKVCache:
             # Turned from the keys as they were written, every time: rounding does not add up.
             self._sink_keys[layer] = self.store.aside(tuple(part[0, :, :tokens] for part in parts))
         keys = self.codec.unpack(tuple(part.to(self.device, non_blocking=True) for part in self._sink_keys[layer]))
-        turn = to_device(turns(time_shift_angles(self.shape.head_dim, shift)).to(torch.complex64), self.device)
-        for part, packed in zip(parts, self.codec.pack(rotate(keys, turn))):
+        if self._sink_turn is None:
+            turn = turns(time_shift_angles(self.shape.head_dim, shift)).to(torch.complex64)
+            self._sink_turn = to_device(turn, self.device)
+        for part, packed in zip(parts, self.codec.pack(rotate(keys, self._sink_turn))):
             part[0, :, :tokens] = packed
         self._sink_shifts[layer] = shift
         return True
@@ -249,6 +272,11 @@ class PromptCache:
         self.embeds = embeds
         self.projected: torch.Tensor | None = None  # [B, L, dim]
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # [B, L, H, D] each
+
+    def release(self) -> None:
+        """Give the memory back now, whoever still refers to this cache; it can be filled again."""
+        self.projected = None
+        self.layers.clear()
 
     @staticmethod
     def bytes_needed(shape: CacheShape, tokens: int) -> int:

@@ -118,10 +118,10 @@ class SamplingConfig:
         """Denoising steps of the chunk that starts at `start_frame`, not counting its context pass."""
         return len(self.steps_at(start_frame)) if self.sampler == "renoise" else self.num_inference_steps
 
-    def prefill_sizes(self, frames: int) -> list[int]:
-        """Chunk sizes in which `frames` given latent frames enter an empty cache; an odd remainder comes first."""
+    def prefill_sizes(self, frames: int, start_frame: int = 0) -> list[int]:
+        """Chunk sizes in which given latent frames enter a cache that holds `start_frame`; an odd remainder comes first."""
         sizes = []
-        if self.independent_first_frame and frames:
+        if self.independent_first_frame and frames and start_frame == 0:
             sizes, frames = [1], frames - 1
         if frames % self.chunk:
             sizes.append(frames % self.chunk)

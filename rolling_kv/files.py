@@ -30,6 +30,7 @@ _FLOATS = {  # by their names in a safetensors header; no other type holds weigh
     "F8_E5M2": torch.float8_e5m2,
 }
 _EXPECTED = "a .safetensors, .gguf, .pt or .pth file, or a folder in the diffusers layout"
+_SAFETENSORS = (".safetensors", ".sft")
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 _WRAPPERS = ("generator_ema", "generator", "model", "state_dict", "generator_lora")
 
@@ -74,7 +75,7 @@ def open_checkpoint(path: Path, *, values: bool = True) -> Checkpoint:
         return _open_folder(path, values)
     if not path.exists():
         raise CheckpointError(f"there is no such file or folder. Expected {_EXPECTED}.")
-    if path.suffix.lower() == ".safetensors":
+    if path.suffix.lower() in _SAFETENSORS:
         return _open_safetensors(path, values)
     if path.suffix.lower() in _PICKLES:
         return _open_pickle(path)
@@ -102,8 +103,8 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
                 f"({', '.join(absent[:3])}). Download the missing ones."
             )
         return tuple(folder / name for name in names)
-    pickles = (f"*{suffix}" for suffix in _PICKLES)
-    for pattern in ("diffusion_pytorch_model.safetensors", "model.safetensors", "*.safetensors", *pickles):
+    others = (f"*{suffix}" for suffix in _SAFETENSORS + _PICKLES)
+    for pattern in ("diffusion_pytorch_model.safetensors", "model.safetensors", *others):
         found = sorted(folder.glob(pattern))
         if len(found) == 1:
             return tuple(found)

@@ -35,18 +35,29 @@ class Recorded(NamedTuple):
 
 
 class CudaRecorder:
-    """Records what a function does as a CUDA graph. All graphs share one pool of memory: they never run at once."""
+    """Records what a function does on `device` as a CUDA graph. All graphs share one pool of memory: they never run at
+    once.
+    """
 
-    def __init__(self):
-        self.pool = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device):
+        self.device = device
+        with torch.cuda.device(device):
+            self.pool = torch.cuda.graph_pool_handle()
+            self.stream = torch.cuda.Stream(device)  # torch's own is on whichever device was current first
 
     def __call__(self, run: Callable[[], Tensor | None]) -> tuple[Callable[[], None], Tensor | None]:
         """Record `run` without running it; returns how to repeat it, and where its result will lie."""
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of the process may allocate meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            output = run()
-        return graph.replay, output
+
+        def replay():
+            with torch.cuda.device(self.device):
+                graph.replay()
+
+        with torch.cuda.device(self.device):
+            graph = torch.cuda.CUDAGraph()
+            # Other threads of the process may allocate meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                output = run()
+        return replay, output
 
 
 class PassGraphs:

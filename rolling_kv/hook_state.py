@@ -50,8 +50,8 @@ class RollingKVCacheState(BaseState):
     write_mode, absolute_token_offset: set by `configure_cache_write`.
     """
 
-    def __init__(self, config: RollingKVCacheConfig):
-        self.config = config
+    def __init__(self, config: RollingKVCacheConfig | None = None):
+        self.config = config or RollingKVCacheConfig()
         self._layers: dict[str, RollingKVCache] = {}  # by name of the attention module; one token is one "frame"
         self.reset()
 
@@ -129,7 +129,7 @@ class RollingKVCacheState(BaseState):
         with torch.inference_mode(False):
             if cache is None:
                 cache = self._layers[layer] = self._allocate(value)
-            cache.reserve(end)
+            cache.grow(end)
         if self.should_update_cache:
             self._unfinished = True
             cache.window.end = start

@@ -21,6 +21,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanRotar
 from .attention import RollingSelfAttention
 from .hook_state import ContextStates, RollingKVCacheConfig, RollingKVCacheState
 from .rope import rotary_angles, rotate
+from .transfer import to_device
 
 __all__ = [
     "ROLLING_KV_CACHE_HOOK",
@@ -139,9 +140,12 @@ class SelfAttentionHook(RollingKVCacheHook):
         self.name = name
 
     def new_forward(
-        self, module, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
+        self, module, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **_
     ) -> torch.Tensor:
-        """hidden_states: [B, S, dim]. rotary_emb: Wan's (cos, sin), [1, S, 1, D] each, every angle twice."""
+        """hidden_states: [B, S, dim]. rotary_emb: Wan's (cos, sin), [1, S, 1, D] each, every angle twice.
+
+        What else a model passes is for its own attention processor, which does not run.
+        """
         if encoder_hidden_states is not None:
             raise ValueError(f"{self.name} was given encoder_hidden_states: a rolling cache is for self-attention only")
         if attention_mask is not None:
@@ -182,7 +186,7 @@ class WanPositionsHook(RollingKVCacheHook):
         if key != self.key:
             angles = rotary_angles(module.attention_head_dim, start_frame, frames, height, width)
             tables = (part.float().repeat_interleave(2, -1)[None, :, None] for part in (angles.cos(), angles.sin()))
-            self.key, self.tables = key, tuple(table.to(hidden_states.device) for table in tables)
+            self.key, self.tables = key, tuple(to_device(table, hidden_states.device) for table in tables)
         return self.tables
 
 

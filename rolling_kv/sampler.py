@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -38,6 +39,8 @@ class CacheSpec(NamedTuple):
     config: CacheConfig
     branches: tuple[str, ...]
     exact: bool
+    backend: str | None
+    compile: bool
     device: torch.device
 
 
@@ -118,6 +121,7 @@ class RollingSession:
         self.step_cache = step_cache
         self.step_report: StepCacheReport | None = None
         self._steps: StepCache | StepWatch | None = None
+        self._shared = workspace is not None
         self._workspace = workspace or Workspace()
         self._attachment: RollingAttachment | None = None
         self._caches: dict[str, RollingKVCache] = {}
@@ -157,7 +161,7 @@ class RollingSession:
         self._check_latents(latents, "the initial latents")
         latents = latents.to(self.dtype)
         start = 0
-        for frames in self.sampling.prefill_sizes(latents.shape[2]):
+        for frames in self.sampling.prefill_sizes(latents.shape[2], self.state.frames):
             chunk = latents[:, :, start : start + frames]
             self.state = self.state.extended(
                 chunk, timestep=0.0, prompt=self._prompt, negative=self._negative, seed=None
@@ -169,17 +173,21 @@ class RollingSession:
     def generate(self, chunks: int, seed: int = 0, noise_source: NoiseSource | None = None) -> Iterator[Chunk]:
         """Sample `chunks` more chunks, yielding each as it is done; `self.state` then includes it.
 
-        The context pass of a chunk runs only when another chunk follows it, in this run or in a later one.
+        The context pass of a chunk runs only when another chunk follows it, in this run or in a later one. Raises
+        ValueError unless the session is open.
         """
+        if self._attachment is None:
+            raise ValueError("this session is not open: generate inside `with session:`")
         total = self.passes_needed(chunks)
         channels = self.model.transformer.config.in_channels
+        for cache in self._caches.values():
+            cache.reserve(self.state.frames + sum(self.sampling.chunk_sizes(chunks, self.state.frames)))
         for _ in range(chunks):
             self._catch_up(total)
             start = self.state.frames
             shape = (self.batch, channels, self.sampling.chunk_size(start), *self.latent_size)
-            branches = self._branches(self._prompt, self._negative)
-            used = [branch.prompt for branch in branches]  # those of the past will not be needed again
-            self._prompt_caches = [(source, known) for source, known in self._prompt_caches if known in used]
+            prompt, negative = self._prompt, self._negative  # `on_pass` may set others, for the next chunk
+            branches = self._branches(prompt, negative)
             for branch in branches:
                 branch.cache.begin(shape[2])
             if self._steps:
@@ -192,7 +200,7 @@ class RollingSession:
                     start,
                 ).to(self.dtype)
             self.state = self.state.extended(
-                latents, timestep=self.sampling.context_noise, prompt=self._prompt, negative=self._negative, seed=seed
+                latents, timestep=self.sampling.context_noise, prompt=prompt, negative=negative, seed=seed
             )
             yield Chunk(start, latents)
 
@@ -222,13 +230,13 @@ class RollingSession:
         """Run the context pass of every chunk that the working cache has not seen yet."""
         for index in range(self._cached, len(self.state.records)):
             record = self.state.records[index]
-            latents = to_device(self.state.chunks[index], self.device)
-            negative = self.state.prompts[record.negative] if record.negative >= 0 else self._negative
+            # Another model may have made this video, in another dtype.
+            latents = to_device(self.state.chunks[index].to(self.dtype), self.device)
             rows = 1 if record.seed is None else record.frames  # as the original embeds the timestep of given frames
             self._tick(total)
-            branches = self._branches(self.state.prompts[record.prompt], negative)
+            branches = self._branches(self._past(record.prompt), self._past_negative(index))
             for branch in branches:
-                if not branch.cache.window.open:
+                if branch.cache.window.open != record.frames:
                     branch.cache.begin(record.frames)
                 with torch.inference_mode():
                     self._attachment.forward(latents, record.timestep, branch, time_rows=rows, keys_only=True)
@@ -236,12 +244,31 @@ class RollingSession:
                 branch.cache.commit()
             self._cached = index + 1
 
+    def _past_negative(self, index: int) -> torch.Tensor | None:
+        """The negative prompt with which chunk number `index` enters the cache; None without guidance.
+
+        A chunk made without guidance has none of its own. It takes the next one in the log, which was the prompt of the
+        session that first needed it: the log alone decides, so that a replay gives the same bits.
+        """
+        if not self.sampling.guided:
+            return None
+        later = (record.negative for record in self.state.records[index:] if record.negative >= 0)
+        known = next(later, None)
+        return self._negative if known is None else self._past(known)
+
+    def _past(self, prompt: int) -> torch.Tensor:
+        """Prompt number `prompt` of the state."""
+        return self._embeds(self.state.prompts[prompt], "a prompt of the cache state")
+
     def _branches(self, prompt: torch.Tensor, negative: torch.Tensor | None) -> list[Branch]:
         """The conditional branch, and with guidance the unconditional one."""
-        return [
+        branches = [
             Branch(cache, self._prompt_cache(embeds))
             for cache, embeds in zip(self._caches.values(), (prompt, negative))
         ]
+        used = [branch.prompt for branch in branches]  # a long video has many others, one after the other
+        self._prompt_caches = [(source, known) for source, known in self._prompt_caches if known in used]
+        return branches
 
     def _prompt_cache(self, embeds: torch.Tensor) -> PromptCache:
         """embeds: on the CPU, where comparing them does not wait for the device."""
@@ -262,8 +289,11 @@ class RollingSession:
     def __enter__(self) -> RollingSession:
         names = ("cond", "uncond") if self.sampling.guided else ("cond",)
         shape = CacheShape.of(self.model.transformer, self.batch, *self.latent_size, self.dtype)
-        spec = CacheSpec(self.model.identity, shape, self.cache_config, names, self.exact, self.device)
+        spec = CacheSpec(
+            self.model.identity, shape, self.cache_config, names, self.exact, self.backend, self.compile, self.device
+        )
         workspace = self._workspace
+        self._cached = self._passes_done = 0
         self._attachment = apply_rolling_kv_cache(
             self.model.transformer,
             exact=self.exact,
@@ -294,22 +324,35 @@ class RollingSession:
                     few_step=self.sampling.sampler == "renoise",
                 )
         except BaseException:
-            self._attachment.detach()
+            self._detach()
+            self._leave_caches(keep=False)
             raise
         return self
 
     def __exit__(self, exception_type, *_) -> None:
-        if self._steps is not None:
-            self.step_report = self._steps.report()
-            self._steps.detach()
-            self._steps = None
-        self._attachment.detach()
-        if exception_type is None:
+        with ExitStack() as ending:  # last in, first out, whatever fails
+            ending.callback(self._leave_caches, keep=exception_type is None and self._shared)
+            ending.callback(self._detach)
+            if self._steps is not None:
+                ending.callback(self._steps.detach)
+                self.step_report = self._steps.report()
+
+    def _detach(self) -> None:
+        attachment, self._attachment, self._steps = self._attachment, None, None
+        attachment.detach()
+
+    def _leave_caches(self, keep: bool) -> None:
+        """Hand the working cache over to the workspace, or give its memory back, whatever an exception still holds."""
+        for _, prompt in self._prompt_caches:
+            prompt.release()
+        if keep:
             workspace = self._workspace
             workspace.spec, workspace.caches, workspace.key = self._spec, self._caches, self.state.key
             workspace.cached_chunks = self._cached
-        self._caches = {}
-        self._prompt_caches = []
+        else:
+            for cache in self._caches.values():
+                cache.release()
+        self._caches, self._prompt_caches = {}, []
 
     # -- checks --------------------------------------------------------------------------------------------------
 

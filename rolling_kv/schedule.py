@@ -15,6 +15,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from .config import SamplingConfig
+from .transfer import has_float64, to_device
 
 TRAIN_TIMESTEPS = 1000
 
@@ -48,10 +49,11 @@ def warp_steps(denoising_steps: tuple[int, ...], shift: float) -> list[Step]:
 def renoise_chunk(predict: Predict, noise: Noise, steps: list[Step]) -> torch.Tensor:
     """Few-step sampling: predict the clean chunk, add fresh noise at the next level, repeat. [B, C, f, h, w]"""
     x = noise(0)
+    wide = torch.float64 if has_float64(x.device) else torch.float32
     for index, step in enumerate(steps):
         flow = predict(x, step.timestep)
         # Numbers of the CPU, not tensors: they go to the device with the operation itself.
-        clean = (x.double() - step.sigma.item() * flow.double()).to(flow.dtype)
+        clean = (x.to(wide) - step.sigma.item() * flow.to(wide)).to(flow.dtype)
         if index + 1 < len(steps):
             sigma = steps[index + 1].sigma
             # Half-precision latents are mixed in float32, as in training.
@@ -66,9 +68,15 @@ def integrate_chunk(predict: Predict, noise: Noise, config: SamplingConfig) -> t
     x = noise(0)
     # The original starts one training step below pure noise, and ends at zero.
     sigmas = np.linspace(1 - 1 / TRAIN_TIMESTEPS, 0, config.num_inference_steps + 1)[:-1]
-    scheduler.set_timesteps(sigmas=sigmas, device=x.device)
-    for timestep, value in zip(scheduler.timesteps, scheduler.timesteps.tolist()):
-        x = scheduler.step(predict(x, value), timestep, x, return_dict=False)[0]
+    scheduler.set_timesteps(sigmas=sigmas, device="cpu")
+    scheduler.set_begin_index(0)  # else the first step searches for its timestep
+    # Timesteps are read here; the sigmas are calculated with there. UniPC's corrector still waits for the device once
+    # per step from the third one on: torch.linalg.solve looks whether it has failed.
+    scheduler.sigmas = to_device(scheduler.sigmas, x.device)
+    for timestep in scheduler.timesteps:
+        # As wide as x: a device rounds a sigma to the dtype of the half-precision flow that it multiplies.
+        flow = predict(x, timestep.item()).to(x.dtype)
+        x = scheduler.step(flow, timestep, x, return_dict=False)[0]
     return x
 
 

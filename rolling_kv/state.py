@@ -67,7 +67,7 @@ class CacheState(NamedTuple):
         seed: int | None,
     ) -> CacheState:
         """This video with one more chunk, [B, C, f, h, w]."""
-        chunk = chunk.detach().cpu()
+        chunk = chunk.detach().to("cpu", copy=True)  # whoever made it may go on to write into it
         prompts = self.prompts
         prompts, prompt_index = _with_prompt(prompts, prompt)
         prompts, negative_index = _with_prompt(prompts, negative)
@@ -93,4 +93,4 @@ def _with_prompt(prompts: tuple[torch.Tensor, ...], prompt: torch.Tensor | None)
     for index, known in enumerate(prompts):
         if known.dtype == prompt.dtype and torch.equal(known, prompt):
             return prompts, index
-    return prompts + (prompt,), len(prompts)
+    return prompts + (prompt.clone(),), len(prompts)

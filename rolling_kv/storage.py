@@ -5,7 +5,11 @@ Whatever the form, only one layer at a time is read back into the model's dtype,
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+from .host_memory import HostMemory, check_room
 
 Parts = tuple[torch.Tensor, ...]
 """The tensors that together hold some keys or values: the codes, and with int8 their scales. [..., S, H, ·] each."""
@@ -25,6 +29,10 @@ class ModelDtype:
         """Bytes that one key or one value of one head takes."""
         return sum(width * dtype.itemsize for width, dtype in self.widths(head_dim))
 
+    def unpack_bytes(self, head_dim: int) -> int:
+        """Bytes of the copy that `unpack` makes of one key or one value of one head."""
+        return 0
+
     def pack(self, x: torch.Tensor) -> Parts:
         return (x,)
 
@@ -40,6 +48,9 @@ class Float8(ModelDtype):
     def widths(self, head_dim):
         return [(head_dim, torch.float8_e4m3fn)]
 
+    def unpack_bytes(self, head_dim):
+        return head_dim * self.dtype.itemsize
+
     def pack(self, x):
         return (x.clamp(-self.limit, self.limit).to(torch.float8_e4m3fn),)
 
@@ -53,6 +64,9 @@ class Int8(ModelDtype):
     def widths(self, head_dim):
         return [(head_dim, torch.int8), (1, torch.float32)]
 
+    def unpack_bytes(self, head_dim):
+        return head_dim * self.dtype.itemsize
+
     def pack(self, x):
         x = x.float()
         scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
@@ -60,7 +74,8 @@ class Int8(ModelDtype):
 
     def unpack(self, parts):
         codes, scale = parts
-        return (codes * scale).to(self.dtype)  # int8 times float32 is float32
+        # The product is float32 and rounded as it is stored: a GPU makes no float32 copy.
+        return torch.mul(codes, scale, out=torch.empty_like(codes, dtype=self.dtype))
 
 
 CODECS = {"model": ModelDtype, "float8": Float8, "int8": Int8}
@@ -73,13 +88,12 @@ Sizes = list[tuple[tuple[int, ...], torch.dtype]]
 class Resident:
     """Every layer's parts on one device."""
 
-    def __init__(self, layers: int, sizes: Sizes, device: torch.device, pinned: bool = False):
+    def __init__(self, layers: int, sizes: Sizes, device: torch.device):
         self.device = device
-        self.pinned = pinned
         self.layers = [self._allocate(sizes) for _ in range(layers)]
 
     def _allocate(self, sizes: Sizes) -> Parts:
-        return tuple(torch.zeros(s, dtype=d, device=self.device, pin_memory=self.pinned) for s, d in sizes)
+        return tuple(torch.zeros(size, dtype=dtype, device=self.device) for size, dtype in sizes)
 
     @property
     def device_bytes(self) -> int:
@@ -112,6 +126,10 @@ class Resident:
 
     def discard(self) -> None:
         """Forget what is on its way: the next pass starts at the first layer again."""
+
+    def release(self) -> None:
+        """Let go of the parts."""
+        self.layers.clear()
 
 
 class Copies:
@@ -167,18 +185,22 @@ class StreamCopies(Copies):
 
 
 class Offloaded(Resident):
-    """Every layer's parts in CPU memory (pinned under CUDA), two layers' worth on the device.
+    """Every layer's parts in CPU memory (see `host_memory`), two layers' worth on the device.
 
     While one layer computes, the next one is copied in; what a pass writes is copied back. Layers are best opened in
-    order, 0 to the last, over and over: another order costs a wait.
+    order, 0 to the last, over and over: another order costs a wait. Raises ValueError when there is too little RAM.
     """
 
     def __init__(self, layers: int, sizes: Sizes, device: torch.device):
-        cuda = device.type == "cuda"
-        super().__init__(layers, sizes, torch.device("cpu"), pinned=cuda)
+        check_room(layers * _bytes_of(sizes))
+        self.memory = HostMemory(device)
+        super().__init__(layers, sizes, torch.device("cpu"))
         self.staging = Resident(2, sizes, device)
-        self.copies = StreamCopies(device) if cuda else Copies()
+        self.copies = StreamCopies(device) if device.type == "cuda" else Copies()
         self._forget_staging()
+
+    def _allocate(self, sizes: Sizes) -> Parts:
+        return tuple(self.memory.zeros(size, dtype) for size, dtype in sizes)
 
     def _forget_staging(self) -> None:
         for parts in self.staging.layers:
@@ -194,13 +216,14 @@ class Offloaded(Resident):
         return _nbytes(self.layers)
 
     def resize(self, sizes: Sizes, used: int) -> None:
+        check_room(len(self.layers) * _bytes_of(sizes) - self.host_bytes + _nbytes(self.layers[:1]))
         self.copies.finish()  # the CPU moves what they may still be bringing back
         super().resize(sizes, used)
         self.staging.resize(sizes, 0)
         self._forget_staging()
 
     def aside(self, parts: Parts) -> Parts:
-        copies = tuple(torch.empty(part.shape, dtype=part.dtype, pin_memory=self.pinned) for part in parts)
+        copies = self._allocate([(part.shape, part.dtype) for part in parts])
         for copy, part in zip(copies, parts):
             copy.copy_(part, non_blocking=True)
         return copies
@@ -227,11 +250,20 @@ class Offloaded(Resident):
         self.arrived = [None, None]  # the mark after its copy
         self.place = 0  # the staging buffer that is open
 
+    def release(self) -> None:
+        self.copies.finish()  # they still read and write this memory
+        super().release()
+        self.staging.release()
+
     def _copy_in(self, layer: int, place: int, tokens: int) -> None:
         for staged, kept in zip(self.staging.layers[place], self.layers[layer]):
             self.copies.copy(staged[:, :, :tokens], kept[:, :, :tokens])
         self.staged[place] = layer
         self.arrived[place] = self.copies.mark()
+
+
+def _bytes_of(sizes: Sizes) -> int:
+    return sum(math.prod(size) * dtype.itemsize for size, dtype in sizes)
 
 
 def _nbytes(layers: list[Parts]) -> int:

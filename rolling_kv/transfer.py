@@ -1,8 +1,16 @@
-"""Bringing what the CPU has made to the device, without waiting for what the device is doing."""
+"""What devices differ in: bringing to one what the CPU has made, without waiting for it, and whether it has float64."""
 
 from __future__ import annotations
 
 import torch
+
+FLOAT64 = ("cpu", "cuda", "meta")
+"""Types of devices that compute in float64. MPS and many others do not."""
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors on `device` can be float64."""
+    return device.type in FLOAT64
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

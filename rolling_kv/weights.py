@@ -17,6 +17,8 @@ from torch import Tensor, nn
 STORAGES = ("model", "float8")
 """Choices of weight storage: the dtype that the model computes in, or float8_e4m3fn."""
 GGUF_PACKAGE = "gguf>=0.13"
+RECORDABLE = ("Q8_0", "BF16")
+"""GGUF packings that diffusers unpacks on the device alone; for all others the CPU waits in every layer."""
 
 
 def check_storage(storage: str, packed: bool) -> None:
@@ -37,14 +39,23 @@ def check_compile(storage: str) -> None:
         )
 
 
-def check_cuda_graphs(device: torch.device, storage: str) -> None:
-    """Raise ValueError if passes cannot be recorded as CUDA graphs on that device, with weights in that storage."""
+def check_cuda_graphs(device: torch.device, storage: str, packings: Collection[str] = ()) -> None:
+    """Raise ValueError if passes cannot be recorded as CUDA graphs on that device, with weights in that storage.
+
+    packings: of weights from a GGUF file, as `gguf_types` names them.
+    """
     if device.type != "cuda":
         raise ValueError(f"CUDA graphs need a CUDA device, but the model is on {device}: turn them off")
     if storage == "float8":
         raise ValueError(
             "weights in float8 cannot go with CUDA graphs: each layer's weights move when it runs, and a graph would go "
             'on reading the old place. Turn CUDA graphs off, or set the weight storage to "model".'
+        )
+    waiting = [packing for packing in packings if packing not in RECORDABLE]
+    if waiting:
+        raise ValueError(
+            f"weights packed as {', '.join(waiting)} cannot go with CUDA graphs: unpacking them copies small tables from "
+            "the CPU, which cannot be recorded. Turn CUDA graphs off, or use a GGUF file in Q8_0."
         )
 
 
@@ -127,7 +138,8 @@ def pack_linears(
     """Replace the Linear layers whose weights are packed by diffusers' `GGUFLinear`, which unpack them as they run.
 
     packed: by name of the parameter. skip: parts of names that stay plain. Returns the names of the weights that are
-    then to be loaded packed; all others have to be unpacked first.
+    then to be loaded packed; all others have to be unpacked first. Passes over packings outside RECORDABLE wait for the
+    device.
     """
     if not packed:
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -95,9 +96,8 @@ def comfyui_sampler(workload: Workload, letters: str | None) -> Iterator[tuple[t
     with ExitStack() as stack:
         sampler, why_not = None, "it is part of the source repository only"
         if wanted and source.is_file():
-            from tools.comfyui_sampler import find_sampler
-
-            sampler, why_not = stack.enter_context(find_sampler(workload))
+            tools = importlib.import_module("tools.comfyui_sampler")
+            sampler, why_not = stack.enter_context(tools.find_sampler(workload))
         if letters is not None and wanted and sampler is None:
             raise ValueError(f"(d) cannot be measured: {why_not}")
         yield sampler, f"(d) was not measured: {why_not}." if wanted and sampler is None else ""

@@ -97,6 +97,28 @@ def test_somebody_elses_forward_hook_is_put_back(transformer):
         del module.forward
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path", ["", "ffn", "norm1", "norm3"])
+def test_somebody_elses_forward_runs_in_every_pass(dtype, path):
+    """It may bring the weights in, as diffusers' group offloading does: that of the last block in a context pass too."""
+    transformer = tiny_transformer(num_attention_heads=2, attention_head_dim=24).to(dtype)
+    calls = []
+
+    def around(forward, name):
+        return lambda *args, **kwargs: calls.append(name) or forward(*args, **kwargs)
+
+    for number, block in enumerate(transformer.blocks):
+        module = block.get_submodule(path)
+        module.forward = around(module.forward, number)
+    cache = RollingKVCache(CacheShape.of(transformer, 1, 8, 12, dtype), CacheConfig(6), "cpu")
+    part = Branch(cache, PromptCache(torch.zeros(1, 8, transformer.config.text_dim, dtype=dtype)))
+    with torch.inference_mode(), apply_rolling_kv_cache(transformer) as attachment:
+        part.cache.begin(3)
+        for keys_only in (False, True):
+            attachment.forward(torch.zeros(1, 16, 3, 8, 12, dtype=dtype), 0.0, part, keys_only=keys_only)
+    assert calls == [0, 1, 0, 1][: 3 if path else 4]  # the rest of a plain last block is left out
+
+
 def test_attaching_twice_is_refused(transformer):
     with apply_rolling_kv_cache(transformer), pytest.raises(ValueError, match="attached already"):
         apply_rolling_kv_cache(transformer)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -18,7 +19,7 @@ from rolling_kv.bench.chart import Axis, draw, ticks
 from rolling_kv.bench.similarity import Similarity
 from rolling_kv.sampler import activation_bytes, working_bytes
 from rolling_kv.step_cache import METHODS, FasterCache, TaylorSeer, methods
-from rolling_kv.tiny import make_tiny
+from rolling_kv.tiny import BUNDLED, make_tiny
 from tools.bench_caching import judge_of
 from tools.train_tiny.world import Scene, random_start, render, trajectory
 
@@ -198,6 +199,50 @@ def test_the_hungriest_settings_decide_what_the_runs_need(setting):
     assert 0 < one < all_of_them
     mine = TaylorSeer(max_order=9, taylor_factors_dtype="float32")
     assert beside_the_rest(list(METHODS), [("mine", "", mine)]) == 10 * 2 / 2 * all_of_them
+
+
+# -- what docs/caching.md promises -------------------------------------------------------------------------------------
+
+
+def promises():
+    """(method, mode, guided, dB) of each cell of the table "Where each applies" that says that it works."""
+    text = (BUNDLED.parents[1] / "docs/caching.md").read_text(encoding="utf-8").partition("## Where each applies")[2]
+    for line in text[: text.index("\n\n", text.index("\n|"))].splitlines():
+        title, few, *cells = [cell.strip() for cell in line.split("|")[1:-1]] or [""] * 5
+        for name, method in METHODS.items():
+            if title.removesuffix(" without guidance") == method.title:
+                assert few == "no"
+                for mode, cell in zip(("multi-step", "bidirectional"), cells):
+                    yield name, mode, title == method.title, float(re.search(r", (\d+) dB$", cell)[1])
+
+
+PROMISES = list(promises())
+
+
+def test_every_method_and_mode_has_its_promise():
+    assert {promise[:2] for promise in PROMISES} == {(n, m) for n in METHODS for m in ("multi-step", "bidirectional")}
+    assert len(PROMISES) == 2 * len(METHODS) + 2  # FasterCache without guidance
+
+
+@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
+@pytest.mark.parametrize("mode", ["multi-step", "bidirectional"])
+def test_what_works_keeps_the_video_as_well_as_promised(mode, guided):
+    floors = {METHODS[name].title: least for name, *where, least in PROMISES if where == [mode, guided]}
+    names, _ = caching.applicable()
+    names = [name for name in names if METHODS[name].title in floors]
+    options = ["--mode", mode, "--guidance", "3" if guided else "1", "--steps", "24", "--chunks", "2"]
+    parser = argparse.ArgumentParser()
+    caching_cli.add_arguments(parser)
+    setting, vae = caching_cli.make_setting(parser.parse_args([*options, "--device", "cpu", "--no-memory"]))
+    plain, *cached = caching.measure(setting, names, defaults_only=True)[0]
+    original = caching.decode_video(vae, plain.videos[0])
+    assert original.isfinite().all() and original.std() > 0.1
+    assert len(cached) == len(names) >= len(floors) - 1
+    for result in cached:
+        frames = caching.decode_video(vae, result.videos[0])
+        quality = Similarity()(frames, original)["psnr"]
+        assert frames.isfinite().all() and floors[result.method] <= quality
+        assert result.report.skipped() > 0
 
 
 # -- likeness ----------------------------------------------------------------------------------------------------------

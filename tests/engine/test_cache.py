@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from rolling_kv.cache import CacheShape, FrameWindow, PromptCache, RollingKVCache
 from rolling_kv.config import STORAGES, CacheConfig
+from rolling_kv.storage import Resident
 
 
 @st.composite
@@ -101,6 +102,26 @@ def test_a_window_never_reallocates():
     assert [layer[0].data_ptr() for layer in cache.store.layers] == before
 
 
+def test_an_unlimited_window_is_moved_seldom_and_never_once_there_is_room(monkeypatch):
+    moves = []
+    resize = Resident.resize
+    monkeypatch.setattr(Resident, "resize", lambda store, *args: moves.append(1) or resize(store, *args))
+
+    def append(cache, chunks):
+        for _ in range(chunks):
+            cache.begin(3)
+            cache.commit()
+
+    grown = make_cache(window=-1, sink=0, capacity=3)
+    append(grown, 100)
+    assert 0 < len(moves) <= 13 and grown.window.capacity < 1.5 * 300
+    moves.clear()
+    known = make_cache(window=-1, sink=0, capacity=3)
+    known.reserve(300)
+    append(known, 100)
+    assert len(moves) == 1 and known.window.capacity == 300
+
+
 @given(
     layers=st.integers(1, 4),
     batch=st.integers(1, 3),
@@ -114,7 +135,7 @@ def test_bytes_are_known_before_allocation(layers, batch, tokens, heads, window,
     for storage in STORAGES:
         for offload in (False, True):
             config = CacheConfig(window, storage=storage, offload=offload)
-            assert RollingKVCache(shape, config, "cpu").nbytes == RollingKVCache.bytes_needed(shape, config, window)
+            assert RollingKVCache(shape, config, "cpu").nbytes == RollingKVCache.bytes_kept(shape, config, window)
 
 
 def test_the_published_bytes_per_frame():

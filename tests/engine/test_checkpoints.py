@@ -39,6 +39,19 @@ def test_every_file_layout_gives_the_same_weights(name, weights, source, tmp_pat
     assert model.identity == CausalModel(source).identity
 
 
+@pytest.mark.parametrize("place", ["model.sft", "folder/model.SFT"])
+def test_sft_is_another_name_of_safetensors(place, weights, tmp_path):
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    write_weights(tmp_path / "model.safetensors", original_names(weights)).rename(path)
+    assert same(load_model(path), weights)
+    if path.suffix == ".sft":
+        folder = tmp_path / "only"
+        folder.mkdir()
+        path.rename(folder / "weights.sft")
+        assert same(load_model(folder), weights)
+
+
 def test_a_pickle_of_the_old_format_loads(weights, tmp_path):
     torch.save({"generator": original_names(weights)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert same(load_model(tmp_path / "old.pt"), weights)

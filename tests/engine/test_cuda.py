@@ -7,10 +7,12 @@ import torch
 from builders import tiny_transformer
 from cases import load_cases
 
-from rolling_kv.config import CacheConfig, ModelPreset, SamplingConfig
+from rolling_kv.config import SAMPLERS, CacheConfig, ModelPreset, SamplingConfig
+from rolling_kv.host_memory import HostMemory
 from rolling_kv.model import CausalModel
 from rolling_kv.sampler import RollingSession
 from rolling_kv.state import CacheState
+from rolling_kv.storage import CODECS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -34,8 +36,20 @@ def video(model, *, chunks=9, **options):
 
 @pytest.fixture
 def nobody_waits(monkeypatch):
-    """From the third chunk on, waiting for the device is an error, but for the finished chunk's way back."""
-    extended = CacheState.extended
+    """From the third chunk on, waiting for the device is an error, but for the finished chunk's way back.
+
+    UniPC's corrector may wait, inside diffusers: torch.linalg.solve looks whether it has failed.
+    """
+    extended, solve = CacheState.extended, torch.linalg.solve
+
+    def solve_and_wait(*system):
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")
+        solution = solve(*system)
+        torch.cuda.set_sync_debug_mode(mode)
+        return solution
+
+    monkeypatch.setattr(torch.linalg, "solve", solve_and_wait)
 
     def quietly(state, *args, **log):
         torch.cuda.set_sync_debug_mode("default")
@@ -57,9 +71,38 @@ def test_the_recorded_cases(case, monkeypatch):
 
 
 @pytest.mark.parametrize("cache", [WINDOW, replace(WINDOW, storage="int8"), replace(WINDOW, offload=True)])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.usefixtures("nobody_waits")
-def test_nothing_inside_a_chunk_waits_for_the_device(cache):
-    video(model(torch.bfloat16), cache=cache)
+def test_nothing_inside_a_chunk_waits_for_the_device(cache, sampler):
+    sampling = replace(SAMPLING, sampler=sampler, num_inference_steps=4)
+    video(model(torch.bfloat16), cache=cache, sampling=sampling)
+
+
+def test_offloaded_memory_is_pinned_in_its_own_size_and_given_back():
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    tensor = HostMemory(device).zeros((3, 1000), torch.bfloat16)
+    assert tensor.is_pinned() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    there = torch.ones(3, 1000, dtype=torch.bfloat16, device=device)
+    tensor.copy_(there, non_blocking=True)
+    copy = tensor[1:].to(device, non_blocking=True)
+    del tensor
+    assert torch.equal(copy, there[1:])
+
+
+def test_int8_makes_no_float32_copy():
+    codec = CODECS["int8"](torch.bfloat16)
+    parts = codec.pack(torch.randn(1, 4096, 12, 128, device="cuda"))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    made = codec.unpack(parts)
+    assert torch.cuda.max_memory_allocated() - before == made.nbytes == 4096 * 12 * codec.unpack_bytes(128)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_cuda_graphs_on_a_device_that_is_not_the_current_one():
+    made = model()
+    made.transformer.to("cuda:1")
+    torch.testing.assert_close(video(made, cuda_graphs=True), video(made))
 
 
 @pytest.mark.parametrize("storage", ["model", "float8", "int8"])

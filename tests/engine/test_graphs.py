@@ -1,17 +1,23 @@
 """Recorded passes: the same bits as passes that run one by one, with a recorder that needs no GPU."""
 
+import contextlib
+from inspect import getsource
+
 import pytest
 import torch
 from builders import tiny_transformer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rolling_kv import attention
+from rolling_kv import attention, graphs
+from rolling_kv.attention import apply_rolling_kv_cache
+from rolling_kv.bench.storage import pack
+from rolling_kv.checkpoints import build_transformer
 from rolling_kv.config import CacheConfig, ModelPreset, SamplingConfig
 from rolling_kv.model import CausalModel
 from rolling_kv.sampler import RollingSession
 from rolling_kv.step_cache import SeaCache
-from rolling_kv.weights import check_cuda_graphs
+from rolling_kv.weights import RECORDABLE, check_cuda_graphs
 
 CHUNK, WINDOW, SINK = 2, 5, 1
 SAMPLING = SamplingConfig(chunk=CHUNK, denoising_steps=(1000, 750, 500))
@@ -58,7 +64,7 @@ class TapeRecorder:
 @pytest.fixture
 def recorders(monkeypatch):
     made = []
-    monkeypatch.setattr(attention, "CudaRecorder", lambda: made.append(TapeRecorder()) or made[-1])
+    monkeypatch.setattr(attention, "CudaRecorder", lambda device: made.append(TapeRecorder()) or made[-1])
     monkeypatch.setattr(attention, "check_cuda_graphs", lambda *_: None)
     return made
 
@@ -133,6 +139,76 @@ def test_a_result_is_not_overwritten_by_the_next_pass(model, recorders):
             assert not torch.equal(first, second)
             assert torch.equal(first, session._attachment.forward(torch.full(shape, 0.1), 500.0, branch))
     assert recorders[0].replayed > 0
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "euler"])
+def test_recorded_passes_of_a_many_step_sampler_change_no_bit(model, recorders, sampler):
+    """Each of its passes has a timestep of its own: an input of the one recording."""
+    options = dict(sampling=SamplingConfig(chunk=CHUNK, sampler=sampler, num_inference_steps=4))
+    plain, _ = video(model, **options)
+    recorded, held = video(model, cuda_graphs=True, **options)
+    assert torch.equal(recorded, plain) and held == 2 * LAYOUTS
+
+
+def test_the_recorder_uses_the_device_it_was_made_for(monkeypatch):
+    """What a machine without CUDA can tell: what is current while a graph is recorded and repeated."""
+    said, current = [], [torch.device("cuda", 0)]
+    second = torch.device("cuda", 1)
+
+    @contextlib.contextmanager
+    def device(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+
+    @contextlib.contextmanager
+    def recording(graph, pool, stream, capture_error_mode):
+        said.append(("recorded", current[-1], pool, stream))
+        yield
+
+    class Graph:
+        def replay(self):
+            said.append(("repeated", current[-1]))
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream on {device}")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: f"a pool on {current[-1]}")
+    record = graphs.CudaRecorder(second)
+    replay, output = record(lambda: said.append(("run", current[-1])) or "output")
+    replay()
+    assert output == "output" and len(current) == 1
+    place = "a pool on cuda:1", "a stream on cuda:1"
+    assert said == [("recorded", second, *place), ("run", second), ("repeated", second)]
+
+
+def test_packings_that_the_cpu_helps_to_unpack_are_refused():
+    pytest.importorskip("gguf")
+    device = torch.device("cuda")
+    check_cuda_graphs(device, "model", ["Q8_0", "BF16"])
+    with pytest.raises(ValueError, match="weights packed as Q4_K, Q6_K cannot go with CUDA graphs: .*in Q8_0"):
+        check_cuda_graphs(device, "model", ["Q4_K", "Q8_0", "Q6_K"])
+
+
+@pytest.mark.parametrize("packing", ["Q8_0", "Q4_0"])
+def test_packings_are_found_in_the_model(packing, monkeypatch):
+    pytest.importorskip("gguf")
+    asked = []
+    monkeypatch.setattr(attention, "check_cuda_graphs", lambda *given: asked.append(given[1:]))
+    monkeypatch.setattr(attention, "CudaRecorder", lambda device: TapeRecorder())
+    transformer = build_transformer(pack(tiny_transformer(ffn_dim=256).state_dict(), packing))
+    apply_rolling_kv_cache(transformer, cuda_graphs=True).detach()
+    assert asked == [("model", [packing])]
+
+
+def test_no_other_packing_is_unpacked_on_the_device_alone():
+    """diffusers' way of unpacking each kind: a table made from a list of numbers comes from the CPU."""
+    pytest.importorskip("gguf")
+    from diffusers.quantizers.gguf.utils import dequantize_functions
+
+    alone = {kind.name for kind, unpack in dequantize_functions.items() if "torch.tensor(" not in getsource(unpack)}
+    assert alone == set(RECORDABLE)
 
 
 def test_what_cannot_be_recorded_is_refused(model):

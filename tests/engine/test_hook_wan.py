@@ -7,6 +7,7 @@ import pytest
 import torch
 from builders import tiny_transformer
 from hook_dummies import SIZE, TOKENS, noise, wan_pass
+from test_transfer import Crossings
 
 from rolling_kv import attention
 from rolling_kv.cache import Branch, CacheShape, PromptCache, RollingKVCache
@@ -68,6 +69,19 @@ def test_wan_agrees_with_the_engine(hooked, window, sink, batch, dtype):
     tolerance = 1e-5 if dtype == torch.float32 else 0
     for ours, theirs in zip(actual, expected):
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+def test_positions_do_not_wait_for_the_device(hooked):
+    state = get_rolling_kv_cache_state(meta := hooked(to=tiny_transformer().to("meta")))
+    latents, prompt = torch.zeros(1, 16, 2, *SIZE, device="meta"), torch.zeros(1, 6, 32, device="meta")
+    with Crossings() as crossings, torch.inference_mode():
+        for chunk in range(2):
+            for _ in range(2):
+                meta(latents, torch.zeros(1, device="meta"), prompt)
+                state.configure_cache_write("overwrite", absolute_token_offset=chunk * 2 * TOKENS)
+            state.clear_cache_write()
+    assert not crossings.waiting
+    assert len(crossings.free) == 2 * 2  # cosines and sines of each chunk
 
 
 def test_the_passes_of_a_sampling_session(transformer, hooked, monkeypatch):

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rolling_kv import hooks
-from rolling_kv.hooks import RollingKVCacheConfig
+from rolling_kv.hooks import RollingKVCacheConfig, RollingKVCacheState
+from rolling_kv.storage import Resident
 
 # -- settings ----------------------------------------------------------------------------------------------------
 
@@ -135,6 +136,29 @@ def test_any_order_of_passes_against_a_list(data, window, sink):
             assert run(*after[start:]) == sorted(after[:sink] + after[sink + lost_after :])
             if keep:
                 tokens, lost = after, lost_after
+
+
+def test_appends_to_an_unlimited_cache_seldom_move_it(dummy, monkeypatch):
+    moves = []
+    resize = Resident.resize
+    monkeypatch.setattr(Resident, "resize", lambda store, *args: moves.append(1) or resize(store, *args))
+    run = dummy()
+    for token in range(100):
+        run(token)
+    assert run(100) == list(range(101))
+    assert 0 < len(moves) <= 2 * 13  # two layers
+
+
+def test_what_a_model_passes_to_its_own_processor_is_passed_over(dummy):
+    run = dummy()
+    first = run.transformer.first
+    tokens = torch.ones(1, 2, 2)
+    assert torch.equal(first(tokens, scale=2.0), tokens)
+
+
+def test_a_state_can_be_made_without_a_config():
+    state = RollingKVCacheState()
+    assert (state.config, state.next_token_offset, state.nbytes) == (RollingKVCacheConfig(), 0, 0)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------

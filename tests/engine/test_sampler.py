@@ -1,5 +1,8 @@
 """Whatever way a video is cut into runs, continued, forked or cancelled, it is the same video."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from builders import tiny_transformer
@@ -11,6 +14,7 @@ from rolling_kv.model import CausalModel
 from rolling_kv.sampler import RollingSession, Workspace, activation_bytes, working_bytes
 from rolling_kv.schedule import seeded_noise
 from rolling_kv.state import CacheState
+from rolling_kv.step_cache import FirstBlockCache
 
 HEIGHT, WIDTH = 32, 48
 SAMPLING = SamplingConfig(chunk=2, denoising_steps=(1000, 500))
@@ -85,7 +89,9 @@ def test_a_session_knows_the_bytes_of_its_cache(model, guidance, branches):
         assert session.cache_bytes == (branches * 5 * frame, branches * 5 * frame)  # offloaded: two layers, and all
     with RollingSession(model, prompt(model), cache=CacheConfig(-1), **words) as session:
         sizes = [session.cache_bytes for _ in session.generate(3)]
-    assert sizes == [(branches * frames * frame, 0) for frames in (2, 4, 6)]
+        list(session.generate(2))
+        assert session.cache_bytes.device == branches * 10 * frame
+    assert sizes == [(branches * 6 * frame, 0)] * 3, "room for all of them, taken once"
 
 
 def test_branches_of_one_state_do_not_disturb_each_other(model):
@@ -169,6 +175,15 @@ def test_prefill_is_part_of_the_video(model):
         assert not torch.equal(next(other.generate(1, seed=3)).latents, chunks[0].latents)
 
 
+def test_given_frames_after_others_have_no_first_frame(model):
+    single = SamplingConfig(chunk=3, denoising_steps=(1000, 500), independent_first_frame=True)
+    frames = torch.zeros(1, 16, 6, HEIGHT // 8, WIDTH // 8)
+    with RollingSession(model, prompt(model), height=HEIGHT, width=WIDTH, sampling=single) as session:
+        session.prefill(frames)
+        session.prefill(frames)
+    assert [record.frames for record in session.state.records] == [1, 2, 3, 3, 3]
+
+
 def test_independent_first_frame(model):
     single = SamplingConfig(chunk=3, denoising_steps=(1000, 500), independent_first_frame=True)
     state = sample(model, 3, sampling=single)
@@ -213,6 +228,197 @@ def test_a_session_goes_on_after_a_cancelled_chunk(model):
         list(session.generate(4 - done, seed=7))
     assert 0 < done < 4
     assert same(session.state, sample(model, 4))
+
+
+def test_an_open_chunk_of_another_size_is_in_nobodys_way(model):
+    """What a cancelled chunk has left open, and then a single frame is given."""
+
+    def cancel(done, total):
+        if done == 4:
+            raise Cancelled
+
+    frame = torch.randn(1, 16, 1, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(1))
+    videos = []
+    for on_pass in (cancel, None):
+        with RollingSession(model, prompt(model), height=HEIGHT, width=WIDTH, on_pass=on_pass) as session:
+            if on_pass:
+                with pytest.raises(Cancelled):
+                    list(session.generate(2, seed=7))
+                session.on_pass = None
+            else:
+                list(session.generate(1, seed=7))
+            session.prefill(frame)
+            list(session.generate(1, seed=7))
+        videos.append(session.state)
+    assert same(*videos)
+
+
+@pytest.mark.parametrize("between", ["cancelled", "another video in the workspace"])
+def test_a_session_can_be_opened_again(model, between):
+    """It finds nothing of its own there any more, and replays."""
+
+    def cancel(done, total):
+        if between == "cancelled" and done == 5:
+            raise Cancelled
+
+    workspace = Workspace()
+    session = RollingSession(model, prompt(model), height=HEIGHT, width=WIDTH, workspace=workspace, on_pass=cancel)
+    try:
+        with session:
+            list(session.generate(4 if between == "cancelled" else 2, seed=7))
+    except Cancelled:
+        session.on_pass = None
+    sample(model, 1, seed=99, workspace=workspace)
+    done = len(session.state.records)
+    passes = []
+    session.on_pass = lambda *pair: passes.append(pair)
+    with session:
+        list(session.generate(4 - done, seed=7))
+    assert 0 < done < 4 and passes[-1] == (passes[-1][1] - 1, len(passes))
+    assert same(session.state, sample(model, 4))
+
+
+@pytest.mark.parametrize("ends", ["cancelled", "well"])
+def test_a_closed_session_holds_no_memory(model, ends):
+    """Whoever still refers to it; after a cancel, the traceback does, and its caches may be most of a GPU."""
+    held = []
+
+    def note():
+        layers = [parts for cache in session._caches.values() for parts in cache.store.layers]
+        layers += [parts for _, known in session._prompt_caches for parts in known.layers.values()]
+        held.extend(weakref.ref(part) for parts in layers for part in parts)
+
+    def on_pass(done, total):
+        if done == 4:
+            note()
+            if ends == "cancelled":
+                raise Cancelled
+
+    session = RollingSession(model, prompt(model), height=HEIGHT, width=WIDTH, on_pass=on_pass)
+    gc.disable()
+    try:
+        with session:
+            chunks = session.generate(3)
+            for _ in chunks:
+                pass
+    except Cancelled as error:
+        assert error.__traceback__
+        alive = [tensor for tensor in held if tensor() is not None]
+    else:
+        alive = [tensor for tensor in held if tensor() is not None]
+    finally:
+        gc.enable()
+    assert len(held) > 4 and not alive
+
+
+def test_a_session_that_fails_at_its_end_is_taken_off_all_the_same(model):
+    class Unlucky(FirstBlockCache):
+        pass
+
+    many = SamplingConfig(chunk=2, sampler="unipc", num_inference_steps=3)
+    session = RollingSession(model, prompt(model), height=HEIGHT, width=WIDTH, sampling=many, step_cache=Unlucky())
+    with pytest.raises(MemoryError):
+        with session:
+            session._steps.report = lambda: raise_(MemoryError)
+            list(session.generate(1))
+    assert "Rolling" not in str(model.transformer.attn_processors)
+    assert not model.transformer.is_cache_enabled
+    sample(model, 1)
+
+
+def raise_(error):
+    raise error
+
+
+def test_a_session_must_be_open(model):
+    session = RollingSession(model, prompt(model), height=HEIGHT, width=WIDTH)
+    with pytest.raises(ValueError, match="inside `with session:`"):
+        next(session.generate(1))
+    with session:
+        list(session.generate(1))
+    with pytest.raises(ValueError, match="not open"):
+        next(session.generate(1))
+
+
+def test_a_prompt_set_during_a_chunk_counts_from_the_next_one(model):
+    def set_prompt(done, total):
+        if done == 4:  # inside the second chunk
+            session.set_prompt(prompt(model, 1))
+
+    session = RollingSession(model, prompt(model, 0), height=HEIGHT, width=WIDTH, on_pass=set_prompt)
+    with session:
+        list(session.generate(4, seed=7))
+    assert [record.prompt for record in session.state.records] == [0, 0, 1, 1]
+    assert same(session.state, sample(model, 2, words=1, state=sample(model, 2, words=0)))
+
+
+def test_a_replay_keeps_the_prompt_of_one_chunk_at_a_time(model):
+    state = None
+    for words in range(4):
+        state = sample(model, 1, words=words, state=state)
+    kept = []
+    with RollingSession(model, prompt(model, 4), height=HEIGHT, width=WIDTH, state=state) as session:
+        session.on_pass = lambda *_: kept.append(len(session._prompt_caches))
+        list(session.generate(1))
+    assert max(kept) == 1 and len(kept) == 4 + 2
+
+
+@pytest.mark.parametrize("first, second", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_model_of_another_dtype_continues(first, second):
+    """bf16 weights after float16 ones, say: in a graph, two loaders are enough."""
+    videos = []
+    for dtype in (first, second):
+        transformer = tiny_transformer(num_attention_heads=2, attention_head_dim=12).to(dtype)
+        videos.append(CausalModel(transformer, ModelPreset("test", SAMPLING, WINDOW)))
+    state = sample(videos[0], 2)
+    longer = sample(videos[1], 2, state=state)
+    assert longer.frames == 8 and longer.chunks[-1].dtype == second and longer.latents().isfinite().all()
+    assert torch.equal(longer.latents()[:, :, :4], state.latents().to(longer.latents().dtype))
+
+
+def test_a_state_of_a_model_with_another_text_encoder_is_refused(model):
+    other = tiny_transformer(num_attention_heads=2, attention_head_dim=12, text_dim=20)
+    state = sample(CausalModel(other, ModelPreset("test", SAMPLING, WINDOW)), 1)
+    with pytest.raises(ValueError, match="a prompt of the cache state must be .* text encoder of another model"):
+        sample(model, 1, state=state)
+
+
+@pytest.mark.parametrize("workspace", [True, False], ids=["taken over", "replayed"])
+def test_chunks_without_guidance_enter_a_guided_cache_with_the_next_negative_prompt(model, workspace):
+    """The log alone decides: a replay must not take the present one."""
+    guided = SamplingConfig(chunk=2, denoising_steps=(1000, 500), guidance_scale=2.0)
+    unlimited = CacheConfig(-1)
+    shared = Workspace() if workspace else None
+    arguments = dict(sampling=guided, cache=unlimited, workspace=shared)
+    start = sample(model, 2, cache=unlimited)
+    middle = sample(model, 1, state=start, negative=prompt(model, 5), **arguments)
+    end = sample(model, 2, state=middle, negative=prompt(model, 6), **arguments)
+    with RollingSession(model, prompt(model), height=HEIGHT, width=WIDTH, state=start, negative=prompt(model, 5),
+                        sampling=guided, cache=unlimited) as session:  # fmt: skip
+        list(session.generate(1, seed=7))
+        session.set_prompt(prompt(model), prompt(model, 6))
+        list(session.generate(2, seed=7))
+    assert same(session.state, end)
+
+
+def test_another_way_to_compute_is_no_cache_to_take_over(model):
+    workspace, passes = Workspace(), []
+    state = sample(model, 3, workspace=workspace)
+    sample(model, 1, state=state, workspace=workspace, backend="native", on_pass=lambda *pair: passes.append(pair))
+    assert len(passes) == 3 + 2
+
+
+def test_a_state_is_nobody_elses_memory(model):
+    given_frames = torch.randn(1, 16, 2, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(1))
+    words = prompt(model)
+    with RollingSession(model, words, height=HEIGHT, width=WIDTH) as session:
+        session.prefill(given_frames)
+        (chunk,) = session.generate(1)
+    before = [tensor.clone() for tensor in session.state.chunks + session.state.prompts]
+    with torch.inference_mode():
+        for tensor in (given_frames, words, chunk.latents):
+            tensor.zero_()
+    assert all(map(torch.equal, session.state.chunks + session.state.prompts, before))
 
 
 def test_a_context_pass_that_fails_leaves_both_branches_at_the_same_point(model):

@@ -8,8 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cache import histories
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rolling_kv import storage
+from rolling_kv.bench.memory import tensors_in
 from rolling_kv.cache import CacheShape, RollingKVCache
 from rolling_kv.config import SINK_PHASES, CacheConfig
 from rolling_kv.rope import rotary_angles, rotate, turns
@@ -188,6 +190,41 @@ def test_bytes_and_error_of_each_storage(storage, share, error):
     assert error == 0 or worst.item() > error / 3  # the bound is not an empty one
 
 
+class Made(TorchDispatchMode):
+    """Counts the bytes of every tensor that is made, views left out."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        known = {tensor.untyped_storage().data_ptr() for tensor in tensors_in((args, kwargs or {}))}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            self.nbytes += 0 if tensor.untyped_storage().data_ptr() in known else tensor.nbytes
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("storage", list(CODECS))
+def test_unpacking_takes_the_bytes_that_are_announced(storage, dtype):
+    size = CacheShape(3, 2, TOKENS, HEADS, HEAD_DIM, dtype)
+    config = CacheConfig(3, storage=storage)
+    cache = RollingKVCache(size, config, "cpu")
+    cache.begin(3)
+    keys, values = cache.update(0, *torch.randn(2, 2, 3 * TOKENS, HEADS, HEAD_DIM).to(dtype))
+    copies = 0 if storage == "model" else keys.nbytes + values.nbytes
+    kept, needed = (f(size, config, 3) for f in (RollingKVCache.bytes_kept, RollingKVCache.bytes_needed))
+    assert (needed.device - kept.device, needed.host) == (copies, kept.host)
+    with Made() as made:
+        cache.codec.unpack(tuple(part[0] for part in cache.store.layers[0]))
+    assert made.nbytes == copies // 2
+
+
+def test_int8_is_unpacked_with_one_rounding():
+    codec = CODECS["int8"](torch.bfloat16)
+    codes, scale = codec.pack(torch.randn(1, 40, 2, 128, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(codec.unpack((codes, scale)), (codes.double() * scale.double()).float().bfloat16())
+
+
 def test_float8_saturates_rather_than_overflows():
     codec = CODECS["float8"](torch.float32)
     extreme = codec.unpack(codec.pack(torch.tensor([[1e6, -1e6, 448.0]])))
@@ -221,7 +258,7 @@ def test_a_rebased_sink_is_the_absolute_one_until_a_frame_leaves():
     for a, b in zip(run(caches[0], [3, 3, 3]), run(caches[1], [3, 3, 3])):
         assert torch.equal(a[3], b[3]) == (a[0] < 6)
         assert torch.equal(a[4], b[4])
-    assert caches[1].nbytes == RollingKVCache.bytes_needed(shape(), caches[1].config, 6)
+    assert caches[1].nbytes == RollingKVCache.bytes_kept(shape(), caches[1].config, 6)
 
 
 def test_a_reset_forgets_the_sink():

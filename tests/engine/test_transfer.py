@@ -1,4 +1,8 @@
-"""Inside a chunk nothing waits for the device. The meta device stands for it: nobody can read a value there."""
+"""Inside a chunk nothing waits for the device. The meta device stands for it: nobody can read a value there.
+
+Two things do wait, both inside diffusers: UniPC's torch.linalg.solve, once per step, and unpacking the weights of a GGUF
+file in a packing outside `weights.RECORDABLE`, in every layer.
+"""
 
 import pytest
 import torch
@@ -6,10 +10,12 @@ from builders import tiny_transformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rolling_kv import transfer
+from rolling_kv.attention import apply_rolling_kv_cache
 from rolling_kv.bench.memory import tensors_in
-from rolling_kv.config import SINK_PHASES, STORAGES, CacheConfig, SamplingConfig
+from rolling_kv.config import SAMPLERS, SINK_PHASES, STORAGES, CacheConfig, SamplingConfig
 from rolling_kv.model import CausalModel
 from rolling_kv.sampler import RollingSession
+from rolling_kv.schedule import integrate_chunk, renoise_chunk, warp_steps
 from rolling_kv.state import CacheState
 from rolling_kv.transfer import to_device
 
@@ -52,26 +58,65 @@ def chunks_come_back(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("sink_phase", SINK_PHASES)
-@pytest.mark.parametrize("storage", STORAGES)
-def test_no_step_and_no_context_pass_waits(model, storage, sink_phase):
-    sampling = SamplingConfig(chunk=2, denoising_steps=(1000, 500), guidance_scale=3.0)
+def video(model, sampler, cache):
+    sampling = SamplingConfig(
+        chunk=2, denoising_steps=(1000, 500), sampler=sampler, num_inference_steps=4, guidance_scale=3.0
+    )
     prompt, negative = torch.randn(2, 1, 6, 32, generator=torch.Generator().manual_seed(0))
-    cache = CacheConfig(5, 1, sink_phase, storage)
-    with (
-        Crossings() as crossings,
-        RollingSession(
-            model, prompt, negative=negative, height=32, width=48, sampling=sampling, cache=cache
-        ) as session,
-    ):
+    with RollingSession(
+        model, prompt, negative=negative, height=32, width=48, sampling=sampling, cache=cache
+    ) as session:
         for _ in session.generate(5, seed=1):
             pass
     assert session.state.frames == 10
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sink_phase", SINK_PHASES)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_no_step_and_no_context_pass_waits(model, storage, sink_phase, sampler):
+    with Crossings() as crossings:
+        video(model, sampler, CacheConfig(5, 1, sink_phase, storage))
     assert not crossings.waiting
-    # The two prompts; for each chunk two draws and the positions; for each context pass the clean latents.
-    moved = 2 + 5 * 3 + 4
-    turns = 2 * 2 * 3 if sink_phase == "rebased" else 0  # branches, layers, chunks after the first frame has left
+    # The two prompts; for each chunk the positions, and two draws or one and the noise levels; for each context pass the
+    # clean latents; once each timestep, that of the context passes included.
+    moved = 2 + 5 * 3 + 4 + (3 if sampler == "renoise" else 5)
+    turns = 2 * 3 if sink_phase == "rebased" else 0  # branches, chunks after the first frame has left
     assert len(crossings.free) == moved + turns
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses what MPS refuses: tensors of doubles on the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        wide = [tensor for tensor in tensors_in(result) if tensor.dtype in (torch.float64, torch.complex128)]
+        if any(tensor.device.type == "meta" for tensor in wide):
+            raise TypeError(f"{function}: this device has no float64")
+        return result
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_device_without_float64_is_asked_for_none(model, sampler, monkeypatch):
+    monkeypatch.setattr(transfer, "FLOAT64", ("cpu",))
+    with NoFloat64():
+        video(model, sampler, CacheConfig(5, 1, "rebased"))
+    with pytest.raises(ValueError, match="exact passes rotate in float64, which meta does not have: turn exact off"):
+        apply_rolling_kv_cache(model.transformer, exact=True)
+
+
+def test_latents_are_mixed_alike_without_float64(monkeypatch):
+    def chunk():
+        noise = torch.Generator().manual_seed(0)
+        return renoise_chunk(
+            lambda x, timestep: x.sin(),
+            lambda draw: torch.randn(1, 16, 2, 4, 6, generator=noise),
+            warp_steps((1000, 750, 500), 5.0),
+        )
+
+    expected = chunk()
+    monkeypatch.setattr(transfer, "FLOAT64", ())
+    torch.testing.assert_close(chunk(), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_the_look_sees_who_waits(model):
@@ -81,6 +126,26 @@ def test_the_look_sees_who_waits(model):
         torch.ones(2).to("meta", non_blocking=True)
         torch.zeros(2, device="meta") * torch.ones(())
     assert (len(crossings.waiting), len(crossings.free)) == (3, 1)
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "euler"])
+def test_half_precision_flows_are_integrated_as_wide_as_the_latents(sampler):
+    def chunk(flow_dtype):
+        return integrate_chunk(
+            lambda x, timestep: x.sin().bfloat16().to(flow_dtype),
+            lambda draw: torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0)),
+            SamplingConfig(sampler=sampler, num_inference_steps=6),
+        )
+
+    assert torch.equal(chunk(torch.bfloat16), chunk(torch.float32))
+
+
+def test_steps_so_fine_that_their_timesteps_are_equal_begin_with_the_first():
+    """UniPC's timesteps are whole numbers; looked up by one, the second of two equal steps would be found."""
+    sampling = SamplingConfig(sampler="unipc", num_inference_steps=300, shift=12.0)
+    clean, noise = torch.randn(2, 1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    made = integrate_chunk(lambda x, timestep: noise - clean, lambda draw: noise, sampling)
+    torch.testing.assert_close(made, clean, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(

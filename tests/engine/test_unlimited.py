@@ -70,6 +70,6 @@ def test_memory_does_not_grow_over_3000_latent_frames(cache):
 
 def test_the_same_look_sees_the_growth_of_an_unlimited_window():
     frame = 2 * 2 * 4 * 128 * 4  # keys and values, layers, tokens, dim, float32
-    first, second = run(CacheConfig(-1), 40, every=20)
+    (first,), (second,) = (run(CacheConfig(-1), chunks, every=chunks) for chunks in (20, 40))
     assert second.cache.device - first.cache.device == 20 * SAMPLING.chunk * frame
     assert second.tensor_bytes - first.tensor_bytes == 20 * SAMPLING.chunk * frame

@@ -1,0 +1,54 @@
+"""A model under ComfyUI's memory management, which a stand-in plays: the order of things when the weights go."""
+
+import importlib
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from tools.comfy_env import PACK
+
+
+class ModelPatcher:
+    def __init__(self, model, offload_device):
+        self.model, self.offload_device = model, offload_device
+
+    def detach(self, unpatch_all=True):
+        if unpatch_all:
+            self.model.device = self.offload_device
+        return self.model
+
+
+class Loras:
+    """Notes where the weights are when the LoRAs come off: there, what they were is put back."""
+
+    def __init__(self, model):
+        self.model, self.cleared = model, []
+
+    def clear(self):
+        self.cleared.append(self.model.device)
+
+
+@pytest.fixture
+def managed(monkeypatch):
+    """nodes/managed.py as a module of a package whose own start, which registers nodes, is left out."""
+    stubs = {name: ModuleType(name) for name in ("comfy", "comfy.model_management", "comfy.model_patcher", "pack")}
+    stubs["pack.nodes"] = ModuleType("pack.nodes")
+    stubs["comfy"].model_management = stubs["comfy.model_management"]
+    stubs["comfy.model_patcher"].ModelPatcher = ModelPatcher
+    stubs["pack"].__path__, stubs["pack.nodes"].__path__ = [str(PACK)], [str(PACK / "nodes")]
+    for name, stub in stubs.items():
+        monkeypatch.setitem(sys.modules, name, stub)
+    module = importlib.import_module("pack.nodes.managed")
+    monkeypatch.setattr(module, "LoraStack", Loras)
+    yield module
+    for name in [name for name in sys.modules if name.startswith("pack.")]:
+        del sys.modules[name]
+
+
+def test_loras_come_off_where_the_weights_end_up(managed):
+    patcher = managed.ManagedModel(SimpleNamespace(device="gpu"), offload_device="cpu")
+    assert patcher.detach(unpatch_all=False) is patcher.model
+    assert patcher.loras.cleared == []
+    assert patcher.detach() is patcher.model
+    assert patcher.loras.cleared == ["cpu"]
