@@ -38,7 +38,7 @@ def test_images_and_video_show_what_the_engine_decodes(any_client):
     images = saved_images(any_client, outputs, "save images")
     expected = engine_frames(saved_latent(any_client, outputs))
     assert images.shape == expected.shape == (21, 64, 64, 3) and images.std() > 5
-    assert np.abs(images - expected).max() <= 1  # rounding to a byte
+    assert np.abs(images - expected).max() < 1.01  # rounding to a byte, after rounding in ComfyUI's torch
     video = read_video(any_client.view(first_file({"save video": outputs["save video"]}, ".mp4")))
     assert video.frames.shape == images.shape
     assert np.abs(video.frames - images).mean() < 6  # H.264 with half the colour resolution
@@ -58,7 +58,7 @@ def test_a_batch_gives_the_frames_of_one_video_after_the_other(client):
     images = saved_images(client, outputs, "save")
     expected = [engine_frames(saved_latent(client, outputs, f"save {name}")) for name in ("first", "second")]
     assert images.shape == (18, 64, 64, 3)
-    assert np.abs(images - np.concatenate(expected)).max() <= 1
+    assert np.abs(images - np.concatenate(expected)).max() < 1.01
     assert np.abs(expected[0] - expected[1]).mean() > 3
 
 
