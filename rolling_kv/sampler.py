@@ -173,8 +173,8 @@ class RollingSession:
     def generate(self, chunks: int, seed: int = 0, noise_source: NoiseSource | None = None) -> Iterator[Chunk]:
         """Sample `chunks` more chunks, yielding each as it is done; `self.state` then includes it.
 
-        The context pass of a chunk runs only when another chunk follows it, in this run or in a later one. Raises
-        ValueError unless the session is open.
+        The context pass of a chunk runs only when another chunk follows it, in this run or in a later one. With an
+        unlimited window, room for all of them is taken at once. Raises ValueError unless the session is open.
         """
         if self._attachment is None:
             raise ValueError("this session is not open: generate inside `with session:`")

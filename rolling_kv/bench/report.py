@@ -160,6 +160,7 @@ def check_plot() -> None:
 def write_plot(path: Path, title: str, workload: Workload, results: list[Result]) -> None:
     """Seconds and peak memory by chunk number, one line per method."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with_memory = [result for result in results if result.peak_bytes]
     figure = Figure(figsize=(9, 7 if with_memory else 4), layout="constrained")
@@ -176,6 +177,7 @@ def write_plot(path: Path, title: str, workload: Workload, results: list[Result]
     for axis in axes:
         axis.set_ylim(0, axis.get_ylim()[1] * 1.1)
         axis.legend()
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1].set_xlabel("chunk")
     with new_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
