@@ -366,10 +366,13 @@ def attention_backend(transformer, backend: str | None) -> Iterator[None]:
 
     diffusers' own `set_attention_backend` also changes what every other model uses.
     """
+    if backend is None:
+        yield
+        return
     processors = [attention.processor for block in transformer.blocks for attention in (block.attn1, block.attn2)]
     before = [processor._attention_backend for processor in processors]
     try:
-        for processor in processors if backend else ():
+        for processor in processors:
             processor._attention_backend = backend
         yield
     finally:

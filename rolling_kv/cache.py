@@ -181,8 +181,12 @@ class RollingKVCache:
 
     def grow(self, frames: int) -> None:
         """Make room for `frames` latent frames, and for some that follow: appends cost little more than their own size."""
-        if frames > self.window.capacity:
+        if frames <= self.window.capacity:
+            return
+        try:
             self.reserve(max(frames, self.window.capacity * 3 // 2))
+        except ValueError:  # there is too little RAM for those that follow
+            self.reserve(frames)
 
     def reset(self) -> None:
         """Forget every frame; the buffers stay allocated."""

@@ -21,7 +21,7 @@ PORTABLE = 1
 
 
 def check_room(nbytes: int) -> None:
-    """Raise ValueError if `nbytes` are more than the RAM that is available now."""
+    """Raise ValueError if `nbytes` are more than the RAM that is available now, whatever limit a container may have."""
     available = psutil.virtual_memory().available
     if nbytes > available:
         raise ValueError(
@@ -50,7 +50,8 @@ class HostMemory:
         return torch.from_numpy(memory[start : start + nbytes]).view(dtype).view(size)
 
     def _pin(self, memory: np.ndarray, address: int, nbytes: int) -> None:
-        error = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, PORTABLE))
+        with torch.cuda.device(self.device):
+            error = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, PORTABLE))
         if not error:
             # The tensor holds the array. When the process ends, CUDA may be gone before it.
             weakref.finalize(memory, _unpin, address, self.device).atexit = False
@@ -75,5 +76,8 @@ def _forget_error(device: torch.device) -> None:
 
 
 def _unpin(address: int, device: torch.device) -> None:
-    torch.cuda.synchronize(device)  # copies to and from it may still run
-    torch.cuda.cudart().cudaHostUnregister(address)
+    try:
+        torch.cuda.synchronize(device)  # copies to and from it may still run
+    finally:
+        with torch.cuda.device(device):
+            torch.cuda.cudart().cudaHostUnregister(address)

@@ -176,13 +176,14 @@ class RollingSession:
         The context pass of a chunk runs only when another chunk follows it, in this run or in a later one. With an
         unlimited window, room for all of them is taken at once. Raises ValueError unless the session is open.
         """
-        if self._attachment is None:
-            raise ValueError("this session is not open: generate inside `with session:`")
+        self._check_open()
+        self._leave_cancelled_chunk()
         total = self.passes_needed(chunks)
         channels = self.model.transformer.config.in_channels
         for cache in self._caches.values():
             cache.reserve(self.state.frames + sum(self.sampling.chunk_sizes(chunks, self.state.frames)))
         for _ in range(chunks):
+            self._check_open()
             self._catch_up(total)
             start = self.state.frames
             shape = (self.batch, channels, self.sampling.chunk_size(start), *self.latent_size)
@@ -236,13 +237,25 @@ class RollingSession:
             self._tick(total)
             branches = self._branches(self._past(record.prompt), self._past_negative(index))
             for branch in branches:
-                if branch.cache.window.open != record.frames:
+                if not branch.cache.window.open:
                     branch.cache.begin(record.frames)
                 with torch.inference_mode():
                     self._attachment.forward(latents, record.timestep, branch, time_rows=rows, keys_only=True)
             for branch in branches:  # all or none: a pass that fails leaves the branches at the same point
                 branch.cache.commit()
             self._cached = index + 1
+
+    def _leave_cancelled_chunk(self) -> None:
+        """Start over with a cache in which a cancelled chunk is open and something of another size comes next.
+
+        It may have overwritten frames that the next chunk still sees; one of the same size overwrites it in turn.
+        """
+        waiting = self.state.records[self._cached :]
+        frames = waiting[0].frames if waiting else self.sampling.chunk_size(self.state.frames)
+        if any(cache.window.open not in (0, frames) for cache in self._caches.values()):
+            for cache in self._caches.values():
+                cache.reset()
+            self._cached = 0
 
     def _past_negative(self, index: int) -> torch.Tensor | None:
         """The negative prompt with which chunk number `index` enters the cache; None without guidance.
@@ -330,8 +343,10 @@ class RollingSession:
         return self
 
     def __exit__(self, exception_type, *_) -> None:
+        # Not a cache with a negative prompt in it that the log does not tell of.
+        told = not self.sampling.guided or not self._cached or self.state.records[-1].negative >= 0
         with ExitStack() as ending:  # last in, first out, whatever fails
-            ending.callback(self._leave_caches, keep=exception_type is None and self._shared)
+            ending.callback(self._leave_caches, keep=exception_type is None and self._shared and told)
             ending.callback(self._detach)
             if self._steps is not None:
                 ending.callback(self._steps.detach)
@@ -343,18 +358,22 @@ class RollingSession:
 
     def _leave_caches(self, keep: bool) -> None:
         """Hand the working cache over to the workspace, or give its memory back, whatever an exception still holds."""
-        for _, prompt in self._prompt_caches:
+        caches, prompts, self._caches, self._prompt_caches = self._caches, self._prompt_caches, {}, []
+        for _, prompt in prompts:
             prompt.release()
         if keep:
             workspace = self._workspace
-            workspace.spec, workspace.caches, workspace.key = self._spec, self._caches, self.state.key
+            workspace.spec, workspace.caches, workspace.key = self._spec, caches, self.state.key
             workspace.cached_chunks = self._cached
         else:
-            for cache in self._caches.values():
+            for cache in caches.values():
                 cache.release()
-        self._caches, self._prompt_caches = {}, []
 
     # -- checks --------------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._attachment is None:
+            raise ValueError("this session is not open: generate inside `with session:`")
 
     def _embeds(self, embeds: torch.Tensor, name: str) -> torch.Tensor:
         text_dim = self.model.transformer.config.text_dim

@@ -59,7 +59,7 @@ class Float8(ModelDtype):
 
 
 class Int8(ModelDtype):
-    """int8 with a float32 scale per token and head: about half the bytes of bfloat16, and a tenth of float8's error."""
+    """int8 with a float32 scale per token and head: about half the bytes of bfloat16, and a fraction of float8's error."""
 
     def widths(self, head_dim):
         return [(head_dim, torch.int8), (1, torch.float32)]
@@ -251,9 +251,11 @@ class Offloaded(Resident):
         self.place = 0  # the staging buffer that is open
 
     def release(self) -> None:
-        self.copies.finish()  # they still read and write this memory
-        super().release()
-        self.staging.release()
+        try:
+            self.copies.finish()  # they still read and write this memory
+        finally:
+            super().release()
+            self.staging.release()
 
     def _copy_in(self, layer: int, place: int, tokens: int) -> None:
         for staged, kept in zip(self.staging.layers[place], self.layers[layer]):

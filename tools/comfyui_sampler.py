@@ -23,6 +23,15 @@ from rolling_kv.bench.workload import Workload
 
 from .comfy_env import PACK, ComfyError, ComfyInstall, find_install
 
+PROBE = """
+import sys
+sys.argv = ["main.py", "--cpu"]
+import comfy.options
+comfy.options.enable_args_parsing()
+import comfy.samplers
+comfy.samplers.ksampler("ar_video", {})
+"""
+
 
 @contextmanager
 def find_sampler(workload: Workload) -> Iterator[tuple[type[ComfyUISampler] | None, str]]:
@@ -36,11 +45,24 @@ def find_sampler(workload: Workload) -> Iterator[tuple[type[ComfyUISampler] | No
         yield None, "no ComfyUI was found; name one in COMFYUI_PATH"
     elif workload.device.type == "cpu" and workload.dtype != torch.float32:
         yield None, "on a CPU, ComfyUI's sampler runs in float32 only"
+    elif lacking := _what_is_lacking(install):
+        yield None, lacking
     else:
         with tempfile.TemporaryDirectory() as folder:
             note = f"{ComfyUISampler.note}; torch {install.versions['torch']}"
             known = {"install": install, "folder": Path(folder), "note": note}
             yield type("ComfyUISampler", (ComfyUISampler,), known), ""
+
+
+def _what_is_lacking(install: ComfyInstall) -> str:
+    """Why this ComfyUI cannot sample chunk by chunk; empty if it can."""
+    result = subprocess.run(
+        [install.python, "-c", PROBE], cwd=install.path, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
+        return f"ComfyUI at {install.path} has no SamplerARVideo, or does not start: {reason}"
+    return ""
 
 
 class ComfyUISampler(Method):

@@ -74,8 +74,8 @@ class Measured:
     """One method at one strength. Lists are by seed; for the uncached runs, method is "none" and strength empty.
 
     seconds: of the run. plain_seconds: of an uncached run right before it, so that whatever else the machine does hits
-    both. report: over all seeds. peak_bytes: most memory in use, weights included. videos: latents [1, C, F, h, w] in model space, on the CPU,
-    until `compare` has decoded them. quality: against the uncached videos, means by the names of `Similarity`. extra:
+    both. report: over all seeds. peak_bytes: most memory in use, weights included. videos: latents [1, C, F, h, w] in
+    model space, on the CPU, until `compare` has decoded them. quality: against the uncached videos, means by the names of `Similarity`. extra:
     what a `judge` said of the decoded videos, means.
     """
 
@@ -211,8 +211,8 @@ def measure(
 
     count = len(plan((1.0,) if calibrated else ()))
     device = setting.model.compute_device()
-    gauge = CudaGauge(device, _weights(setting)) if device.type == "cuda" else None
-    separate = setting.memory and gauge is None
+    cuda = device.type == "cuda"
+    separate = setting.memory and not cuda
     progress = _Progress(1 + (2 * count - 1) * len(setting.seeds) + separate * count, on_pass)
 
     def run(method, seed: int) -> tuple[torch.Tensor, StepCacheReport | None]:
@@ -240,6 +240,7 @@ def measure(
             if method is not None:
                 run(None, seed)
             middle = time.perf_counter()
+            gauge = CudaGauge(device, _weights(setting)) if cuda else None
             with gauge.turn(title) if gauge else nullcontext():
                 latents, report = run(method, seed)
             result.seconds.append(time.perf_counter() - middle)

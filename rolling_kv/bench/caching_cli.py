@@ -29,6 +29,7 @@ from .workload import SIZES, Workload
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
+    options.add_dtype(parser, "as for generate; of random weights bfloat16 on CUDA, else float32")
     parser.add_argument("--vae", type=Path, help="the Wan 2.1 VAE, where the model is a single file")
     parser.add_argument("--mode", choices=MODES, default=MODES[0], help="default: %(default)s, with the rolling cache")
     parser.add_argument("--negative-prompt", default="", help="default: empty")
@@ -80,7 +81,7 @@ def make_setting(args: argparse.Namespace) -> tuple[Setting, WanVAE | None]:
         model, prompt = _random_model(args)
         negative, (height, width) = -prompt, (SIZES[args.size].height, SIZES[args.size].width)
     else:
-        load = dict(dtype=options.dtype_of(args), device=args.device)
+        load = dict(dtype=args.dtype or "auto", device=args.device)
         model = load_model(args.model, preset=args.preset, **load)
         text = load_text_encoder(args.text_encoder or args.model, **load)
         vae = load_vae(args.vae or args.model, **load)

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, help="latent frames a chunk attends to, -1 for all (default: the size's)")
     parser.add_argument("--sink", type=int, default=0, help="first latent frames that never leave the window; (a) only")
     parser.add_argument("--chunks", type=int, default=10, help="chunks to make, of 3 latent frames (default: 10)")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: bfloat16 on CUDA")
+    options.add_dtype(parser)
     parser.add_argument("--cache-storage", choices=STORAGES, default="model", help="how (a) keeps its cache")
     parser.add_argument("--offload-cache", action="store_true", help="keep the cache in CPU memory; (a) only")
     parser.add_argument("--compile", action="store_true", help="torch.compile; (a) only")
@@ -96,11 +96,15 @@ def comfyui_sampler(workload: Workload, letters: str | None) -> Iterator[tuple[t
     with ExitStack() as stack:
         sampler, why_not = None, "it is part of the source repository only"
         if wanted and source.is_file():
-            tools = importlib.import_module("tools.comfyui_sampler")
-            sampler, why_not = stack.enter_context(tools.find_sampler(workload))
+            try:
+                tools = importlib.import_module("tools.comfyui_sampler")
+            except ImportError:
+                why_not = f"the command has to run in {source.parents[1]}"
+            else:
+                sampler, why_not = stack.enter_context(tools.find_sampler(workload))
         if letters is not None and wanted and sampler is None:
             raise ValueError(f"(d) cannot be measured: {why_not}")
-        yield sampler, f"(d) was not measured: {why_not}." if wanted and sampler is None else ""
+        yield sampler, f"(d) was not measured: {why_not.rstrip('.')}." if wanted and sampler is None else ""
 
 
 def make_workload(args: argparse.Namespace) -> Workload:
@@ -128,14 +132,14 @@ def choose_methods(letters: str | None, available: Sequence[type[Method]]) -> li
 def describe(args: argparse.Namespace, workload: Workload) -> str:
     size, here = workload.size, machine(workload.device)
     cpu = f"{here['cpu']}, {here['threads']} threads"
-    options = [f"cache in {args.cache_storage}"] * (args.cache_storage != "model")
-    options += ["cache offloaded"] * args.offload_cache + ["compiled"] * args.compile
-    options += ["CUDA graphs"] * args.cuda_graphs
-    options += [f"attention by {args.backend}"] if args.backend else []
+    chosen = [f"cache in {args.cache_storage}"] * (args.cache_storage != "model")
+    chosen += ["cache offloaded"] * args.offload_cache + ["compiled"] * args.compile
+    chosen += ["CUDA graphs"] * args.cuda_graphs
+    chosen += [f"attention by {args.backend}"] if args.backend else []
     return (
         f"{args.size}: {size.layers} layers, dim {size.dim}, {size.heads} heads, ffn {size.ffn}, random weights; "
         f"{workload.height}x{workload.width}, {str(workload.dtype).removeprefix('torch.')}"
-        f"{''.join(', ' + option for option in options)}\n{here.get('gpu', cpu)}, torch {here['torch']}"
+        f"{''.join(', ' + option for option in chosen)}\n{here.get('gpu', cpu)}, torch {here['torch']}"
     )
 
 

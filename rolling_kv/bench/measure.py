@@ -25,7 +25,7 @@ QUANTISED_TOLERANCE = 2e-2
 
 
 class BenchError(ValueError):
-    """Two methods that should make the same video do not, so they are not doing the same work."""
+    """A method fails, or does other work than the one it is compared with: they do not make the same video."""
 
 
 @dataclass

@@ -34,7 +34,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="pixels (default: the size's; 64 for the bundled model, else 480)")
     parser.add_argument("--width", type=int, help="pixels (default: the size's; 64 for the bundled model, else 832)")
     parser.add_argument("--window", type=int, help="latent frames a chunk attends to (default: the model's)")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: bfloat16 on CUDA")
+
+
+def add_dtype(parser: argparse.ArgumentParser, default: str = "bfloat16 on CUDA, else float32") -> None:
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help=f"default: {default}")
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:

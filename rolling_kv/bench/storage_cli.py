@@ -22,6 +22,7 @@ NO_PACKING = "none"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
+    options.add_dtype(parser)
     parser.add_argument("--chunks", type=int, default=10, help="length of each video (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the video's noise (default: %(default)s)")
     parser.add_argument(

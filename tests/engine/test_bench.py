@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -283,7 +284,7 @@ def test_options_before_a_subcommand_are_refused(capsys):
 
 
 @pytest.fixture
-def no_comfyui(monkeypatch, tmp_path):
+def no_comfyui(monkeypatch):
     monkeypatch.setattr(comfyui_sampler, "find_install", lambda: None)
 
 
@@ -302,6 +303,21 @@ def test_asking_for_comfyui_where_it_cannot_run_is_an_error(no_comfyui, monkeypa
     monkeypatch.setattr(comfyui_sampler, "find_install", lambda: install)
     with pytest.raises(SystemExit, match="float32 only"):
         main(["bench", "--methods", "d", "--dtype", "bfloat16", "--device", "cpu"])
+
+
+def test_a_comfyui_that_does_not_start_is_told_of_and_left_out(monkeypatch, capsys, tmp_path):
+    install = ComfyInstall(tmp_path, Path(sys.executable), {"torch": "2"}, cuda=False)
+    monkeypatch.setattr(comfyui_sampler, "find_install", lambda: install)
+    monkeypatch.setattr(cli, "METHODS", (Floor,))
+    main(["bench", "--chunks", "1", "--no-memory", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert f"(d) was not measured: ComfyUI at {tmp_path}" in said and "No module named 'comfy'" in said
+
+
+def test_another_package_named_tools_is_not_mistaken_for_ours(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tools.comfyui_sampler", None)  # import fails
+    with cli.comfyui_sampler(workload(), None) as (sampler, note):
+        assert sampler is None and "has to run in" in note
 
 
 def test_the_published_pack_has_no_comfyui_to_measure(monkeypatch, tmp_path):

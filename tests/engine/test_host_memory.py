@@ -1,5 +1,6 @@
 """CPU memory beside a device. CUDA's part is played by a stand-in, which keeps account of what is pinned."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import psutil
@@ -34,6 +35,7 @@ class Cudart:
 def cudart(monkeypatch):
     cudart = Cudart()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: cudart.said.append(f"waited for {device}"))
     monkeypatch.setattr(host_memory, "_forget_error", lambda device: cudart.said.append("forgot"))
     monkeypatch.setattr(host_memory.mmap, "PAGESIZE", PAGE)

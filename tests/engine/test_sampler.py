@@ -230,11 +230,12 @@ def test_a_session_goes_on_after_a_cancelled_chunk(model):
     assert same(session.state, sample(model, 4))
 
 
-def test_an_open_chunk_of_another_size_is_in_nobodys_way(model):
-    """What a cancelled chunk has left open, and then a single frame is given."""
+@pytest.mark.parametrize("before", [1, 2, 3])
+def test_an_open_chunk_of_another_size_is_in_nobodys_way(model, before):
+    """What a cancelled chunk has left open, and then a single frame is given: with a full window it has overwritten one."""
 
     def cancel(done, total):
-        if done == 4:
+        if done == 3 * before + 1:
             raise Cancelled
 
     frame = torch.randn(1, 16, 1, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(1))
@@ -243,10 +244,10 @@ def test_an_open_chunk_of_another_size_is_in_nobodys_way(model):
         with RollingSession(model, prompt(model), height=HEIGHT, width=WIDTH, on_pass=on_pass) as session:
             if on_pass:
                 with pytest.raises(Cancelled):
-                    list(session.generate(2, seed=7))
+                    list(session.generate(before + 1, seed=7))
                 session.on_pass = None
             else:
-                list(session.generate(1, seed=7))
+                list(session.generate(before, seed=7))
             session.prefill(frame)
             list(session.generate(1, seed=7))
         videos.append(session.state)
@@ -338,6 +339,11 @@ def test_a_session_must_be_open(model):
         list(session.generate(1))
     with pytest.raises(ValueError, match="not open"):
         next(session.generate(1))
+    with session:
+        chunks = session.generate(2)
+        next(chunks)
+    with pytest.raises(ValueError, match="not open"):
+        next(chunks)
 
 
 def test_a_prompt_set_during_a_chunk_counts_from_the_next_one(model):
@@ -399,6 +405,25 @@ def test_chunks_without_guidance_enter_a_guided_cache_with_the_next_negative_pro
         session.set_prompt(prompt(model), prompt(model, 6))
         list(session.generate(2, seed=7))
     assert same(session.state, end)
+
+
+def test_a_negative_prompt_that_no_log_tells_of_is_not_left_behind(model):
+    """The first guided chunk after unguided ones is cancelled, and the session closed as if all was well."""
+    guided = SamplingConfig(chunk=2, denoising_steps=(1000, 500), guidance_scale=2.0)
+
+    def cancel(done, total):
+        if done == 3:
+            raise Cancelled
+
+    workspace, start = Workspace(), sample(model, 2)
+    size = dict(height=HEIGHT, width=WIDTH, sampling=guided, state=start)
+    with RollingSession(
+        model, prompt(model), negative=prompt(model, 5), workspace=workspace, on_pass=cancel, **size
+    ) as session:
+        with pytest.raises(Cancelled):
+            list(session.generate(1))
+    arguments = dict(sampling=guided, state=start, negative=prompt(model, 6))
+    assert same(sample(model, 1, workspace=workspace, **arguments), sample(model, 1, **arguments))
 
 
 def test_another_way_to_compute_is_no_cache_to_take_over(model):
