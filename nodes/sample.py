@@ -7,7 +7,8 @@ from comfy_api.latest import io
 from server import PromptServer
 
 from ..rolling_kv.config import SPATIAL_COMPRESSION, TEXT_LENGTH
-from ..rolling_kv.sampler import RollingSession, activation_bytes, step_cache_bytes, working_bytes
+from ..rolling_kv.footprint import activation_bytes, step_cache_bytes, working_bytes
+from ..rolling_kv.sampler import RollingSession
 from ..rolling_kv.vae import to_model, to_raw
 from .managed import check_cancelled, free_memory_of
 from .types import CATEGORY, Model, State

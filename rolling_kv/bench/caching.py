@@ -13,8 +13,9 @@ import torch
 
 from ..bidirectional import BidirectionalClip
 from ..config import CacheConfig, SamplingConfig
+from ..footprint import activation_bytes, step_cache_bytes, working_bytes
 from ..model import CausalModel
-from ..sampler import RollingSession, activation_bytes, step_cache_bytes, working_bytes
+from ..sampler import RollingSession
 from ..step_cache import (
     METHODS,
     FasterCache,

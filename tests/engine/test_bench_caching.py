@@ -17,7 +17,7 @@ from rolling_kv.bench import caching, caching_cli, similarity
 from rolling_kv.bench.caching_report import change_note, plot, table
 from rolling_kv.bench.chart import Axis, draw, ticks
 from rolling_kv.bench.similarity import Similarity
-from rolling_kv.sampler import activation_bytes, working_bytes
+from rolling_kv.footprint import activation_bytes, working_bytes
 from rolling_kv.step_cache import METHODS, FasterCache, TaylorSeer, methods
 from rolling_kv.tiny import BUNDLED, make_tiny
 from tools.bench_caching import judge_of

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rolling_kv.config import CacheConfig, ModelPreset, SamplingConfig, check_size
+from rolling_kv.footprint import activation_bytes, working_bytes
 from rolling_kv.model import CausalModel
-from rolling_kv.sampler import RollingSession, Workspace, activation_bytes, working_bytes
+from rolling_kv.sampler import RollingSession, Workspace
 from rolling_kv.schedule import seeded_noise
 from rolling_kv.state import CacheState
 from rolling_kv.step_cache import FirstBlockCache

@@ -11,8 +11,9 @@ from builders import tiny_transformer
 from rolling_kv.attention import RollingSelfAttention
 from rolling_kv.bidirectional import BidirectionalClip
 from rolling_kv.config import CacheConfig, ModelPreset, SamplingConfig
+from rolling_kv.footprint import step_cache_bytes
 from rolling_kv.model import CausalModel
-from rolling_kv.sampler import RollingSession, Workspace, step_cache_bytes
+from rolling_kv.sampler import RollingSession, Workspace
 from rolling_kv.step_cache import (
     METHODS,
     FasterCache,
