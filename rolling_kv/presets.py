@@ -13,6 +13,7 @@ PRESET_FILE = "rolling_kv.json"
 METADATA_KEY = "rolling_kv"
 
 _NAMES = (  # of the file, else of its folder and itself: some releases differ in nothing but the folder
+    (r"chunk.?wise.*ar.?diffusion", "causal-multistep"),  # Causal-Forcing's model before its distillation
     (r"causal.?forcing.?(\+\+|pp|plus).*2.?step", "causal-forcing++-2-step"),
     (r"causal.?forcing.?(\+\+|pp|plus).*1.?step", "causal-forcing++-1-step"),
     (r"causal.?forcing.*frame.?wise|frame.?wise.*causal.?forcing", "causal-forcing-framewise"),

@@ -30,6 +30,8 @@ def weights(source):
         ("Causal-Forcing-framewise.safetensors", "causal-forcing-framewise"),
         ("chunkwise/causal_forcing.safetensors", "causal-forcing-chunkwise"),
         ("framewise/causal_forcing.safetensors", "causal-forcing-framewise"),
+        ("chunkwise/ar_diffusion.safetensors", "causal-multistep"),
+        ("framewise/ar_diffusion.safetensors", None),
         ("longlive_base.safetensors", "longlive"),
         ("longlive/self_forcing.safetensors", "self-forcing"),
         ("LongLive-1.3B/base.safetensors", "longlive"),

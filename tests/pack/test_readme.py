@@ -71,4 +71,4 @@ def test_links_lead_somewhere():
 
 def test_presets_are_real():
     (table,) = re.findall(r"^\| Model \|.*?\n\n", README, re.MULTILINE | re.DOTALL)
-    assert set(re.findall(r"`([\w+-]+)`", table)) == PRESETS.keys() - {"causal-multistep"}
+    assert set(re.findall(r"`([\w+-]+)`", table)) == PRESETS.keys()
