@@ -15,7 +15,7 @@ from .cache import Branch, CacheBytes, CacheShape, PromptCache, RollingKVCache
 from .config import SPATIAL_COMPRESSION, CacheConfig, SamplingConfig, check_size
 from .model import CausalModel
 from .schedule import sample_chunk, seeded_noise
-from .state import CacheState
+from .state import CacheState, same_values
 from .step_cache import StepCache, StepCacheReport, StepWatch, start_step_cache
 from .transfer import to_device
 
@@ -152,8 +152,9 @@ class RollingSession:
                 f"guidance_scale is {self.sampling.guidance_scale}, which needs a negative prompt; connect one, "
                 "or set guidance to 1 to sample without"
             )
-        self._prompt = self._embeds(prompt, "the prompt")
-        self._negative = self._embeds(negative, "the negative prompt") if self.sampling.guided else None
+        # Copies of its own, which the state takes over: the caller may go on to change what was given.
+        self._prompt = self._embeds(prompt, "the prompt").clone()
+        self._negative = self._embeds(negative, "the negative prompt").clone() if self.sampling.guided else None
 
     def prefill(self, latents: torch.Tensor) -> None:
         """Append given clean latents, [B, C, F, h, w] in model space: an image, or a video to extend."""
@@ -285,7 +286,7 @@ class RollingSession:
     def _prompt_cache(self, embeds: torch.Tensor) -> PromptCache:
         """embeds: on the CPU, where comparing them does not wait for the device."""
         for source, known in self._prompt_caches:
-            if source is embeds or torch.equal(source, embeds):
+            if same_values(source, embeds):
                 return known
         made = PromptCache(to_device(embeds, self.device))
         self._prompt_caches.append((embeds, made))

@@ -66,7 +66,7 @@ class CacheState(NamedTuple):
         negative: torch.Tensor | None,
         seed: int | None,
     ) -> CacheState:
-        """This video with one more chunk, [B, C, f, h, w]."""
+        """This video with one more chunk, [B, C, f, h, w]. The prompts are kept as they are: nobody may change them."""
         chunk = chunk.detach().to("cpu", copy=True)  # whoever made it may go on to write into it
         prompts = self.prompts
         prompts, prompt_index = _with_prompt(prompts, prompt)
@@ -91,6 +91,13 @@ def _with_prompt(prompts: tuple[torch.Tensor, ...], prompt: torch.Tensor | None)
         return prompts, -1
     prompt = prompt.detach().cpu()
     for index, known in enumerate(prompts):
-        if known.dtype == prompt.dtype and torch.equal(known, prompt):
+        if same_values(known, prompt):
             return prompts, index
-    return prompts + (prompt.clone(),), len(prompts)
+    return prompts + (prompt,), len(prompts)
+
+
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of the CPU are equal and of one dtype; at once where they are the same memory."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return (a.data_ptr() == b.data_ptr() and a.stride() == b.stride()) or torch.equal(a, b)

@@ -76,8 +76,8 @@ class Measured:
 
     seconds: of the run. plain_seconds: of an uncached run right before it, so that whatever else the machine does hits
     both. report: over all seeds. peak_bytes: most memory in use, weights included. videos: latents [1, C, F, h, w] in
-    model space, on the CPU, until `compare` has decoded them. quality: against the uncached videos, means by the names of `Similarity`. extra:
-    what a `judge` said of the decoded videos, means.
+    model space, on the CPU, until `compare` has decoded them. quality: against the uncached videos, means by the names of
+    `Similarity`. extra: what a `judge` said of the decoded videos, means.
     """
 
     method: str

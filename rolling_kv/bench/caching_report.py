@@ -75,7 +75,10 @@ def ratios_note(ratios: Sequence[float]) -> str:
 def as_json(
     setting: Setting, results: Sequence[Measured], ratios: Sequence[float], change: Sequence[float] = ()
 ) -> dict:
-    """Everything measured; change: what `caching.step_change` gave, in few-step sampling. psnr is null where the videos are equal; the uncached ones themselves have no quality."""
+    """Everything measured. change: what `caching.step_change` gave, in few-step sampling.
+
+    psnr is null where the videos are equal; the uncached ones themselves have no quality.
+    """
     entries = []
     for result in results:
         entry = asdict(result) | {"speed_up": result.speed_up, "report": result.report and result.report._asdict()}

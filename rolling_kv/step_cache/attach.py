@@ -109,11 +109,10 @@ class StepCache:
         """What is kept from step to step: every tensor, of all branches."""
         hooks = self._all_hooks()
         managers = {id(v): v for hook in hooks for v in vars(hook).values() if isinstance(v, StateManager)}
-        states = [list(manager._state_cache.values()) for manager in managers.values()]
-        # The hooks on the denoiser, and on attention, have one state each; those of the branches are kept here.
-        states += [vars(hook).get("state") for hook in hooks] + [
-            list(states.values()) for states in self._states.values()
-        ]
+        states = [manager._state_cache for manager in managers.values()]
+        # Hooks of FasterCache and Pyramid Attention Broadcast have one state each; those of the branches are kept here.
+        states += [vars(hook).get("state") for hook in hooks]
+        states += [list(branch.values()) for branch in self._states.values()]
         return list(_tensors(states))
 
     def report(self) -> StepCacheReport:

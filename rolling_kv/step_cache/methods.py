@@ -266,9 +266,6 @@ class MagCacheCalibration:
         # One step more than there are: at the last one diffusers would print the constants and forget them.
         return hooks.MagCacheConfig(calibrate=True, num_inference_steps=run.steps + 1)
 
-    def bytes_held(self, shape: StepShape) -> int:
-        return shape.branches * 2 * shape.hidden
-
 
 @dataclass(frozen=True)
 class SeaCache:
