@@ -2,7 +2,7 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..rolling_kv.config import SINK_PHASES, STORAGES
+from ..rolling_kv.config import ALL_FRAMES, CACHE_STORAGES, SINK_PHASES
 from .types import CATEGORY, Model
 
 
@@ -46,7 +46,7 @@ class RollingKVAttachCache(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "storage",
-                    options=list(STORAGES),
+                    options=list(CACHE_STORAGES),
                     optional=True,
                     advanced=True,
                     tooltip="How the cache is kept. Model: the model's own precision. Float8 and int8 take about half the "
@@ -68,7 +68,7 @@ class RollingKVAttachCache(io.ComfyNode):
     def execute(cls, model, window, sink, sink_phase="absolute", storage="model", offload=False) -> io.NodeOutput:
         cache = replace(model.cache, sink_phase=sink_phase, storage=storage, offload=offload)
         if window != 0:
-            cache = replace(cache, window=window)
+            cache = replace(cache, window=ALL_FRAMES if window == -1 else window)
         if sink != -1:
             cache = replace(cache, sink=sink)
         cache.check_chunk(model.sampling.chunk)

@@ -144,13 +144,12 @@ class RollingKVBenchmark(io.ComfyNode):
         strengths="all", mode="multi-step", videos=1, memory=True,
     ) -> io.NodeOutput:  # fmt: skip
         names, notes = applicable(_chosen(methods))
-        if model.compile:
-            raise ValueError("A step cache cannot go with compile: turn it off in Load Causal Video Model.")
+        model.execution.check(step_cache=True)
         setting = Setting(
             model.patcher.model, embedding(positive, "positive"),
             None if negative is None else embedding(negative, "negative"), mode,
             _sampling(model.sampling, steps, guidance), model.cache, height, width, chunks,
-            tuple(range(first_seed, first_seed + videos)), memory, model.backend,
+            tuple(range(first_seed, first_seed + videos)), memory, model.execution,
         )  # fmt: skip
         own = [] if model.step_cache is None else [("Step Cache node", model.step_cache.title, model.step_cache)]
         check(setting, own)
@@ -169,7 +168,7 @@ class RollingKVBenchmark(io.ComfyNode):
 
         try:
             _bring_to_device(model, bytes_needed(setting, names, own))
-            if setting.sampling.sampler == "renoise":
+            if setting.sampling.few_step:
                 raise ValueError(_why_not(replace(setting, chunks=1), on_pass))
             results, ratios = measure(
                 setting, names, defaults_only=strengths == "defaults", more=own, on_run=on_run, on_pass=on_pass
@@ -214,7 +213,7 @@ def _sampling(trained: SamplingConfig, steps: int, guidance: float) -> SamplingC
     sampling = replace(trained, guidance_scale=guidance) if guidance else trained
     if not steps:
         return sampling
-    sampler = "unipc" if trained.sampler == "renoise" else trained.sampler
+    sampler = "unipc" if trained.few_step else trained.sampler
     return replace(sampling, sampler=sampler, num_inference_steps=steps)
 
 

@@ -7,7 +7,7 @@ import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import InputImpl, io
 
-from ..rolling_kv.config import FPS, SPATIAL_COMPRESSION
+from ..rolling_kv.geometry import WAN_21
 from ..rolling_kv.video import VideoWriter
 from .managed import check_cancelled
 from .types import CATEGORY, VAE
@@ -30,7 +30,7 @@ class RollingKVDecodeVideo(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="From Sample Video."),
                 io.Float.Input(
                     "fps",
-                    default=float(FPS),
+                    default=float(WAN_21.fps),
                     min=1.0,
                     max=120.0,
                     step=1.0,
@@ -53,11 +53,11 @@ class RollingKVDecodeVideo(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, vae, latent, fps=FPS, enlarge=1) -> io.NodeOutput:
+    def execute(cls, vae, latent, fps=WAN_21.fps, enlarge=1) -> io.NodeOutput:
         samples = _check(latent)
         if samples.shape[0] != 1:
             raise ValueError(f"A video file holds one video, but the latent is a batch of {samples.shape[0]}.")
-        height, width = (size * SPATIAL_COMPRESSION for size in samples.shape[-2:])
+        height, width = WAN_21.pixel_size(*samples.shape[-2:])
         path = Path(folder_paths.get_temp_directory()) / f"rolling_kv_{uuid.uuid4().hex}.mp4"
         with VideoWriter(path, width, height, fps=fps, scale=enlarge) as writer:
             for frames in _decode(vae, samples, cls.hidden.unique_id):
@@ -97,9 +97,9 @@ class RollingKVDecodeImages(io.ComfyNode):
 
 def _check(latent: dict) -> torch.Tensor:
     samples = latent["samples"]
-    if samples.ndim != 5 or samples.shape[1] != 16:
+    if samples.ndim != 5 or samples.shape[1] != WAN_21.channels:
         raise ValueError(
-            "This decodes Wan 2.1 video latents [batch, 16, frames, height, width], got "
+            f"This decodes Wan 2.1 video latents [batch, {WAN_21.channels}, frames, height, width], got "
             f"{list(samples.shape)}. Connect the latent of Sample Video."
         )
     return samples
@@ -108,7 +108,7 @@ def _check(latent: dict) -> torch.Tensor:
 def _decode(vae, samples: torch.Tensor, node_id: str):
     """Yields float32 frames [1, 3, 1 or 4, H, W] in [-1, 1], one latent frame at a time."""
     count, height, width = samples.shape[2:]
-    vae.bring_to_device(vae.model.decode_bytes(height * SPATIAL_COMPRESSION, width * SPATIAL_COMPRESSION))
+    vae.bring_to_device(vae.model.decode_bytes(*WAN_21.pixel_size(height, width)))
     progress = ProgressBar(count, node_id=node_id)
     for done, frames in enumerate(vae.model.decoder().decode_frames(samples), start=1):
         check_cancelled()

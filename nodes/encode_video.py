@@ -3,7 +3,7 @@ import torch
 from comfy.utils import ProgressBar, common_upscale
 from comfy_api.latest import io
 
-from ..rolling_kv.config import PIXEL_FRAMES_PER_LATENT, check_size
+from ..rolling_kv.geometry import WAN_21
 from .managed import check_cancelled
 from .types import CATEGORY, VAE
 
@@ -50,12 +50,12 @@ class RollingKVEncodeVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, images, width, height) -> io.NodeOutput:
-        check_size(height, width)
+        WAN_21.latent_size(height, width)
         vae.bring_to_device(vae.model.encode_bytes(height, width))
-        progress = ProgressBar(1 + (images.shape[0] - 1) // PIXEL_FRAMES_PER_LATENT, node_id=cls.hidden.unique_id)
+        progress = ProgressBar(1 + (images.shape[0] - 1) // WAN_21.temporal, node_id=cls.hidden.unique_id)
         encoder, latents = vae.model.encoder(), []
-        frames = images[: images.shape[0] - (images.shape[0] - 1) % PIXEL_FRAMES_PER_LATENT]
-        pieces = [frames[:1], *frames[1:].split(PIXEL_FRAMES_PER_LATENT)] if len(frames) > 1 else [frames]
+        frames = images[: images.shape[0] - (images.shape[0] - 1) % WAN_21.temporal]
+        pieces = [frames[:1], *frames[1:].split(WAN_21.temporal)] if len(frames) > 1 else [frames]
         for piece in pieces:
             check_cancelled()
             pixels = common_upscale(piece[..., :3].movedim(-1, 1), width, height, "bicubic", "center")

@@ -1,10 +1,9 @@
 import comfy.model_management as mm
 from comfy_api.latest import io
 
-from ..rolling_kv.attention import ATTENTION_BACKENDS, check_backend
-from ..rolling_kv.checkpoints import load_model
-from ..rolling_kv.config import PRESETS
-from ..rolling_kv.weights import STORAGES, check_compile
+from ..rolling_kv.checkpoints.model import load_model
+from ..rolling_kv.config import ATTENTION_BACKENDS, WEIGHT_STORAGES, ExecutionConfig
+from ..rolling_kv.presets import PRESETS
 from . import model_files
 from .managed import ManagedModel
 from .types import CATEGORY, Model, ModelHandle
@@ -52,7 +51,7 @@ class RollingKVLoadModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "storage",
-                    options=list(STORAGES),
+                    options=list(WEIGHT_STORAGES),
                     optional=True,
                     advanced=True,
                     tooltip="How the weights are kept in memory. Float8 takes half of bfloat16, for small cards; each layer "
@@ -85,14 +84,10 @@ class RollingKVLoadModel(io.ComfyNode):
     def execute(
         cls, model_name, preset, dtype="auto", storage="model", attention="auto", compile=False
     ) -> io.NodeOutput:
-        backend = None if attention == "auto" else attention
-        check_backend(backend)
-        if compile:
-            check_compile(storage)
         device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
+        execution = ExecutionConfig(backend=None if attention == "auto" else attention, compile=compile)
+        execution.check(device, weight_storage=storage)
         path = model_files.find(model_files.MODEL, model_name)
         model = load_model(path, dtype=dtype, preset=preset, storage=storage, device=offload_device, runs_on=device)
         patcher = ManagedModel(model, load_device=device, offload_device=offload_device)
-        return io.NodeOutput(
-            ModelHandle(patcher, model.preset.sampling, model.preset.cache, backend=backend, compile=compile)
-        )
+        return io.NodeOutput(ModelHandle(patcher, model.preset.sampling, model.preset.cache, execution=execution))

@@ -9,9 +9,9 @@ import comfy.model_management as mm
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..rolling_kv.lora import Lora, load_lora
-from ..rolling_kv.lora_stack import LoraStack, check_lora
-from ..rolling_kv.sampler import Workspace
+from ..rolling_kv.lora.reader import Lora, load_lora
+from ..rolling_kv.lora.stack import LoraStack, check_lora
+from ..rolling_kv.sampling.workspace import Workspace
 
 
 class ManagedModule(ModelPatcher):

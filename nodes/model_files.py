@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import folder_paths
 
-from ..rolling_kv.tiny import BUNDLED
+from ..rolling_kv.bundled import BUNDLED
 
 BUNDLED_NAME = "tiny (bundled)"
 

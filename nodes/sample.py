@@ -6,9 +6,9 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io
 from server import PromptServer
 
-from ..rolling_kv.config import SPATIAL_COMPRESSION, TEXT_LENGTH
-from ..rolling_kv.footprint import activation_bytes, step_cache_bytes, working_bytes
-from ..rolling_kv.sampler import RollingSession
+from ..rolling_kv.geometry import TEXT_LENGTH, WAN_21
+from ..rolling_kv.sampling.memory import estimate
+from ..rolling_kv.sampling.session import RollingSession
 from ..rolling_kv.vae import to_model, to_raw
 from .managed import check_cancelled, free_memory_of
 from .types import CATEGORY, Model, State
@@ -127,7 +127,7 @@ class RollingKVSample(io.ComfyNode):
                 "Both an initial latent and a state are connected. Connect the initial latent to the first sampler of the "
                 "chain only, and the state to those that follow."
             )
-        patcher, sampling = model.patcher, model.sampling
+        patcher, sampling, geometry = model.patcher, model.sampling, model.patcher.model.geometry
         if guidance:
             sampling = replace(sampling, guidance_scale=guidance)
         given = None if initial_latent is None else _model_latents(initial_latent)
@@ -138,18 +138,25 @@ class RollingKVSample(io.ComfyNode):
             given_shape, start = given.shape, given.shape[2]
         if start:
             batch = given_shape[0]
-            height, width = (size * SPATIAL_COMPRESSION for size in given_shape[-2:])
+            height, width = geometry.pixel_size(*given_shape[-2:])
         if length_unit == "seconds":
-            chunks = sampling.chunks_for_seconds(length, start)
+            chunks = sampling.chunks_for_seconds(length, start, geometry)
         else:
             chunks = max(round(length), 1)
         frames = start + sum(sampling.chunk_sizes(chunks, start))
-        needed = working_bytes(
-            patcher.model, height, width, batch=batch, sampling=sampling, cache=model.cache, frames=frames
+        needed = estimate(
+            patcher.model.transformer,
+            height,
+            width,
+            sampling=sampling,
+            cache=model.cache,
+            batch=batch,
+            frames=frames,
+            step_cache=model.step_cache,
         )
-        passing = activation_bytes(patcher.model, height, width, batch=batch, sampling=sampling)
-        passing += step_cache_bytes(patcher.model, height, width, model.step_cache, batch=batch, sampling=sampling)
-        patcher.bring_to_device(max(needed - patcher.workspace.nbytes, 0) + passing + patcher.lora_bytes(model.loras))
+        held = needed.cache + needed.prompts
+        beside = needed.device - held + patcher.lora_bytes(model.loras)
+        patcher.bring_to_device(max(held - patcher.workspace.nbytes, 0) + beside)
         patcher.use_loras(model.loras)
 
         progress = ProgressBar(1, node_id=cls.hidden.unique_id)
@@ -169,8 +176,7 @@ class RollingKVSample(io.ComfyNode):
             cache=model.cache,
             state=state,
             workspace=patcher.workspace,
-            backend=model.backend,
-            compile=model.compile,
+            execution=model.execution,
             step_cache=model.step_cache,
             on_pass=on_pass,
         )
@@ -192,9 +198,9 @@ class RollingKVSample(io.ComfyNode):
 
 def _model_latents(latent: dict) -> torch.Tensor:
     samples = latent["samples"]
-    if samples.ndim != 5 or samples.shape[1] != 16:
+    if samples.ndim != 5 or samples.shape[1] != WAN_21.channels:
         raise ValueError(
-            f"The initial latent must be a Wan 2.1 video latent [batch, 16, frames, height, width], got "
+            f"The initial latent must be a Wan 2.1 video latent [batch, {WAN_21.channels}, frames, height, width], got "
             f"{list(samples.shape)}. Encode the image or video with Encode Video, or VAE Encode with the Wan 2.1 VAE."
         )
     return to_model(samples.float())

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from comfy_api.latest import io
 
-from ..rolling_kv.config import CacheConfig, SamplingConfig
+from ..rolling_kv.config import CacheConfig, ExecutionConfig, SamplingConfig
 from .managed import ManagedModel
 
 CATEGORY = "RollingKV"
@@ -25,8 +25,7 @@ class ModelHandle(NamedTuple):
     sampling: SamplingConfig
     cache: CacheConfig
     loras: tuple[tuple[Path, float], ...] = ()  # files and strengths; applied when a sampler runs
-    backend: str | None = None  # attention backend, see rolling_kv.attention
-    compile: bool = False
+    execution: ExecutionConfig = ExecutionConfig()
     step_cache: object | None = None  # a method of rolling_kv.step_cache
 
     def __repr__(self) -> str:  # error messages print their inputs

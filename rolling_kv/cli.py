@@ -11,15 +11,15 @@ import torch
 from diffusers.utils import logging
 from tqdm import tqdm
 
-from .attention import ATTENTION_BACKENDS, check_backend
+from . import options
 from .bench.cli import add_command as add_bench
-from .checkpoints import inspect_checkpoint
-from .config import PRESETS, SINK_PHASES, STORAGES, pixel_frames
+from .bundled import BUNDLED, check_model, default_size
+from .config import WEIGHT_STORAGES
+from .inspection import inspect_checkpoint
 from .pipeline import Pipeline
-from .tiny import BUNDLED, check_model, default_size, make_tiny
+from .presets import PRESETS
+from .tiny import make_tiny
 from .video import read_video_info
-from .weights import STORAGES as WEIGHT_STORAGES
-from .weights import check_compile, check_cuda_graphs
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -70,17 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--height", type=int, help="pixels, a multiple of 16 (default: 64 for the tiny model, else 480)"
     )
-    generate.add_argument(
-        "--window", type=int, help="latent frames a chunk attends to, -1 for all (default: the preset's)"
-    )
-    generate.add_argument(
-        "--sink", type=int, help="first latent frames that never leave the window (default: the preset's)"
-    )
-    generate.add_argument(
-        "--sink-phase", choices=SINK_PHASES, default="absolute", help="where the sink's keys stand in time"
-    )
-    generate.add_argument("--cache-storage", choices=STORAGES, default="model", help="how the cache keeps its bytes")
-    generate.add_argument("--offload-cache", action="store_true", help="keep the cache in CPU memory")
+    options.add_cache(generate, "the preset's")
     generate.add_argument("--guidance", type=float, help="classifier-free guidance, 1 is off (default: the preset's)")
     generate.add_argument("--negative-prompt", default="", help="what to avoid; only read with guidance")
     generate.add_argument(
@@ -89,15 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--weight-storage", choices=WEIGHT_STORAGES, default="model", help="how the model's weights are kept in memory"
     )
-    generate.add_argument(
-        "--backend", choices=ATTENTION_BACKENDS, help="attention kernel (default: PyTorch's own choice)"
-    )
-    generate.add_argument("--compile", action="store_true", help="run the blocks through torch.compile")
-    generate.add_argument(
-        "--cuda-graphs",
-        action="store_true",
-        help="record passes as CUDA graphs and repeat them (not tried on a GPU yet)",
-    )
+    options.add_execution(generate)
     generate.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     generate.add_argument("--scale", type=int, default=1, help="enlarge each pixel so many times, for tiny videos")
 
@@ -118,11 +100,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _generate(args: argparse.Namespace) -> None:
     check_model(args.model)
-    check_backend(args.backend)
-    if args.compile:
-        check_compile(args.weight_storage)
-    if args.cuda_graphs:
-        check_cuda_graphs(torch.device(args.device), args.weight_storage)
+    execution = options.execution_of(args)
+    execution.check(args.device, weight_storage=args.weight_storage)
     loras = [_lora(*values) for values in args.lora]
     height, width = default_size(args.model)
     height, width = args.height or height, args.width or width
@@ -137,9 +116,7 @@ def _generate(args: argparse.Namespace) -> None:
         device=args.device,
     )
     preset = pipeline.model.preset
-    chosen = {"window": args.window, "sink": args.sink, "sink_phase": args.sink_phase, "storage": args.cache_storage}
-    chosen["offload"] = args.offload_cache
-    cache = replace(preset.cache, **{name: value for name, value in chosen.items() if value is not None})
+    cache = options.cache_of(args, preset.cache)
     sampling = preset.sampling
     if args.guidance is not None:
         sampling = replace(sampling, guidance_scale=args.guidance)
@@ -160,9 +137,7 @@ def _generate(args: argparse.Namespace) -> None:
             sampling=sampling,
             cache=cache,
             scale=args.scale,
-            backend=args.backend,
-            compile=args.compile,
-            cuda_graphs=args.cuda_graphs,
+            execution=execution,
             on_pass=on_pass,
         )
         bar.update(bar.total - bar.n)
@@ -192,11 +167,10 @@ def _inspect(args: argparse.Namespace) -> None:
     print(f"preset     {info.preset or 'none detected: self-forcing is assumed, choose another with --preset'}")
     per_frame = info.kv_bytes_per_frame
     print(f"KV cache   {_size(per_frame)} per latent frame in bfloat16 at {info.width}x{info.height}")
-    if preset and preset.cache.window != -1:
-        window = preset.cache.window
+    if preset and (window := preset.cache.limit):
         print(
             f"           {_size(per_frame * window)} for its window of {window} latent frames "
-            f"({pixel_frames(window)} video frames)"
+            f"({info.geometry.pixel_frames(window)} video frames)"
         )
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-from .checkpoints import load_model
-from .config import SPATIAL_COMPRESSION, CacheConfig, SamplingConfig
-from .lora import load_lora
-from .lora_stack import LoraStack
-from .model import CausalModel
-from .sampler import RollingSession
+from .checkpoints.model import CausalModel, load_model
+from .config import CacheConfig, ExecutionConfig, SamplingConfig
+from .lora.reader import load_lora
+from .lora.stack import LoraStack
+from .sampling.session import RollingSession
 from .text import TextEncoder, load_text_encoder
 from .vae import WanVAE, load_vae, to_raw
 from .video import VideoWriter
@@ -73,16 +72,14 @@ class Pipeline:
         sampling: SamplingConfig | None = None,
         cache: CacheConfig | None = None,
         scale: int = 1,
-        backend: str | None = None,
-        compile: bool = False,
-        cuda_graphs: bool = False,
+        execution: ExecutionConfig | None = None,
         on_pass: Callable[[int, int], None] | None = None,
     ) -> Path:
         """Write a video of at least `seconds` to `output` (.mp4), decoding each chunk as it is done; returns the path.
 
         Memory does not grow with the length, up to the clean latents (0.4 MB per latent frame at 480x832).
         height, width: pixels, multiples of 16. scale: enlarge each pixel so many times. sampling, cache: by default the
-        model's preset. backend, compile, cuda_graphs, on_pass: see `RollingSession`.
+        model's preset. execution, on_pass: see `RollingSession`.
         """
         sampling = sampling or self.model.preset.sampling
         session = RollingSession(
@@ -93,16 +90,17 @@ class Pipeline:
             sampling=sampling,
             cache=cache,
             negative=self.text_encoder.encode([negative_prompt]) if sampling.guided else None,
-            backend=backend,
-            compile=compile,
-            cuda_graphs=cuda_graphs,
+            execution=execution,
             on_pass=on_pass,
         )
-        latent_height, latent_width = session.latent_size
-        size = (latent_width * SPATIAL_COMPRESSION, latent_height * SPATIAL_COMPRESSION)
         decoder = self.vae.decoder()
-        with VideoWriter(output, *size, scale=scale, metadata={"prompt": prompt, "seed": str(seed)}) as writer, session:
-            for chunk in session.generate(sampling.chunks_for_seconds(seconds), seed=seed):
+        with (
+            VideoWriter(output, width, height, scale=scale, metadata={"prompt": prompt, "seed": str(seed)}) as writer,
+            session,
+        ):
+            for chunk in session.generate(
+                sampling.chunks_for_seconds(seconds, geometry=self.model.geometry), seed=seed
+            ):
                 with torch.inference_mode():
                     for frames in decoder.decode_frames(to_raw(chunk.latents.float())):
                         writer.write(frames)

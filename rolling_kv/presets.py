@@ -1,82 +1,209 @@
-"""Which preset a checkpoint was trained for, read from what lies beside it, in it, or in its name."""
+"""One record per model family: its settings, how its files are recognised, where they come from, what it was trained for.
+
+The loader's choices, the detection by file name, the message about a missing file, the table of models in the README and
+the notes of the workflows are all made from these records.
+"""
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
+from dataclasses import dataclass, field, fields, replace
 
-from .config import PRESETS, ModelPreset
-from .files import Checkpoint, CheckpointError, read_json
+from .config import CacheConfig, SamplingConfig
 
-PRESET_FILE = "rolling_kv.json"
-METADATA_KEY = "rolling_kv"
+_CACHE_FIELDS = ("window", "sink", "sink_phase")
+"""What a family was trained with; storage and offload are the user's choice."""
 
-_NAMES = (  # of the file, else of its folder and itself: some releases differ in nothing but the folder
-    (r"chunk.?wise.*ar.?diffusion", "causal-multistep"),  # Causal-Forcing's model before its distillation
-    (r"causal.?forcing.?(\+\+|pp|plus).*2.?step", "causal-forcing++-2-step"),
-    (r"causal.?forcing.?(\+\+|pp|plus).*1.?step", "causal-forcing++-1-step"),
-    (r"causal.?forcing.*frame.?wise|frame.?wise.*causal.?forcing", "causal-forcing-framewise"),
-    (r"causal.?forcing.*chunk.?wise|chunk.?wise.*causal.?forcing", "causal-forcing-chunkwise"),
-    (r"long.?live", "longlive"),
-    (r"krea.?real.?time", "krea-realtime"),
-    (r"reward.?forcing", "reward-forcing"),
-    (r"self.?forcing|sfwan", "self-forcing"),
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A file to download. label: its name as people know it. url: of the file, or of the page that lists it.
+
+    note: what else is to be said of it; may hold a link.
+    """
+
+    label: str
+    url: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ModelPreset:
+    """A family of checkpoints.
+
+    name: as users choose it.
+    sampling, cache: the settings that the family was trained for.
+    title: the family's name and size, for people; families of one title are listed together.
+    names: regular expressions of file names, or of `folder/file`, in any case.
+    files: where the weights come from.
+
+    Two presets are equal if name and settings are: a model's own JSON holds no more.
+    """
+
+    name: str
+    sampling: SamplingConfig = SamplingConfig()
+    cache: CacheConfig = CacheConfig()
+    title: str = field(default="", compare=False)
+    names: tuple[str, ...] = field(default=(), compare=False)
+    files: tuple[ModelFile, ...] = field(default=(), compare=False)
+
+    def trained_for(self) -> str:
+        """The settings as a phrase: `chunks of 3, window 12 with a sink of 3, 4 steps`."""
+        sampling, cache = self.sampling, self.cache
+        window = "all frames in view" if cache.unlimited else f"window {cache.window}"
+        sink = f" with a sink of {cache.sink}" if cache.sink else ""
+        guidance = f" with guidance {sampling.guidance_scale:g}" if sampling.guided else ""
+        steps = sampling.passes_at(1)
+        parts = [f"chunks of {sampling.chunk}", window + sink, f"{steps} step{'s' * (steps != 1)}{guidance}"]
+        if sampling.passes_at(0) != sampling.passes_at(1):
+            parts.append(f"{sampling.passes_at(0)} for the first chunk")
+        return ", ".join(parts)
+
+    def to_dict(self) -> dict:
+        """Plain JSON values; `from_dict` reads them back. Names and files are not among them."""
+        values = {"name": self.name} | {name: getattr(self.cache, name) for name in _CACHE_FIELDS}
+        values |= {f.name: getattr(self.sampling, f.name) for f in fields(SamplingConfig)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> ModelPreset:
+        """Read what `to_dict` wrote; absent entries keep their defaults. Raises ValueError for unknown entries."""
+        known = {f.name for f in fields(SamplingConfig)}
+        unknown = sorted(set(values) - known - {"name", *_CACHE_FIELDS})
+        if unknown:
+            raise ValueError(f"unknown preset entries: {', '.join(unknown)}")
+        sampling = SamplingConfig(**{k: v for k, v in values.items() if k in known})
+        cache = CacheConfig(**{k: v for k, v in values.items() if k in _CACHE_FIELDS})
+        return cls(values.get("name", "custom"), sampling, cache)
+
+
+_CHUNKWISE = SamplingConfig()
+_FRAMEWISE = SamplingConfig(chunk=1)
+_HUB = "https://huggingface.co"
+_CAUSAL_FORCING = f"{_HUB}/zhuhz22/Causal-Forcing"
+_CAUSAL_FORCING_PLUS = ModelFile(
+    "framewise-2step.pt, framewise-1step.pt", f"{_CAUSAL_FORCING}/tree/main/causal-forcing%2B%2B"
 )
 
+PRESETS: dict[str, ModelPreset] = {
+    preset.name: preset
+    for preset in (
+        ModelPreset(
+            "self-forcing",
+            _CHUNKWISE,
+            CacheConfig(21),
+            title="Self-Forcing, 1.3B",
+            names=(r"self.?forcing|sfwan",),
+            files=(
+                ModelFile(
+                    "self_forcing_dmd.pt", f"{_HUB}/gdhe17/Self-Forcing/resolve/main/checkpoints/self_forcing_dmd.pt"
+                ),
+            ),
+        ),
+        ModelPreset(
+            "causal-forcing-chunkwise",
+            _CHUNKWISE,
+            CacheConfig(21),
+            title="Causal-Forcing, 1.3B",
+            names=(r"causal.?forcing.*chunk.?wise|chunk.?wise.*causal.?forcing",),
+            files=(
+                ModelFile("chunkwise/causal_forcing.pt", f"{_CAUSAL_FORCING}/resolve/main/chunkwise/causal_forcing.pt"),
+            ),
+        ),
+        ModelPreset(
+            "causal-forcing-framewise",
+            _FRAMEWISE,
+            CacheConfig(21),
+            title="Causal-Forcing, 1.3B",
+            names=(r"causal.?forcing.*frame.?wise|frame.?wise.*causal.?forcing",),
+            files=(
+                ModelFile("framewise/causal_forcing.pt", f"{_CAUSAL_FORCING}/resolve/main/framewise/causal_forcing.pt"),
+            ),
+        ),
+        ModelPreset(
+            "causal-multistep",
+            replace(_CHUNKWISE, sampler="unipc", guidance_scale=3.0),
+            CacheConfig(21),
+            title="Causal-Forcing, 1.3B",
+            names=(r"chunk.?wise.*ar.?diffusion",),
+            files=(
+                ModelFile(
+                    "chunkwise/ar_diffusion.pt",
+                    f"{_CAUSAL_FORCING}/resolve/main/chunkwise/ar_diffusion.pt",
+                    "before its distillation",
+                ),
+            ),
+        ),
+        ModelPreset(
+            "causal-forcing++-2-step",
+            replace(_FRAMEWISE, denoising_steps=(1000, 500), first_chunk_steps=_FRAMEWISE.denoising_steps),
+            CacheConfig(21),
+            title="Causal-Forcing++, 1.3B",
+            names=(r"causal.?forcing.?(\+\+|pp|plus).*2.?step",),
+            files=(_CAUSAL_FORCING_PLUS,),
+        ),
+        ModelPreset(
+            "causal-forcing++-1-step",
+            replace(_FRAMEWISE, denoising_steps=(1000,), first_chunk_steps=_FRAMEWISE.denoising_steps),
+            CacheConfig(21),
+            title="Causal-Forcing++, 1.3B",
+            names=(r"causal.?forcing.?(\+\+|pp|plus).*1.?step",),
+            files=(_CAUSAL_FORCING_PLUS,),
+        ),
+        ModelPreset(
+            "longlive",
+            _CHUNKWISE,
+            CacheConfig(12, sink=3),
+            title="LongLive, 1.3B",
+            names=(r"long.?live",),
+            files=(
+                ModelFile(
+                    "longlive_base.pt",
+                    f"{_HUB}/Efficient-Large-Model/LongLive-1.3B/resolve/main/models/longlive_base.pt",
+                    f"with [lora.pt]({_HUB}/Efficient-Large-Model/LongLive-1.3B/resolve/main/models/lora.pt) in "
+                    "`models/loras`",
+                ),
+            ),
+        ),
+        ModelPreset(
+            "reward-forcing",
+            _CHUNKWISE,
+            CacheConfig(9, sink=3),
+            title="Reward-Forcing, 1.3B",
+            names=(r"reward.?forcing",),
+            files=(
+                ModelFile(
+                    "rewardforcing.pt", f"{_HUB}/JaydenLu666/Reward-Forcing-T2V-1.3B/resolve/main/rewardforcing.pt"
+                ),
+            ),
+        ),
+        ModelPreset(
+            "krea-realtime",
+            _CHUNKWISE,
+            CacheConfig(6),
+            title="Krea Realtime, 14B",
+            names=(r"krea.?real.?time",),
+            files=(
+                ModelFile(
+                    "krea-realtime-video-14b.safetensors",
+                    f"{_HUB}/krea/krea-realtime-video/resolve/main/krea-realtime-video-14b.safetensors",
+                ),
+            ),
+        ),
+    )
+}
+"""Presets by name, from the published settings of each family. A family stands below those whose names it contains."""
 
-def choose_preset(preset: str | ModelPreset, path: Path, checkpoint: Checkpoint) -> ModelPreset:
-    """The preset asked for; for "auto" the detected one, or self-forcing when nothing tells."""
-    if isinstance(preset, ModelPreset):
-        return preset
-    if preset == "auto":
-        return detect_preset(path, checkpoint) or PRESETS["self-forcing"]
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be auto or one of {', '.join(PRESETS)}, got {preset!r}")
-    return PRESETS[preset]
+DEFAULT_PRESET = PRESETS["self-forcing"]
+"""What is assumed of a checkpoint that does not tell."""
+
+CAUSAL_MARK_PRESET = PRESETS["causal-forcing-framewise"]
+"""Of files that carry ComfyUI's mark for causal models: the one family that it has repackaged."""
 
 
-def detect_preset(path: Path, checkpoint: Checkpoint) -> ModelPreset | None:
-    """What the checkpoint says it was trained for; None when it does not say.
-
-    In this order: `rolling_kv.json` in or beside a diffusers folder and the safetensors metadata entry `rolling_kv`,
-    both `{"preset": {…}}`; well-known names of the file and its folder; ComfyUI's mark for causal models (frame-wise).
-    """
-    weights = checkpoint.files[0]
-    if path.is_dir():
-        for folder in dict.fromkeys((path, weights.parent, weights.parent.parent)):
-            if (folder / PRESET_FILE).exists():
-                return _parse(PRESET_FILE, read_json(folder / PRESET_FILE))
-    if METADATA_KEY in checkpoint.metadata:
-        return _parse(f"the metadata entry {METADATA_KEY}", metadata_json(checkpoint, METADATA_KEY))
-    for name in (path.name, f"{path.absolute().parent.name}/{path.name}"):
-        for pattern, preset in _NAMES:
-            if re.search(pattern, name, re.IGNORECASE):
-                return PRESETS[preset]
-    if transformer_metadata(checkpoint).get("causal_ar"):
-        return PRESETS["causal-forcing-framewise"]
+def preset_for_name(name: str) -> ModelPreset | None:
+    """The preset of a family whose files are called so: `name` is a file name, or `folder/file`; None for no known one."""
+    for preset in reversed(PRESETS.values()):
+        if any(re.search(pattern, name, re.IGNORECASE) for pattern in preset.names):
+            return preset
     return None
-
-
-def _parse(source: str, content: dict) -> ModelPreset:
-    try:
-        return ModelPreset.from_dict(content["preset"])
-    except KeyError:
-        raise CheckpointError(f'{source} has no entry "preset".') from None
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the preset in {source} is not usable: {error}") from error
-
-
-def transformer_metadata(checkpoint: Checkpoint) -> dict:
-    """The settings that ComfyUI keeps in the safetensors metadata, `config` → `transformer`; {} without them."""
-    values = metadata_json(checkpoint, "config").get("transformer", {})
-    return values if isinstance(values, dict) else {}
-
-
-def metadata_json(checkpoint: Checkpoint, key: str) -> dict:
-    """The JSON object in a metadata entry, {} when it is absent or something else: anyone may write metadata."""
-    try:
-        content = json.loads(checkpoint.metadata.get(key, "{}"))
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -26,7 +26,7 @@ def rotate(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     return turned.flatten(-2).type_as(heads)
 
 
-def turns(angles: torch.Tensor) -> torch.Tensor:
+def rotations(angles: torch.Tensor) -> torch.Tensor:
     """Unit complex numbers (complex128) of angles in float64."""
     return torch.polar(torch.ones_like(angles), angles)
 

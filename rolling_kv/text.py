@@ -21,9 +21,11 @@ from diffusers.hooks import apply_layerwise_casting_hook
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from .config import TEXT_LENGTH
-from .files import Checkpoint, CheckpointError, open_checkpoint, telling
-from .layouts import UMT5, check_fit, choose_dtype, kind_of, load_tensor, split_scales
+from .checkpoints.dtypes import choose_dtype
+from .checkpoints.float8 import load_tensor, split_scales
+from .checkpoints.names import UMT5, check_fit, kind_of
+from .checkpoints.readers import Checkpoint, CheckpointError, open_checkpoint, telling
+from .geometry import TEXT_LENGTH
 
 _FILES = "umt5_xxl_fp16.safetensors or umt5_xxl_fp8_e4m3fn_scaled.safetensors"
 _TOKENIZER_TENSOR = "spiece_model"

@@ -24,12 +24,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from .config import TEXT_LENGTH, CacheConfig, ModelPreset
-
-BUNDLED = Path(__file__).resolve().parent.parent / "models" / "tiny"
-"""Where the pack looks for the tiny model."""
-BUNDLED_SIZE = 64
-"""Pixels along each side that it makes."""
+from .config import CacheConfig
+from .geometry import TEXT_LENGTH
+from .presets import ModelPreset
 
 TINY_TRANSFORMER = dict(
     num_attention_heads=4, attention_head_dim=32, num_layers=4, ffn_dim=256, text_dim=64, freq_dim=64,
@@ -39,21 +36,9 @@ TINY_VAE = dict(base_dim=8, z_dim=16)
 TINY_TEXT = dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
 TINY_PRESET = ModelPreset("tiny", cache=CacheConfig(window=9))
 VOCABULARY = 400
-
 _RANDOM_MARK = "random_weights_seed"
 """Entry of rolling_kv.json that tells a folder of `make_tiny`, which it may replace, from any other model."""
 _PAD, _EOS, _UNKNOWN = "<pad>", "</s>", "<unk>"
-
-
-def check_model(model: Path) -> None:
-    """Raise ValueError if `model` is the bundled one, and not there."""
-    if model == BUNDLED and not BUNDLED.is_dir():
-        raise ValueError(f"the tiny model is not there; make it with: python -m rolling_kv make-tiny {BUNDLED}")
-
-
-def default_size(model: Path) -> tuple[int, int]:
-    """Height and width in pixels that a model makes unless told otherwise."""
-    return (BUNDLED_SIZE, BUNDLED_SIZE) if model == BUNDLED else (480, 832)
 
 
 def make_tiny(folder: str | Path, seed: int = 0) -> Path:

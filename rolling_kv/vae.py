@@ -15,11 +15,11 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor, nn
 
-from .config import PIXEL_FRAMES_PER_LATENT, SPATIAL_COMPRESSION
-from .files import CheckpointError, open_checkpoint, telling
-from .layouts import VAE, check_fit, choose_dtype, kind_of, strip_prefixes
+from .checkpoints.dtypes import choose_dtype
+from .checkpoints.names import VAE, check_fit, kind_of, strip_prefixes
+from .checkpoints.readers import CheckpointError, open_checkpoint, telling
+from .geometry import WAN_21
 
-LATENT_CHANNELS = 16
 LATENTS_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -85,7 +85,7 @@ class WanVAE(nn.Module):
         The last frames beyond 1 + 4n are left out, as ComfyUI's VAEEncode does.
         """
         frames = pixels.shape[2]
-        return self.encoder().encode(pixels[:, :, : frames - (frames - 1) % PIXEL_FRAMES_PER_LATENT])
+        return self.encoder().encode(pixels[:, :, : frames - (frames - 1) % WAN_21.temporal])
 
 
 class _CausalStream:
@@ -146,7 +146,7 @@ class StreamingDecoder(_CausalStream):
 
         A caller may stop after any yield; the stream then continues with the next latent frame.
         """
-        self._check(latents, LATENT_CHANNELS, "latents")
+        self._check(latents, WAN_21.channels, "latents")
         for frame in latents.split(1, dim=2):
             x = self._step(self._vae.post_quant_conv(self._to_weights(frame)))
             yield x.clamp(-1.0, 1.0).float()
@@ -175,20 +175,20 @@ class StreamingEncoder(_CausalStream):
         """Like `encode`, one latent frame at a time: yields [B, 16, 1, H / 8, W / 8]."""
         self._check(pixels, 3, "pixels")
         frames, height, width = pixels.shape[2:]
-        if height % SPATIAL_COMPRESSION or width % SPATIAL_COMPRESSION:
+        if height % WAN_21.spatial or width % WAN_21.spatial:
             size = f"{height}x{width}"
-            raise ValueError(f"height and width must be multiples of {SPATIAL_COMPRESSION} pixels, got {size}")
+            raise ValueError(f"height and width must be multiples of {WAN_21.spatial} pixels, got {size}")
         first = 0 if self._started else 1
-        rest = (frames - first) % PIXEL_FRAMES_PER_LATENT
+        rest = (frames - first) % WAN_21.temporal
         if rest:
             rule = "1 + 4n frames" if first else "4n frames after the first call"
-            more = PIXEL_FRAMES_PER_LATENT - rest
+            more = WAN_21.temporal - rest
             raise ValueError(f"the encoder takes {rule}, got {frames}: leave out the last {rest} or give {more} more")
         self._started = True
-        sizes = [1] * first + [PIXEL_FRAMES_PER_LATENT] * (frames // PIXEL_FRAMES_PER_LATENT)
+        sizes = [1] * first + [WAN_21.temporal] * (frames // WAN_21.temporal)
         for piece in pixels.split(sizes, dim=2):
             moments = self._vae.quant_conv(self._step(self._to_weights(piece)))
-            yield moments[:, :LATENT_CHANNELS].float()
+            yield moments[:, : WAN_21.channels].float()
 
 
 _ORIGINAL_MARKS = ("encoder.middle.0.residual.0.gamma", "decoder.middle.0.residual.0.gamma")
@@ -237,11 +237,11 @@ def _widths(tensors: dict[str, Tensor]) -> dict[str, int]:
         kind = "a VAE of another family, or part of one" if kind == VAE else kind
         raise CheckpointError(f"this is {kind}, not a Wan 2.1 VAE. Choose wan_2.1_vae.safetensors or Wan2.1_VAE.pth.")
     channels = next((tensors[n].shape[0] for n in ("conv2.weight", "post_quant_conv.weight") if n in tensors), None)
-    if channels not in (None, LATENT_CHANNELS):
+    if channels not in (None, WAN_21.channels):
         kind = "the VAE of Wan 2.2 5B" if channels == 48 else "another VAE"
         raise CheckpointError(
             f"this is {kind}, with {channels} latent channels. The causal models here need the Wan 2.1 VAE, with "
-            f"{LATENT_CHANNELS}."
+            f"{WAN_21.channels}."
         )
     encoder, decoder = (tensors[name].shape[0] // _MIDDLE_WIDTH for name in marks)
     return {"base_dim": encoder} | ({"decoder_base_dim": decoder} if decoder != encoder else {})

@@ -13,7 +13,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
-from .config import FPS
+from .geometry import WAN_21
 
 _BT709 = 1
 """The code of BT.709 for primaries, transfer and matrix alike (ITU-T H.273)."""
@@ -45,7 +45,7 @@ class VideoWriter:
         width: int,
         height: int,
         *,
-        fps: float | Fraction = FPS,
+        fps: float | Fraction = WAN_21.fps,
         crf: int = 18,
         scale: int = 1,
         metadata: dict[str, str] | None = None,

@@ -11,11 +11,11 @@ from statistics import median
 
 import torch
 
-from ..bidirectional import BidirectionalClip
-from ..config import CacheConfig, SamplingConfig
-from ..footprint import activation_bytes, step_cache_bytes, working_bytes
-from ..model import CausalModel
-from ..sampler import RollingSession
+from ..checkpoints.model import CausalModel
+from ..config import CacheConfig, ExecutionConfig, SamplingConfig
+from ..sampling.clip import BidirectionalClip
+from ..sampling.memory import estimate
+from ..sampling.session import RollingSession
 from ..step_cache import (
     METHODS,
     FasterCache,
@@ -48,7 +48,7 @@ class Setting:
     """What every run shares. mode: one of MODES. chunks: of the video; a clip has as many frames at once.
 
     prompt, negative: embeddings; negative is read with guidance only. memory: follow it where that takes a run of its
-    own, which is everywhere but on CUDA. backend: of the attention, as `RollingSession` takes it.
+    own, which is everywhere but on CUDA. execution: as `RollingSession` takes it.
     """
 
     model: CausalModel
@@ -62,7 +62,7 @@ class Setting:
     chunks: int
     seeds: tuple[int, ...] = (0,)
     memory: bool = True
-    backend: str | None = None
+    execution: ExecutionConfig = ExecutionConfig()
 
     @property
     def clip_frames(self) -> int:
@@ -147,7 +147,7 @@ def sample(
     """One video, [1, C, F, h, w] in model space on the CPU, and what the step cache did. Nothing stays attached."""
     shared = dict(
         negative=setting.negative if setting.sampling.guided else None, height=setting.height, width=setting.width,
-        sampling=setting.sampling, step_cache=method, backend=setting.backend, on_pass=on_pass,
+        sampling=setting.sampling, step_cache=method, execution=setting.execution, on_pass=on_pass,
     )  # fmt: skip
     if setting.mode == "bidirectional":
         clip = BidirectionalClip(setting.model, setting.prompt, frames=setting.clip_frames, **shared)
@@ -172,16 +172,23 @@ def check(setting: Setting, more: Sequence[Named] = ()) -> None:
 def bytes_needed(setting: Setting, names: Sequence[str], more: Sequence[Named] = ()) -> int:
     """Rough bytes that the runs of `measure` take on the device beside the weights: caches, activations, and what the
     hungriest step cache holds."""
-    sizes = setting.model, setting.height, setting.width
-    at_once = replace(setting.sampling, chunk=setting.clip_frames)
-    methods = [method for _, method in variants((1.0,), setting.sampling.guided) if method.name in names]
+    transformer, sampling = setting.model.transformer, setting.sampling
+    methods = [method for _, method in variants((1.0,), sampling.guided) if method.name in names]
     methods += [method for _, _, method in more]
-    held = max((step_cache_bytes(*sizes, method, sampling=at_once) for method in methods), default=0)
-    rolling = 0
-    if setting.mode != "bidirectional":
-        frames = sum(setting.sampling.chunk_sizes(setting.chunks))
-        rolling = working_bytes(*sizes, sampling=setting.sampling, cache=setting.cache, frames=frames)
-    return rolling + activation_bytes(*sizes, sampling=at_once) + held
+    # A whole clip is one chunk, without a rolling cache.
+    at_once = replace(sampling, chunk=setting.clip_frames)
+    frames = sum(sampling.chunk_sizes(setting.chunks))
+    estimates = [
+        estimate(
+            transformer, setting.height, setting.width, sampling=at_once, cache=setting.cache, frames=frames,
+            step_cache=method,
+        )
+        for method in (None, *methods)
+    ]  # fmt: skip
+    hungriest = max(estimates, key=lambda needed: needed.device)
+    if setting.mode == "bidirectional":
+        return hungriest.step_cache + hungriest.activations
+    return hungriest.device
 
 
 def measure(

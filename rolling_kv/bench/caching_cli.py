@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints import load_model
-from ..config import CacheConfig, ModelPreset, SamplingConfig
-from ..model import CausalModel
+from ..bundled import default_size
+from ..checkpoints.model import CausalModel, load_model
+from ..config import CacheConfig, SamplingConfig
+from ..presets import ModelPreset
 from ..step_cache import METHODS
 from ..text import load_text_encoder
-from ..tiny import default_size
 from ..vae import WanVAE, load_vae
 from . import options
 from .caching import MODES, Setting, applicable, compare, decode_video, measure, step_change

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ..attention import ATTENTION_BACKENDS
-from ..config import STORAGES, CacheConfig
+from ..config import CacheConfig
+from ..options import add_cache, add_execution, cache_of, execution_of
 from . import caching_cli, options, storage_cli
 from .floor import Floor
 from .measure import measure
@@ -47,15 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=SIZES, default="tiny", help="shape of the model (default: %(default)s)")
     parser.add_argument("--height", type=int, help=size)
     parser.add_argument("--width", type=int, help=size)
-    parser.add_argument("--window", type=int, help="latent frames a chunk attends to, -1 for all (default: the size's)")
-    parser.add_argument("--sink", type=int, default=0, help="first latent frames that never leave the window; (a) only")
     parser.add_argument("--chunks", type=int, default=10, help="chunks to make, of 3 latent frames (default: 10)")
     options.add_dtype(parser)
-    parser.add_argument("--cache-storage", choices=STORAGES, default="model", help="how (a) keeps its cache")
-    parser.add_argument("--offload-cache", action="store_true", help="keep the cache in CPU memory; (a) only")
-    parser.add_argument("--compile", action="store_true", help="torch.compile; (a) only")
-    parser.add_argument("--cuda-graphs", action="store_true", help="record passes as CUDA graphs; (a) only")
-    parser.add_argument("--backend", choices=ATTENTION_BACKENDS, help="attention backend; (a) only")
+    add_cache(parser, "the size's; no sink", note="; (a) only")
+    add_execution(parser, note="; (a) only")
     parser.add_argument("--methods", help="letters of the methods, such as ae (default: all that can run here)")
     parser.add_argument("--repeats", type=int, default=1, help="timed runs (default: %(default)s)")
     options.add_machine(parser)
@@ -73,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         described = describe(args, workload)
         print(described)
         # What is compiled on the first chunks, or set up in CUDA's libraries, is not what is measured.
-        warmup = 2 if workload.compile or workload.device.type == "cuda" else 0
+        warmup = 2 if workload.execution.compile or workload.device.type == "cuda" else 0
         results = measure(workload, methods, repeats=args.repeats, warmup=warmup, memory=not args.no_memory)
         print(f"\n{tables(workload, results)}")
         if note:
@@ -109,12 +104,10 @@ def comfyui_sampler(workload: Workload, letters: str | None) -> Iterator[tuple[t
 
 def make_workload(args: argparse.Namespace) -> Workload:
     size = SIZES[args.size]
-    window = size.window if args.window is None else args.window
     return Workload(
         size, args.height or size.height, args.width or size.width, args.chunks,
-        CacheConfig(window, args.sink, storage=args.cache_storage, offload=args.offload_cache),
-        dtype=options.dtype_of(args), device=torch.device(args.device), compile=args.compile, cuda_graphs=args.cuda_graphs,
-        backend=args.backend,
+        cache_of(args, CacheConfig(size.window)), dtype=options.dtype_of(args), device=torch.device(args.device),
+        execution=execution_of(args),
     )  # fmt: skip
 
 
@@ -133,9 +126,7 @@ def describe(args: argparse.Namespace, workload: Workload) -> str:
     size, here = workload.size, machine(workload.device)
     cpu = f"{here['cpu']}, {here['threads']} threads"
     chosen = [f"cache in {args.cache_storage}"] * (args.cache_storage != "model")
-    chosen += ["cache offloaded"] * args.offload_cache + ["compiled"] * args.compile
-    chosen += ["CUDA graphs"] * args.cuda_graphs
-    chosen += [f"attention by {args.backend}"] if args.backend else []
+    chosen += ["cache offloaded"] * args.offload_cache + workload.execution.describe()
     return (
         f"{args.size}: {size.layers} layers, dim {size.dim}, {size.heads} heads, ffn {size.ffn}, random weights; "
         f"{workload.height}x{workload.width}, {str(workload.dtype).removeprefix('torch.')}"

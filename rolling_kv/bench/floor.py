@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from ..config import TEXT_LENGTH
+from ..geometry import TEXT_LENGTH
 from .methods import Method
 from .workload import HEAD_DIM
 

@@ -9,12 +9,13 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from ..checkpoints import build_transformer
-from ..config import ModelPreset
-from ..model import CausalModel
-from ..rope import rotary_angles, turns
-from ..sampler import RollingSession
-from ..schedule import renoise_chunk
+from ..checkpoints.model import CausalModel
+from ..checkpoints.transformer import build_transformer
+from ..geometry import WAN_21
+from ..presets import ModelPreset
+from ..rope import rotary_angles, rotations
+from ..sampling.schedule import renoise_chunk
+from ..sampling.session import RollingSession
 from .growing import GrowingSelfAttention
 from .memory import TensorBytes, storage_bytes
 from .workload import Workload
@@ -54,7 +55,7 @@ class Method:
     def follow_memory(cls, workload: Workload, weights: dict[str, Tensor]) -> list[int]:
         """Peak bytes of tensors during each chunk, by a run of its own. Weights count, the finished video does not."""
         with TensorBytes(storage_bytes(weights.values())) as tensors:
-            method = cls(replace(workload, compile=False), weights)
+            method = cls(replace(workload, execution=replace(workload.execution, compile=False)), weights)
             try:
                 return [method._peak(index, tensors) for index in range(workload.chunks)]
             finally:
@@ -89,9 +90,7 @@ class Rolling(Method):
             workload.prompt,
             height=workload.height,
             width=workload.width,
-            compile=workload.compile,
-            cuda_graphs=workload.cuda_graphs,
-            backend=workload.backend,
+            execution=workload.execution,
         )
         self.stack = ExitStack()
         self.stack.enter_context(self.session)
@@ -175,8 +174,8 @@ class Growing(StockSteps):
 
     def __init__(self, workload: Workload, weights: dict[str, Tensor]):
         super().__init__(workload, weights)
-        window = workload.cache.window
-        limit = None if window == -1 else window * workload.tokens_per_frame
+        window = workload.cache.limit
+        limit = None if window is None else window * workload.tokens_per_frame
         self.attentions = [GrowingSelfAttention(limit) for _ in self.transformer.blocks]
         for block, attention in zip(self.transformer.blocks, self.attentions):
             block.attn1.processor = attention
@@ -212,7 +211,7 @@ class _Positions(nn.Module):
     def move_to(self, start: int) -> None:
         frames, height, width = self.workload.chunk_shape[2:]
         head_dim = self.workload.size.dim // self.workload.size.heads
-        rotation = turns(rotary_angles(head_dim, start, frames, height // 2, width // 2)).to(torch.complex64)
+        rotation = rotations(rotary_angles(head_dim, start, frames, *WAN_21.grid(height, width))).to(torch.complex64)
         self.rotation = rotation[None, :, None].to(self.workload.device)
 
     def forward(self, hidden_states):

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
-from ..config import PRESETS
-from ..tiny import BUNDLED, check_model
+from ..bundled import BUNDLED, check_model
+from ..config import ALL_FRAMES
+from ..options import frames_or_all
+from ..presets import PRESETS
 from .workload import SIZES
 
 
@@ -33,7 +35,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=SIZES, help="random weights of this shape instead of a model: no quality")
     parser.add_argument("--height", type=int, help="pixels (default: the size's; 64 for the bundled model, else 480)")
     parser.add_argument("--width", type=int, help="pixels (default: the size's; 64 for the bundled model, else 832)")
-    parser.add_argument("--window", type=int, help="latent frames a chunk attends to (default: the model's)")
+    parser.add_argument(
+        "--window",
+        type=frames_or_all,
+        metavar="N",
+        help=f"latent frames that a chunk attends to, or {ALL_FRAMES} (default: the model's)",
+    )
 
 
 def add_dtype(parser: argparse.ArgumentParser, default: str = "bfloat16 on CUDA, else float32") -> None:

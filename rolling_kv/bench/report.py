@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import torch
 
-from ..config import FPS, PIXEL_FRAMES_PER_LATENT
+from ..geometry import WAN_21
 from .measure import Result, share_of_floor
 from .workload import Workload
 
@@ -42,7 +42,7 @@ def _cpu_name() -> str:
 def summary(workload: Workload, results: list[Result]) -> dict[str, dict]:
     """The figures of the table, by letter: see `tables` for their units."""
     floor = next((result for result in results if result.letter == "e"), None)
-    frames = workload.sampling.chunk * PIXEL_FRAMES_PER_LATENT
+    frames = workload.sampling.chunk * WAN_21.temporal
     figures = {}
     for result in results:
         seconds = result.full_seconds(workload)
@@ -75,12 +75,12 @@ def tables(workload: Workload, results: list[Result]) -> str:
         ]
         for result, row in ((result, figures[result.letter]) for result in results)
     ]
-    window = "all frames" if workload.cache.window == -1 else f"{workload.cache.window} latent frames"
+    window = "all frames" if workload.cache.unlimited else f"{workload.cache.window} latent frames"
     span = f"chunks {full[0]} to {full[-1]}" if len(full) > 1 else f"chunk {full[0]}"
     lines = [
         f"Window of {window}, {workload.sampling.chunk} per chunk. Medians over {span}"
         f"{'' if reaches_full_window(workload) else ', which does not have a full window'}. Model passes only: "
-        f"no text encoder, no VAE. Real time is {FPS} frames/s. Growth of the peak: from the first of these chunks to the "
+        f"no text encoder, no VAE. Real time is {WAN_21.fps} frames/s. Growth of the peak: from the first of these chunks to the "
         "largest.",
         "",
         *markdown(head, rows),
@@ -93,8 +93,8 @@ def tables(workload: Workload, results: list[Result]) -> str:
 
 
 def reaches_full_window(workload: Workload) -> bool:
-    window = workload.cache.window
-    return window != -1 and workload.full_window[0] * workload.sampling.chunk >= window
+    window = workload.cache.limit
+    return window is not None and workload.full_window[0] * workload.sampling.chunk >= window
 
 
 def _chunk_rows(workload: Workload, results: list[Result]) -> list[list[str]]:

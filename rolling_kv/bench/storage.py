@@ -12,12 +12,14 @@ import torch
 from diffusers.utils import is_gguf_available
 from torch import Tensor
 
-from ..cache import CacheBytes
-from ..checkpoints import build_transformer
-from ..config import STORAGES, ModelPreset
-from ..model import CausalModel
-from ..sampler import RollingSession
-from ..weights import GGUF_PACKAGE, store_float8
+from ..cache.sizes import CacheBytes
+from ..checkpoints.float8 import store_float8
+from ..checkpoints.gguf import GGUF_PACKAGE
+from ..checkpoints.model import CausalModel
+from ..checkpoints.transformer import build_transformer
+from ..config import CACHE_STORAGES
+from ..presets import ModelPreset
+from ..sampling.session import RollingSession
 from .measure import BenchError
 from .memory import CudaGauge, TensorBytes, storage_bytes
 from .report import machine, markdown, number, size
@@ -58,7 +60,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Variant:
-    """weights: PLAIN (the model's dtype), FLOAT8, or a packing of GGUF files. cache: one of STORAGES."""
+    """weights: PLAIN (the model's dtype), FLOAT8, or a packing of GGUF files. cache: one of CACHE_STORAGES."""
 
     weights: str = PLAIN
     cache: str = PLAIN
@@ -87,7 +89,7 @@ class Measured:
 
 def variants(packings: Sequence[str]) -> list[Variant]:
     """All of them, the plain one first. packings: of GGUF files."""
-    caches = [Variant(cache=cache, offload=offload) for offload in (False, True) for cache in STORAGES]
+    caches = [Variant(cache=cache, offload=offload) for offload in (False, True) for cache in CACHE_STORAGES]
     return caches + [Variant(weights=weights) for weights in (FLOAT8, *packings)]
 
 
@@ -262,12 +264,12 @@ def table(setting: Setting, results: Sequence[Measured]) -> str:
         rows.append([row["weights"], row["cache"], "yes" if row["offload"] else "", *map(size, sizes), *times])
     full = setting.full_window
     span = f"chunks {full[0] + 1} to {full[-1] + 1}" if len(full) > 1 else f"chunk {full[0] + 1}"
-    window = setting.preset.cache.window
+    window = setting.preset.cache.limit
     dtype = str(setting.dtype).removeprefix("torch.")
     lines = [
         *markdown(head, rows),
         "",
-        f"model: {dtype}. Window of {'all frames' if window == -1 else f'{window} latent frames'}; medians over {span}. "
+        f"model: {dtype}. Window of {f'{window} latent frames' if window else 'all frames'}; medians over {span}. "
         "Error: 2-norm of the difference from the latents that the same weights make in float32, relative to those.",
     ]
     return "\n".join(lines)

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from ..checkpoints import load_model
-from ..config import CacheConfig, ModelPreset, SamplingConfig
+from ..bundled import default_size
+from ..checkpoints.gguf import is_packed
+from ..checkpoints.model import load_model
+from ..config import CacheConfig, SamplingConfig
+from ..presets import ModelPreset
 from ..text import load_text_encoder
-from ..tiny import default_size
-from ..weights import is_packed
 from . import options
 from .report import write_json
 from .storage import Setting, as_json, check_packings, describe, measure, table, variants

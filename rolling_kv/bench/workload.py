@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..config import TEXT_LENGTH, CacheConfig, SamplingConfig, check_size
-from ..schedule import Step, warp_steps
-from ..weights import check_cuda_graphs
+from ..config import CacheConfig, ExecutionConfig, SamplingConfig
+from ..geometry import TEXT_LENGTH, WAN_21
+from ..sampling.schedule import Step, warp_steps
 from .noise import draw_noise
 
 HEAD_DIM = 128
@@ -62,28 +62,24 @@ class Workload:
     sampling: SamplingConfig = SamplingConfig()
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
-    compile: bool = False
-    cuda_graphs: bool = False
-    backend: str | None = None
+    execution: ExecutionConfig = ExecutionConfig()
     seed: int = 0
 
     def __post_init__(self):
-        check_size(self.height, self.width)
+        WAN_21.latent_size(self.height, self.width)
         self.cache.check_chunk(self.sampling.chunk)
-        if self.cuda_graphs:
-            check_cuda_graphs(self.device, "model")
+        self.execution.check(self.device)
         if self.chunks < 1:
             raise ValueError(f"at least 1 chunk must be measured, got {self.chunks}")
 
     @cached_property
     def chunk_shape(self) -> tuple[int, ...]:
         """[B, C, f, h, w] of a chunk's latents."""
-        return (1, CHANNELS, self.sampling.chunk, *check_size(self.height, self.width))
+        return (1, CHANNELS, self.sampling.chunk, *WAN_21.latent_size(self.height, self.width))
 
     @cached_property
     def tokens_per_frame(self) -> int:
-        height, width = self.chunk_shape[3:]
-        return height // 2 * (width // 2)
+        return WAN_21.tokens_per_frame(*self.chunk_shape[3:])
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -102,7 +98,7 @@ class Workload:
     def frames_used(self, chunk: int) -> int:
         """Latent frames that chunk number `chunk` (from 0) attends to, itself included."""
         made = (chunk + 1) * self.sampling.chunk
-        return made if self.cache.window == -1 else min(made, self.cache.window)
+        return min(made, self.cache.limit or made)
 
     @property
     def full_window(self) -> list[int]:
@@ -130,7 +126,7 @@ class Workload:
 
 def full_window(chunks: int, sampling: SamplingConfig, cache: CacheConfig) -> list[int]:
     """Numbers (from 0) of the chunks whose passes all see a full window; the last chunk alone if there are none."""
-    full = [i for i in range(chunks) if cache.window != -1 and i * sampling.chunk >= cache.window]
+    full = [i for i in range(chunks) if cache.limit is not None and i * sampling.chunk >= cache.limit]
     return full or [chunks - 1]
 
 

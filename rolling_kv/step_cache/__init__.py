@@ -1,6 +1,6 @@
 """Step caches: diffusers' methods to skip work between denoising steps of a chunk or clip. See `docs/caching.md`."""
 
-from .attach import StepCache, StepCacheReport, apply_step_cache
+from .attach import Pass, StepCache, StepCacheReport, apply_step_cache
 from .methods import (
     METHODS,
     FasterCache,
@@ -13,7 +13,7 @@ from .methods import (
     TaylorSeer,
     why_unavailable,
 )
-from .watch import Forced, StepWatch, start_step_cache
+from .probe import Forced, StepProbe, start_step_cache
 
 __all__ = [
     "METHODS",
@@ -22,12 +22,13 @@ __all__ = [
     "Forced",
     "MagCache",
     "MagCacheCalibration",
+    "Pass",
     "PyramidAttentionBroadcast",
     "SeaCache",
     "StepCache",
     "StepCacheReport",
     "StepShape",
-    "StepWatch",
+    "StepProbe",
     "TaylorSeer",
     "apply_step_cache",
     "start_step_cache",

@@ -11,9 +11,9 @@ import torch
 from cases import FOLDER, load_cases
 from reference import NaiveRun, guided_chunk
 
-from rolling_kv.config import CacheConfig
-from rolling_kv.sampler import RollingSession
-from rolling_kv.schedule import seeded_noise
+from rolling_kv.config import ALL_FRAMES, CacheConfig, ExecutionConfig
+from rolling_kv.sampling.schedule import seeded_noise
+from rolling_kv.sampling.session import RollingSession
 
 FEW_STEP = load_cases("renoise")
 MULTI_STEP = load_cases("unipc")
@@ -69,7 +69,7 @@ def test_multistep_with_guidance(case):
 
 
 @pytest.mark.parametrize("given", [0, 3, 4], ids=lambda frames: f"{frames} given frames")
-@pytest.mark.parametrize("window, sink", [(-1, 0), (6, 0), (8, 1)], ids=["all", "window", "window and sink"])
+@pytest.mark.parametrize("window, sink", [(ALL_FRAMES, 0), (6, 0), (8, 1)], ids=["all", "window", "window and sink"])
 def test_multistep_with_a_window_and_given_frames(window, sink, given):
     """No recording has these together: against the naive reference, bit for bit until a frame leaves."""
     model = MULTI_STEP[0].model(torch.float32)
@@ -79,7 +79,9 @@ def test_multistep_with_a_window_and_given_frames(window, sink, given):
     shape = (1, 16, sampling.chunk, 4, 6)
     clip = seeded_noise(2, 0, (1, 16, given, *shape[3:]), 0)
     cond, uncond = (NaiveRun(deepcopy(model), embeds) for embeds in (prompt, negative))
-    session = RollingSession(model, prompt, negative=negative, height=32, width=48, exact=True)
+    session = RollingSession(
+        model, prompt, negative=negative, height=32, width=48, execution=ExecutionConfig(exact=True)
+    )
     with session:
         if given:
             session.prefill(clip)
@@ -87,6 +89,6 @@ def test_multistep_with_a_window_and_given_frames(window, sink, given):
                 run.prefill(clip)
         for chunk in session.generate(4, seed=1):
             expected = guided_chunk(cond, uncond, seeded_noise(1, cond.start, shape, 0))
-            assert difference(chunk.latents, expected) <= (0 if window == -1 or cond.start <= window else 1e-5)
+            assert difference(chunk.latents, expected) <= (0 if window == ALL_FRAMES or cond.start <= window else 1e-5)
     assert max(cond.attended) == given + 4 * sampling.chunk - 1
-    assert len(cond.attended) == (given + 4 * sampling.chunk if window == -1 else window)
+    assert len(cond.attended) == (given + 4 * sampling.chunk if window == ALL_FRAMES else window)

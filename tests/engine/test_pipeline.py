@@ -2,22 +2,21 @@
 
 import pytest
 import torch
-from builders import original_names
+from builders import changed, close, original_names
 from safetensors.torch import save_file
-from test_lora import changed, close
 
 from rolling_kv import pipeline as pipeline_module
-from rolling_kv.checkpoints import load_model
+from rolling_kv.checkpoints.model import load_model
+from rolling_kv.checkpoints.readers import CheckpointError
 from rolling_kv.cli import main
-from rolling_kv.config import CacheConfig
-from rolling_kv.files import CheckpointError
-from rolling_kv.lora import load_lora
-from rolling_kv.lora_stack import applied_loras
+from rolling_kv.config import CacheConfig, ExecutionConfig
+from rolling_kv.lora.reader import load_lora
+from rolling_kv.lora.stack import applied_loras
 from rolling_kv.pipeline import Pipeline
-from rolling_kv.sampler import RollingSession
+from rolling_kv.sampling.session import RollingSession
 from rolling_kv.tiny import make_tiny
 from rolling_kv.video import read_video_info
-from rolling_kv.weights import storage_of
+from rolling_kv.wan.execution import weights_of
 
 SIZE = dict(height=32, width=32, seconds=0.2)
 PROMPT = "a red circle moving left"
@@ -87,12 +86,12 @@ def test_what_does_not_fit_is_refused_before_the_rest_is_loaded(folder, tmp_path
 
 def test_a_video_is_that_of_a_session_with_the_same_choices(folder, loras, tmp_path, sessions):
     cache = CacheConfig(4, sink=1, sink_phase="rebased", storage="int8", offload=True)
-    chosen = dict(cache=cache, backend="native", seed=3)
+    chosen = dict(cache=cache, execution=ExecutionConfig(backend="native"), seed=3)
     pipeline = Pipeline.load(folder, storage="float8", loras=[(loras[0], 0.7)])
     pipeline.generate(PROMPT, tmp_path / "video.mp4", **SIZE, **chosen)
     ((options, ours),) = sessions
-    assert storage_of(pipeline.model.transformer) == "float8"
-    assert (options["cache"], options["backend"], options["compile"]) == (cache, "native", False)
+    assert weights_of(pipeline.model.transformer).storage == "float8"
+    assert (options["cache"], options["execution"]) == (cache, ExecutionConfig(backend="native"))
 
     model = load_model(folder, storage="float8")
     with applied_loras(model, [(load_lora(loras[0]), 0.7)]):
@@ -106,7 +105,7 @@ def test_a_video_is_that_of_a_session_with_the_same_choices(folder, loras, tmp_p
 def test_float8_cannot_be_compiled(folder, tmp_path):
     pipeline = Pipeline.load(folder, storage="float8")
     with pytest.raises(ValueError, match="float8 cannot go with compile"):
-        pipeline.generate(PROMPT, tmp_path / "video.mp4", **SIZE, compile=True)
+        pipeline.generate(PROMPT, tmp_path / "video.mp4", **SIZE, execution=ExecutionConfig(compile=True))
     assert not any(tmp_path.iterdir())
 
 
@@ -132,7 +131,7 @@ def test_every_choice_is_an_option(folder, loras, tmp_path, sessions, monkeypatc
     assert loaded[0]["loras"] == [(loras[0], 0.5), (loras[1], 1.0)] and loaded[0]["storage"] == "float8"
     chosen, _ = sessions[0]
     assert chosen["cache"] == CacheConfig(5, 2, "rebased", "float8", True)
-    assert (chosen["backend"], chosen["compile"]) == ("native", False)
+    assert chosen["execution"] == ExecutionConfig(backend="native")
     assert read_video_info(tmp_path / "video.mp4").frames == 9
 
 
@@ -146,12 +145,12 @@ def test_compile_reaches_the_session(folder, tmp_path, sessions, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
     generate(folder, tmp_path / "video.mp4", "--compile")
     ((options, session),) = sessions
-    assert options["compile"] is True and compiled == list(session.model.transformer.blocks)
+    assert options["execution"].compile and compiled == list(session.model.transformer.blocks)
 
 
 def test_a_gguf_file_takes_its_text_encoder_and_vae_from_elsewhere(folder, tmp_path, sessions):
     gguf = pytest.importorskip("gguf")
-    from test_weights import write_gguf
+    from gguf_files import write_gguf
 
     weights = load_model(folder).transformer.state_dict()
     write_gguf(tmp_path / "tiny.gguf", weights, gguf.GGMLQuantizationType.Q8_0)

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from rolling_kv.config import PRESETS, CacheConfig, ModelPreset, SamplingConfig, pixel_frames
-from rolling_kv.files import Checkpoint
-from rolling_kv.presets import detect_preset
+from rolling_kv.checkpoints.detect import detect_preset
+from rolling_kv.checkpoints.readers import Checkpoint
+from rolling_kv.config import CacheConfig, SamplingConfig
+from rolling_kv.geometry import WAN_21
+from rolling_kv.presets import PRESETS, ModelPreset
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,8 @@ def test_lengths_in_seconds_are_the_fewest_chunks_that_reach_them(chunk, indepen
             chunks = config.chunks_for_seconds(frames / 16, start)
 
             def made(count, start=start):
-                return pixel_frames(start + sum(config.chunk_sizes(count, start))) - pixel_frames(start)
+                frames = start + sum(config.chunk_sizes(count, start))
+                return WAN_21.pixel_frames(frames) - WAN_21.pixel_frames(start)
 
             assert made(chunks) >= frames and (chunks == 1 or made(chunks - 1) < frames)
 

@@ -8,7 +8,7 @@ from builders import scaled_float8, sentencepiece_model, tiny_transformer, tiny_
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from rolling_kv.files import CheckpointError
+from rolling_kv.checkpoints.readers import CheckpointError
 from rolling_kv.text import clean, load_text_encoder
 
 PROMPTS = ["a red circle moving left across the stormy sea", "", "cats & dogs"]

@@ -10,7 +10,7 @@ from diffusers import WanPipeline
 from transformers import AutoTokenizer
 
 from rolling_kv import tiny
-from rolling_kv.checkpoints import load_model
+from rolling_kv.checkpoints.model import load_model
 from rolling_kv.text import load_text_encoder
 from rolling_kv.tiny import TINY_PRESET, make_tiny, save_tokenizer, train_tokenizer
 from rolling_kv.vae import load_vae, to_raw

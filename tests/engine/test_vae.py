@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from rolling_kv.files import CheckpointError
+from rolling_kv.checkpoints.readers import CheckpointError
 from rolling_kv.vae import LATENTS_MEAN, LATENTS_STD, WanVAE, load_vae, to_model, to_raw
 
 

@@ -15,7 +15,7 @@ from graphs import (
     saved_latent,
 )
 
-from rolling_kv.tiny import BUNDLED
+from rolling_kv.bundled import BUNDLED
 from rolling_kv.vae import load_vae
 from tools.comfy_client import PromptFailed, first_file
 

@@ -5,12 +5,12 @@ import torch
 from graphs import loaders, node, one_sampler, prompt, sample, save_latent, saved_latent
 from safetensors.torch import save_file
 
-from rolling_kv.checkpoints import load_model
-from rolling_kv.lora import load_lora
-from rolling_kv.lora_stack import applied_loras
-from rolling_kv.sampler import RollingSession
+from rolling_kv.bundled import BUNDLED
+from rolling_kv.checkpoints.model import load_model
+from rolling_kv.lora.reader import load_lora
+from rolling_kv.lora.stack import applied_loras
+from rolling_kv.sampling.session import RollingSession
 from rolling_kv.text import load_text_encoder
-from rolling_kv.tiny import BUNDLED
 from rolling_kv.vae import to_raw
 from tools.comfy_client import PromptFailed
 

@@ -6,8 +6,8 @@ import torch
 from graphs import loaders, node, one_sampler, save_images, save_latent, saved_images, saved_latent
 from safetensors.torch import save_file
 
-from rolling_kv.checkpoints import load_model
-from rolling_kv.tiny import BUNDLED
+from rolling_kv.bundled import BUNDLED
+from rolling_kv.checkpoints.model import load_model
 from tests.engine.builders import original_names, tiny_transformer
 from tests.engine.test_vae import make_vae, originals_of
 

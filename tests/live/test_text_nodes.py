@@ -10,9 +10,10 @@ from graphs import node, one_sampler, saved_latent
 from safetensors.torch import load_file, save_file
 from transformers import T5TokenizerFast
 
-from rolling_kv.checkpoints import load_model
-from rolling_kv.config import TEXT_LENGTH, SamplingConfig
-from rolling_kv.sampler import RollingSession
+from rolling_kv.checkpoints.model import load_model
+from rolling_kv.config import SamplingConfig
+from rolling_kv.geometry import TEXT_LENGTH
+from rolling_kv.sampling.session import RollingSession
 from rolling_kv.text import load_text_encoder
 from rolling_kv.vae import to_raw
 from tests.engine.builders import original_names, sentencepiece_model, tiny_transformer, tiny_umt5

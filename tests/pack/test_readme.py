@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from rolling_kv.cli import _parser
-from rolling_kv.config import PRESETS
+from rolling_kv.presets import PRESETS
 from rolling_kv.tiny import make_tiny
 from tools.comfy_env import PACK
 from tools.object_info import PREFIX, recorded

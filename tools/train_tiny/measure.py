@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from rolling_kv.checkpoints import load_model
-from rolling_kv.config import PIXEL_FRAMES_PER_LATENT, CacheConfig, pixel_frames
-from rolling_kv.sampler import RollingSession
+from rolling_kv.checkpoints.model import load_model
+from rolling_kv.config import CacheConfig
+from rolling_kv.geometry import WAN_21
+from rolling_kv.sampling.session import RollingSession
 from rolling_kv.text import load_text_encoder
 from rolling_kv.vae import load_vae, to_raw
 
@@ -60,7 +61,7 @@ class Tiny(NamedTuple):
 
 def borders(chunks: int, chunk: int = 3) -> list[int]:
     """Pixel frames at which chunks begin, the first chunk left out."""
-    return [pixel_frames(chunk * index) for index in range(1, chunks)]
+    return [WAN_21.pixel_frames(chunk * index) for index in range(1, chunks)]
 
 
 def scenes_for(count: int, seed: int) -> list[Scene]:
@@ -93,7 +94,7 @@ def latent_errors(seen: list[Sighting], frames: slice = slice(None)) -> torch.Te
     """
     errors = torch.stack([prediction_errors(sighting.position) for sighting in seen])
     # Prediction errors start with pixel frame 2, latent frame 2 with pixel frame 5.
-    return errors[:, 3:].unflatten(1, (-1, PIXEL_FRAMES_PER_LATENT))[..., frames].mean(2)
+    return errors[:, 3:].unflatten(1, (-1, WAN_21.temporal))[..., frames].mean(2)
 
 
 def border_errors(seen: list[Sighting], chunk: int = 3, frames: slice = slice(None)) -> tuple[float, float]:

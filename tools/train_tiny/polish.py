@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from rolling_kv.config import TEXT_LENGTH
-from rolling_kv.model import CausalModel
-from rolling_kv.sampler import RollingSession
+from rolling_kv.checkpoints.model import CausalModel
+from rolling_kv.geometry import TEXT_LENGTH
+from rolling_kv.sampling.session import RollingSession
 
 from . import wan_vae
 from .detector import detect

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from rolling_kv.model import CausalModel
-from rolling_kv.sampler import RollingSession
+from rolling_kv.checkpoints.model import CausalModel
+from rolling_kv.sampling.session import RollingSession
 
 from .code import TIME, LinearCode
 from .detector import Sighting, detect

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rolling_kv.attention import rotary_angles, time_sinusoid
-from rolling_kv.config import TEXT_LENGTH
+from rolling_kv.geometry import TEXT_LENGTH
+from rolling_kv.rope import rotary_angles
+from rolling_kv.wan.inputs import time_sinusoid
 
 
 class Prompts:

@@ -12,9 +12,11 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from rolling_kv.config import TEXT_LENGTH, CacheConfig, ModelPreset, SamplingConfig
-from rolling_kv.model import CausalModel
-from rolling_kv.schedule import flow_schedule, warp_steps
+from rolling_kv.checkpoints.model import CausalModel
+from rolling_kv.config import CacheConfig, SamplingConfig
+from rolling_kv.geometry import TEXT_LENGTH
+from rolling_kv.presets import ModelPreset
+from rolling_kv.sampling.schedule import flow_schedule, warp_steps
 
 from . import teacher
 from .detector import detect

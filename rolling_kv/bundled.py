@@ -1,0 +1,21 @@
+"""The tiny model that comes with the pack: where it lies, and the size that it makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+BUNDLED = Path(__file__).resolve().parent.parent / "models" / "tiny"
+"""Where the pack looks for the tiny model."""
+BUNDLED_SIZE = 64
+"""Pixels along each side that it makes."""
+
+
+def check_model(model: Path) -> None:
+    """Raise ValueError if `model` is the bundled one, and not there."""
+    if model == BUNDLED and not BUNDLED.is_dir():
+        raise ValueError(f"the tiny model is not there; make it with: python -m rolling_kv make-tiny {BUNDLED}")
+
+
+def default_size(model: Path) -> tuple[int, int]:
+    """Height and width in pixels that a model makes unless told otherwise."""
+    return (BUNDLED_SIZE, BUNDLED_SIZE) if model == BUNDLED else (480, 832)

@@ -1,0 +1,42 @@
+"""Shapes and bytes of a cache, known before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..geometry import Geometry
+from .codecs import CODECS
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Everything that decides how many bytes a cache takes. One latent frame is `tokens_per_frame` tokens."""
+
+    layers: int
+    batch: int
+    tokens_per_frame: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, transformer, batch: int, latent_height: int, latent_width: int, dtype: torch.dtype) -> CacheShape:
+        """The shape for a diffusers `WanTransformer3DModel` at a latent size."""
+        config = transformer.config
+        tokens = Geometry.of(transformer).tokens_per_frame(latent_height, latent_width)
+        return cls(config.num_layers, batch, tokens, config.num_attention_heads, config.attention_head_dim, dtype)
+
+    def bytes_per_frame(self, storage: str = "model") -> int:
+        """Bytes that the keys and values of one latent frame take over all layers and the whole batch."""
+        heads = self.layers * 2 * self.batch * self.tokens_per_frame * self.heads
+        return heads * CODECS[storage](self.dtype).bytes_per_head(self.head_dim)
+
+
+class CacheBytes(NamedTuple):
+    """device: where the model computes. host: in CPU memory, beside it."""
+
+    device: int
+    host: int

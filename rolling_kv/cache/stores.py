@@ -1,0 +1,61 @@
+"""Where a cache keeps its bytes: buffers on the compute device."""
+
+from __future__ import annotations
+
+import torch
+
+from .codecs import Parts
+
+Sizes = list[tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of each part of a layer, [2 (keys, values), B, S, H, ·]."""
+
+
+class Resident:
+    """Every layer's parts on one device."""
+
+    def __init__(self, layers: int, sizes: Sizes, device: torch.device):
+        self.device = device
+        self.layers = [self._allocate(sizes) for _ in range(layers)]
+
+    def _allocate(self, sizes: Sizes) -> Parts:
+        return tuple(torch.zeros(size, dtype=dtype, device=self.device) for size, dtype in sizes)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the compute device."""
+        return nbytes_of(self.layers)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes in CPU memory beside those."""
+        return 0
+
+    def resize(self, sizes: Sizes, used: int) -> None:
+        """Move to parts of other sizes, keeping the first `used` tokens. Old and new coexist for one layer at a time."""
+        for index, old in enumerate(self.layers):
+            new = self._allocate(sizes)
+            for source, target in zip(old, new):
+                target[:, :, :used] = source[:, :, :used]
+            self.layers[index] = new
+
+    def open(self, layer: int, tokens: int) -> Parts:
+        """The parts of a layer, of which the first `tokens` tokens are going to be read; writable until `close`."""
+        return self.layers[layer]
+
+    def close(self, layer: int, written: list[tuple[int, int]]) -> None:
+        """What was written in the opened parts: (first token, count) each."""
+
+    def aside(self, parts: Parts) -> Parts:
+        """A copy of parts of an open layer, for as long as the caller wants it, where this store keeps its own."""
+        return tuple(part.clone() for part in parts)
+
+    def discard(self) -> None:
+        """Forget what is on its way: the next pass starts at the first layer again."""
+
+    def release(self) -> None:
+        """Let go of the parts."""
+        self.layers.clear()
+
+
+def nbytes_of(layers: list[Parts]) -> int:
+    return sum(part.nbytes for parts in layers for part in parts)

@@ -1,0 +1,1 @@
+"""From files to weights. Knows no cache and no pass."""

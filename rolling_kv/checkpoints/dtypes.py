@@ -1,0 +1,43 @@
+"""Dtypes of weights: what a file has, and what to load it in."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def stored_dtypes(tensors: dict[str, Tensor]) -> list[torch.dtype]:
+    """Floating dtypes of the tensors, the one with the most values first."""
+    sizes = Counter()
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] += tensor.numel()
+    return [dtype for dtype, _ in sizes.most_common()]
+
+
+def choose_dtype(dtype: str | torch.dtype, tensors: dict[str, Tensor], device: torch.device | str) -> torch.dtype:
+    """The dtype to load in: the one asked for, or for "auto" the file's own, float8 as bfloat16.
+
+    On CUDA, "auto" loads float32 as bfloat16 too.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}")
+        return DTYPES[dtype]
+    stored = stored_dtypes(tensors)[0]
+    if stored.itemsize == 1:
+        return torch.bfloat16
+    if stored.itemsize >= 4:
+        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    return stored
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16`, not `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")

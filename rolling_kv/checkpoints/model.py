@@ -1,0 +1,105 @@
+"""A loaded causal video model, and loading one from any layout that its checkpoints come in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import nn
+
+from ..config import ExecutionConfig
+from ..geometry import Geometry
+from ..presets import DEFAULT_PRESET, ModelPreset
+from .detect import choose_preset
+from .float8 import store_float8
+from .gguf import gguf_types, plain
+from .readers import open_checkpoint, telling
+from .transformer import build_transformer, settings_of, transformer_path
+
+
+class CausalModel(nn.Module):
+    """A holder of one transformer. It has no `device` attribute, so that a memory manager may assign one.
+
+    transformer: the stock diffusers model.
+    preset: the sampling and cache settings that the weights were trained for.
+    identity: 16 hex digits that tell these weights from others, the same for every file layout they are read from.
+    """
+
+    def __init__(self, transformer: WanTransformer3DModel, preset: ModelPreset = DEFAULT_PRESET):
+        super().__init__()
+        self.transformer = transformer
+        self.preset = preset
+        self.identity = fingerprint(transformer)
+        self.train(transformer.training)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype that the model computes in; norms and time embedding may be kept in float32."""
+        return self.transformer.patch_embedding.weight.dtype
+
+    @property
+    def geometry(self) -> Geometry:
+        """How pixels, latents, tokens and seconds follow from each other for this model."""
+        return Geometry.of(self.transformer)
+
+    def compute_device(self) -> torch.device:
+        """Where the weights are now."""
+        return self.transformer.patch_embedding.weight.device
+
+
+def fingerprint(transformer: WanTransformer3DModel) -> str:
+    """16 hex digits over the model's shape, dtype and a sample of each tensor's values."""
+    config = transformer.config
+    tensors = [(name, plain(tensor)) for name, tensor in sorted(transformer.state_dict().items())]
+    shape = {
+        "heads": config.num_attention_heads,
+        "patch": list(config.patch_size),
+        "tensors": [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors],
+    }
+    sample = torch.cat([tensor.flatten()[:: max(1, tensor.numel() // 16)].float() for _, tensor in tensors])
+    digest = hashlib.sha256(json.dumps(shape).encode())
+    digest.update(sample.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@torch.inference_mode(False)
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    preset: str | ModelPreset = "auto",
+    device: str | torch.device = "cpu",
+    runs_on: str | torch.device | None = None,
+    config: dict | None = None,
+    storage: str = "model",
+) -> CausalModel:
+    """Load a causal Wan text-to-video model.
+
+    path: a diffusers folder (with transformer/ in it, or that folder itself), or a .safetensors, .gguf, .pt or .pth
+        file in the original Wan or diffusers names, inside the usual wrappers and prefixes. The weights of a .gguf file
+        stay packed in memory.
+    dtype: "float32", "float16", "bfloat16", a torch dtype, or "auto": the file's own, float8 as bfloat16, and on CUDA
+        float32 as bfloat16. In half precision the norms and the time embedding stay float32, as diffusers does.
+    preset: a preset, the name of one, or "auto": detected, self-forcing where nothing tells.
+    runs_on: the device that "auto" chooses for, where the model is loaded to another one first.
+    config: settings that shapes cannot tell and the file does not, such as `num_attention_heads`.
+    storage: "model" keeps the weights in `dtype`; "float8" keeps the blocks' Linear layers in one byte per value, and
+        brings each to `dtype` while it runs.
+
+    Raises CheckpointError for a file that is no such model, with what it is instead, what is missing or what to do.
+    """
+    path = Path(path)
+    with telling(path):
+        checkpoint = open_checkpoint(transformer_path(path))
+        chosen = choose_preset(preset, path, checkpoint)
+        settings = settings_of(checkpoint) | (config or {})
+        ExecutionConfig().check(weight_storage=storage, packings=gguf_types(checkpoint.tensors))
+        if storage == "model":
+            return CausalModel(build_transformer(checkpoint.tensors, settings, dtype, device, runs_on), chosen)
+        # In float8 before it moves: the device may be too small for more.
+        transformer = build_transformer(checkpoint.tensors, settings, dtype, runs_on=runs_on or device)
+        store_float8(transformer)
+        return CausalModel(transformer.to(device), chosen)

@@ -1,0 +1,155 @@
+"""Building the stock diffusers transformer around given weights."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from torch import Tensor
+
+from ..geometry import WAN_21
+from .detect import transformer_metadata
+from .dtypes import choose_dtype
+from .float8 import load_tensor, split_scales
+from .gguf import is_packed, pack_linears, unpack, unpacked_shapes
+from .names import LORA, UMT5, VAE, WAN, check_fit, kind_of, strip_prefixes, to_diffusers_names
+from .readers import Checkpoint, CheckpointError
+
+HEAD_DIM = 128
+"""Width of an attention head in every published Wan model; shapes do not tell it."""
+_ADVICE = {
+    LORA: "A LoRA changes a model: load the model that it was made for here.",
+    UMT5: "Give it where the text encoder is asked for.",
+    VAE: "Give it where the VAE is asked for.",
+}
+_CONFIG_NAMES = {  # settings that shapes do not tell (or, for layers, cannot vouch for), by their names in config files
+    "num_attention_heads": "num_attention_heads",
+    "num_heads": "num_attention_heads",
+    "attention_head_dim": "attention_head_dim",
+    "num_layers": "num_layers",
+    "eps": "eps",
+    "rope_max_seq_len": "rope_max_seq_len",
+}
+
+
+@torch.inference_mode(False)
+def build_transformer(
+    state_dict: dict[str, Tensor],
+    config: dict | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    runs_on: str | torch.device | None = None,
+) -> WanTransformer3DModel:
+    """Build the stock diffusers transformer around given weights, in original Wan or diffusers names.
+
+    config: overrides what shapes cannot tell: num_attention_heads (or num_heads), attention_head_dim, num_layers, eps,
+        rope_max_seq_len; other entries are ignored. Heads of 128 are assumed.
+
+    Tensors that already have the dtype and device are used as they are, not copied. Raises CheckpointError.
+    """
+    weights, scales, config, _ = prepare(state_dict, config or {})
+    packed = _packed(state_dict)
+    transformer = empty_transformer(weights, config)
+    dtype = choose_dtype(dtype, weights, runs_on or device)
+    float32_parts = set(WanTransformer3DModel._keep_in_fp32_modules) if dtype.itemsize < 4 else set()
+    weights |= packed
+    loaded = {name: weights.pop(name).to(device) for name in pack_linears(transformer, packed, dtype, float32_parts)}
+    for name in list(weights):
+        target = torch.float32 if float32_parts.intersection(name.split(".")) else dtype
+        loaded[name] = load_tensor(unpack(weights.pop(name)), scales.get(name), target, device)
+    transformer.load_state_dict(loaded, assign=True)
+    # Its tables are no part of any checkpoint, and are still on the meta device.
+    rope = WanRotaryPosEmbed(config["attention_head_dim"], config["patch_size"], transformer.config.rope_max_seq_len)
+    transformer.rope = rope.to(device)
+    return transformer.eval().requires_grad_(False)
+
+
+def transformer_path(path: Path) -> Path:
+    return path / "transformer" if (path / "transformer").is_dir() else path
+
+
+def settings_of(checkpoint: Checkpoint) -> dict:
+    return checkpoint.config | transformer_metadata(checkpoint)
+
+
+def prepare(tensors: dict[str, Tensor], settings: dict) -> tuple[dict[str, Tensor], dict[str, Tensor], dict, str]:
+    """Weights in diffusers' names, float8 scales, the model's config and the naming they had."""
+    stripped, prefix = strip_prefixes(unpacked_shapes(tensors))
+    kind = kind_of(stripped)
+    if kind != WAN:
+        raise CheckpointError(f"this is {kind}, not a Wan video model. {_ADVICE.get(kind, '')}".rstrip())
+    renamed, naming = to_diffusers_names(stripped)
+    weights, scales = split_scales(renamed)
+    return weights, scales, _config(weights, settings), f"{naming}, prefix {prefix}." if prefix else naming
+
+
+def _packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the tensors that a GGUF file packs, under diffusers' names."""
+    packed = {name: tensor for name, tensor in tensors.items() if is_packed(tensor)}
+    return to_diffusers_names(strip_prefixes(packed)[0])[0] if packed else {}
+
+
+def _config(weights: dict[str, Tensor], settings: dict) -> dict:
+    def shape(name: str, dims: int = 2) -> list[int]:
+        if name not in weights:
+            raise CheckpointError(f"{name} is missing. The file is incomplete, or not a Wan 2.1 text-to-video model.")
+        size = list(weights[name].shape)
+        if len(size) != dims:
+            raise CheckpointError(f"{name} has the shape {size}; a Wan model has {dims} dimensions there.")
+        return size
+
+    dim, channels, *patch = shape("patch_embedding.weight", 5)
+    out_channels = shape("proj_out.weight")[0] // math.prod(patch)
+    latent_channels = WAN_21.channels
+    if out_channels == 48:
+        raise CheckpointError(
+            f"this is the Wan 2.2 5B model (dim {dim}, {channels} latent channels), which belongs to another VAE. The "
+            f"causal models here have {latent_channels} latent channels (Wan 2.1, 1.3B or 14B)."
+        )
+    if channels != latent_channels or any("image_embedder" in name for name in weights):
+        raise CheckpointError(
+            f"this is an image-conditioned Wan model ({channels} input channels instead of {latent_channels}, or an "
+            "image encoder's projection). Use a causal text-to-video model: it also continues a given image."
+        )
+    ffn_dim = shape("blocks.0.ffn.net.0.proj.weight")[0]
+    text_dim = shape("condition_embedder.text_embedder.linear_1.weight")[1]
+    freq_dim = shape("condition_embedder.time_embedder.linear_1.weight")[1]
+    numbers = (re.match(r"blocks\.(\d+)\.", name) for name in weights)
+    config = {
+        "patch_size": tuple(patch),
+        "in_channels": channels,
+        "out_channels": out_channels,
+        "text_dim": text_dim,
+        "freq_dim": freq_dim,
+        "ffn_dim": ffn_dim,
+        "num_layers": 1 + max(int(number[1]) for number in numbers if number),
+        "cross_attn_norm": "blocks.0.norm2.weight" in weights,
+    }
+    given = {_CONFIG_NAMES[name]: value for name, value in settings.items() if name in _CONFIG_NAMES}
+    return config | given | _heads(dim, given)
+
+
+def _heads(dim: int, given: dict) -> dict:
+    head_dim = given.get("attention_head_dim") or HEAD_DIM
+    heads = given.get("num_attention_heads") or dim // head_dim
+    if "attention_head_dim" not in given and "num_attention_heads" in given:
+        head_dim = dim // heads
+    if heads * head_dim != dim or not heads:
+        raise CheckpointError(
+            f"the width of this model is {dim}, which is not {heads or 'any number of'} heads of {head_dim}. A model "
+            "with other heads has to say how many: `num_attention_heads` in its config.json, or in the config argument."
+        )
+    return {"num_attention_heads": heads, "attention_head_dim": head_dim}
+
+
+def empty_transformer(weights: dict[str, Tensor], config: dict) -> WanTransformer3DModel:
+    """The model on the meta device; raises CheckpointError unless the weights are exactly those it needs."""
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel(**config)
+    model = f"a Wan text-to-video model of {config['num_layers']} layers (in diffusers' names)"
+    check_fit(weights, transformer.state_dict(), model)
+    return transformer

@@ -1,0 +1,72 @@
+"""What a checkpoint is, told from names and shapes alone, and what its cache will cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .cache.sizes import CacheShape
+from .checkpoints.detect import detect_preset
+from .checkpoints.dtypes import dtype_name, stored_dtypes
+from .checkpoints.gguf import gguf_types
+from .checkpoints.readers import open_checkpoint, telling
+from .checkpoints.transformer import empty_transformer, prepare, settings_of, transformer_path
+from .geometry import Geometry
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint is.
+
+    layout: naming, wrapper and prefix, for people.
+    file_bytes: of all weight files together.
+    dtypes: of the stored weights, the one with the most values first; the packings of a GGUF file before the rest.
+    config: layers, dim, heads, ffn.
+    preset: name of the detected preset, None where neither the file nor its name tells.
+    geometry: how pixels, latents and seconds follow from each other.
+    kv_bytes_per_frame: keys and values of one latent frame in bfloat16 at `height` x `width` pixels.
+    """
+
+    path: Path
+    layout: str
+    file_bytes: int
+    dtypes: tuple[str, ...]
+    config: dict[str, int]
+    parameters: int
+    preset: str | None
+    height: int
+    width: int
+    kv_bytes_per_frame: int
+    geometry: Geometry
+
+
+def inspect_checkpoint(path: str | Path, height: int = 480, width: int = 832) -> CheckpointInfo:
+    """Tell what a checkpoint is, from names and shapes alone. Raises CheckpointError as `load_model` does."""
+    path = Path(path)
+    with telling(path):
+        checkpoint = open_checkpoint(transformer_path(path), values=False)
+        weights, _, config, naming = prepare(checkpoint.tensors, settings_of(checkpoint))
+        transformer = empty_transformer(weights, config)
+        preset = detect_preset(path, checkpoint)
+    packings = gguf_types(checkpoint.tensors)
+    shape = CacheShape.of(transformer, 1, *Geometry.of(transformer).latent_size(height, width), torch.bfloat16)
+    return CheckpointInfo(
+        path=path,
+        layout=", ".join(filter(None, (naming, checkpoint.wrapper and f"wrapper {checkpoint.wrapper}"))),
+        file_bytes=sum(file.stat().st_size for file in checkpoint.files),
+        dtypes=(*packings, *map(dtype_name, stored_dtypes(checkpoint.tensors if packings else weights))),
+        config={
+            "layers": config["num_layers"],
+            "dim": shape.heads * shape.head_dim,
+            "heads": config["num_attention_heads"],
+            "ffn": config["ffn_dim"],
+        },
+        parameters=sum(weight.numel() for weight in weights.values()),
+        preset=preset and preset.name,
+        height=height,
+        width=width,
+        kv_bytes_per_frame=shape.bytes_per_frame(),
+        geometry=Geometry.of(transformer),
+    )

@@ -1,0 +1,1 @@
+"""LoRA files, and applying them to a model."""

@@ -1,0 +1,186 @@
+"""Applying LoRAs to a model, several at once and removably.
+
+Two ways, with the same result up to rounding. *Fused*: the change is added to the weights, which then cost nothing more
+per step; what the weights were is kept in CPU memory and put back bit for bit. *At run time*: each layer adds its
+low-rank product as it runs. That needs no second copy and works on weights that cannot take a sum (float8, GGUF), but a
+rank of 256, LongLive's, adds a third to the arithmetic of a 1536-wide layer. So: fused where the weights are plain
+numbers, at run time where they are not. Both go through peft, by diffusers' `PeftAdapterMixin`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.model import CausalModel
+from ..checkpoints.readers import CheckpointError
+from .reader import Lora
+
+_SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B"}
+_PEFT_TRACES = ("_hf_peft_config_loaded", "lora_scale", "_safe_fusing")
+
+
+def check_lora(lora: Lora, model: CausalModel) -> None:
+    """Raise CheckpointError unless every part of the LoRA has its place in the model, and fits there."""
+    modules = dict(model.transformer.named_modules())
+    places = {}  # of each part: the shape it has to have, None where the model has no such part
+    for name, layer in lora.layers.items():
+        weight = getattr(modules.get(name), "weight", None)
+        places[name] = (layer.up.shape[0], *layer.down.shape[1:]), weight is not None and _shape(modules[name])
+    for name, diff in lora.diffs.items():
+        owner, _, last = name.rpartition(".")
+        parameter = getattr(modules.get(owner), last, None)
+        places[name] = tuple(diff.shape), parameter is not None and tuple(parameter.shape)
+    wrong = [name for name, (shape, needed) in places.items() if needed and shape != needed]
+    wrong.sort(key=lambda name: ".attn" not in name)  # a feed-forward layer has two widths
+    if wrong:
+        shape, needed = places[wrong[0]]
+        raise CheckpointError(
+            f"the LoRA {lora.name} was made for another model. At {wrong[0]} it is {_size(shape)}, this model is "
+            f"{_size(needed)}. Choose the LoRA for this size of the model."
+        )
+    absent = [name for name, (_, needed) in places.items() if not needed]
+    if absent:
+        names = ", ".join(absent[:3]) + (" and others" if len(absent) > 3 else "")
+        raise CheckpointError(
+            f"the LoRA {lora.name} was made for another model: {len(absent)} of its {len(places)} parts have no place "
+            f"in this one ({names})."
+        )
+
+
+def _shape(layer) -> tuple[int, ...]:
+    """Of a layer's weight when unpacked."""
+    return (layer.out_features, layer.in_features) if hasattr(layer, "in_features") else tuple(layer.weight.shape)
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    width = shape[-1]
+    return f"{list(shape)}, width {width}" + (f" (Wan {_SIZES[width]})" if width in _SIZES else "")
+
+
+class LoraStack:
+    """The LoRAs that are applied to one model, and the way back to the model without them.
+
+    The transformer is mutated. While LoRAs are applied, `model.identity` differs from that of the bare model, so that
+    videos of different stacks are told apart. One stack per model.
+
+    fuse: None decides as the module's text says; True and False choose.
+    """
+
+    def __init__(self, model: CausalModel, fuse: bool | None = None):
+        self.model = model
+        self.fuse = fuse
+        self.applied: tuple[tuple[str, float], ...] = ()
+        self._bare_identity = model.identity
+        self._originals: dict[str, Tensor] = {}
+
+    def set(self, loras: Iterable[tuple[Lora, float]]) -> bool:
+        """Make these the applied LoRAs, each with its strength; strength 0 is none. False if they were already.
+
+        Raises CheckpointError for one that does not fit; the stack then stays as it was. If anything else goes wrong
+        on the way, the model is left without LoRAs.
+        """
+        loras = [(lora, float(strength)) for lora, strength in loras if strength]
+        wanted = tuple((lora.identity, strength) for lora, strength in loras)
+        if wanted == self.applied:
+            return False
+        for lora, _ in loras:
+            check_lora(lora, self.model)
+        self.clear()
+        try:
+            self._apply(loras)
+        except BaseException:
+            self.clear()
+            raise
+        self.applied = wanted
+        if wanted:
+            digest = hashlib.sha256(f"{self._bare_identity} {wanted} {self.fuse}".encode())
+            self.model.identity = digest.hexdigest()[:16]
+        return True
+
+    @torch.inference_mode(False)
+    def clear(self) -> None:
+        """Take all LoRAs off: the module tree and every bit of the weights are what they were."""
+        transformer = self.model.transformer
+        if hasattr(transformer, "peft_config"):
+            transformer.unload_lora()
+        for name in _PEFT_TRACES:
+            vars(transformer).pop(name, None)
+        for name, original in self._originals.items():
+            parameter = transformer.get_parameter(name)
+            parameter.data = original.to(parameter.device)
+        self._originals.clear()
+        self.applied = ()
+        self.model.identity = self._bare_identity
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _apply(self, loras: Sequence[tuple[Lora, float]]) -> None:
+        transformer = self.model.transformer
+        for lora, strength in loras:
+            for name, diff in lora.diffs.items():
+                self._add(name, diff, strength)
+        layered = {f"lora_{index}": (lora, strength) for index, (lora, strength) in enumerate(loras) if lora.layers}
+        if not layered:
+            return
+        modules = {module: transformer.get_submodule(module) for lora, _ in layered.values() for module in lora.layers}
+        for name, (lora, _) in layered.items():
+            self._inject(name, lora)
+        transformer.set_adapters(list(layered), [strength for _, strength in layered.values()])
+        transformer.requires_grad_(False)
+        if self.fuse is False or self.fuse is None and not all(map(_is_plain, modules.values())):
+            return
+        for module, layer in modules.items():
+            self._keep(f"{module}.weight", layer.weight)
+        transformer.fuse_lora(safe_fusing=True)  # safe: into new tensors, the old ones may be mapped from a file
+        transformer.unload_lora()
+
+    def _inject(self, name: str, lora: Lora) -> None:
+        transformer, dtype = self.model.transformer, self.model.dtype
+        weights, alphas = {}, {}
+        for module, layer in lora.layers.items():
+            weights[f"transformer.{module}.lora_A.weight"] = layer.down.to(dtype)
+            weights[f"transformer.{module}.lora_B.weight"] = layer.up.to(dtype)
+            alphas[f"transformer.{module}.alpha"] = layer.alpha
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
+            transformer.load_lora_adapter(weights, adapter_name=name, network_alphas=alphas, low_cpu_mem_usage=True)
+        for module in lora.layers:
+            wrapper = transformer.get_submodule(module)
+            if not _is_plain(wrapper):  # peft has rounded the matrices to the dtype of the stored weight
+                for part, half in (("lora_A", wrapper.lora_A), ("lora_B", wrapper.lora_B)):
+                    exact = weights[f"transformer.{module}.{part}.weight"]
+                    half[name].weight.data = exact.to(wrapper.weight.device)
+
+    def _keep(self, name: str, parameter: Tensor) -> None:
+        self._originals.setdefault(name, parameter.data.to("cpu"))
+
+    def _add(self, name: str, diff: Tensor, strength: float) -> None:
+        parameter = self.model.transformer.get_parameter(name)
+        if not parameter.is_floating_point():
+            raise CheckpointError(f"a LoRA changes {name} as a whole, which a GGUF file packs. Use the model in bf16.")
+        self._keep(name, parameter)
+        parameter.data = (parameter.float() + strength * diff.to(parameter.device, torch.float32)).to(parameter.dtype)
+
+
+def _is_plain(layer) -> bool:
+    """Whether a layer's weights are numbers to compute with, rather than float8 or packed."""
+    return layer.weight.dtype.itemsize > 1
+
+
+@contextmanager
+def applied_loras(
+    model: CausalModel, loras: Iterable[tuple[Lora, float]], *, fuse: bool | None = None
+) -> Iterator[LoraStack]:
+    """Apply LoRAs, each with its strength, inside a `with` block. See `LoraStack`."""
+    stack = LoraStack(model, fuse)
+    try:
+        stack.set(loras)
+        yield stack
+    finally:
+        stack.clear()

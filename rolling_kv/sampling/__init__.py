@@ -1,0 +1,1 @@
+"""Many passes: a chunk, a video."""

@@ -1,0 +1,37 @@
+"""Whether latents and prompts that come in fit a model."""
+
+from __future__ import annotations
+
+import torch
+
+from ..checkpoints.model import CausalModel
+
+
+def fitted_embeds(model: CausalModel, batch: int, embeds: torch.Tensor, name: str) -> torch.Tensor:
+    """Text embeddings [B or 1, L, D] as a session of `batch` videos takes them: on the CPU, [B, L, D], the model's dtype.
+
+    name: what to call them in a message. Raises ValueError unless they are of the model's width.
+    """
+    text_dim = model.transformer.config.text_dim
+    if embeds.ndim != 3 or embeds.shape[0] not in (1, batch) or embeds.shape[2] != text_dim:
+        raise ValueError(
+            f"{name} must be [1 or {batch}, tokens, {text_dim}] for this model, got {list(embeds.shape)}; "
+            "was it made by a text encoder of another model?"
+        )
+    return embeds.to("cpu", model.dtype).expand(batch, -1, -1)
+
+
+def check_latents(
+    model: CausalModel, batch: int, latent_size: tuple[int, int], latents: torch.Tensor, name: str
+) -> None:
+    """Raise ValueError unless latents are [B, C, F, h, w] of the model's channels and that size.
+
+    name: what to call them in the message.
+    """
+    geometry = model.geometry
+    expected = (batch, geometry.channels, *latent_size)
+    if latents.ndim != 5 or (*latents.shape[:2], *latents.shape[3:]) != expected:
+        raise ValueError(
+            f"{name} must be [batch {expected[0]}, channels {expected[1]}, frames, height {expected[2]}, "
+            f"width {expected[3]}] (in latents, {geometry.spatial} pixels each), got {list(latents.shape)}"
+        )

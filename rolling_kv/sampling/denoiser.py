@@ -1,0 +1,62 @@
+"""One denoising step: every guidance branch through the model, and one flow out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..config import SamplingConfig
+from ..step_cache import Pass, StepCache, StepProbe
+
+
+class Denoiser:
+    """Predicts the flow that a sampler integrates.
+
+    passes: the conditional branch, then with guidance the unconditional one.
+    sampling: tells the guidance scale.
+    dtype: that the model computes in.
+    step_cache: skips work between the steps, or watches them; None for neither.
+    on_step: called before every step; whatever it raises cancels.
+    """
+
+    def __init__(
+        self,
+        passes: list[Pass],
+        sampling: SamplingConfig,
+        dtype: torch.dtype,
+        step_cache: StepCache | StepProbe | None,
+        on_step: Callable[[], None],
+    ):
+        self.passes = passes
+        self.sampling = sampling
+        self.dtype = dtype
+        self.step_cache = step_cache
+        self.on_step = on_step
+
+    def __call__(self, x: torch.Tensor, timestep: float) -> torch.Tensor:
+        """The predicted flow of x_t, [B, C, f, h, w]; timestep: 0 to 1000."""
+        self.on_step()
+        x = x.to(self.dtype)
+        if self.step_cache is not None:
+            flows = self.step_cache.predict(x, timestep, self.passes)
+        else:
+            flows = [run(x, timestep) for run in self.passes]
+        if len(flows) == 1:
+            return flows[0]
+        cond, uncond = flows
+        return uncond + self.sampling.guidance_scale * (cond - uncond)
+
+
+def noise_dtype(sampling: SamplingConfig, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of a chunk's noise for a model of `dtype`: solvers work in float32, re-noising in the model's own."""
+    return dtype if sampling.few_step else torch.float32
+
+
+def check_negative(sampling: SamplingConfig, negative: torch.Tensor | None) -> None:
+    """Raise ValueError if guidance lacks its negative prompt."""
+    if sampling.guided and negative is None:
+        raise ValueError(
+            f"guidance_scale is {sampling.guidance_scale}, which needs a negative prompt; connect one, "
+            "or set guidance to 1 to sample without"
+        )

@@ -1,0 +1,113 @@
+"""`CacheState`: the video so far, as the immutable value that graph edges carry.
+
+A state is the clean latents and the log of how they came about. It needs no keys and values: those are a function of
+the log, so replaying one context pass per chunk gives the same bits (see `sampling.session.RollingSession`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+
+from ..geometry import geometry_of
+
+
+class ChunkRecord(NamedTuple):
+    """How one chunk came about and entered the cache."""
+
+    frames: int  # latent frames
+    timestep: float  # of its context pass
+    prompt: int  # index into CacheState.prompts
+    negative: int  # likewise, or -1 without guidance
+    seed: int | None  # None: the frames were given, not generated
+
+
+class CacheState(NamedTuple):
+    """The video so far. Never changed in place: `extended` returns a new one that shares the old one's tensors.
+
+    chunks: clean latents per chunk, [B, C, f, h, w], in model space and the model's dtype, in CPU memory.
+    prompts: the distinct prompt embeddings that the log refers to, [B, L, D] each, in CPU memory.
+    model: identity of the model that made it. key: digest of everything above; equal keys mean equal videos.
+    """
+
+    chunks: tuple[torch.Tensor, ...] = ()
+    prompts: tuple[torch.Tensor, ...] = ()
+    records: tuple[ChunkRecord, ...] = ()
+    model: str = ""
+    key: str = ""
+
+    @property
+    def frames(self) -> int:
+        """Latent frames."""
+        return sum(record.frames for record in self.records)
+
+    @property
+    def pixel_frames(self) -> int:
+        return geometry_of(self.chunks[0].shape[1]).pixel_frames(self.frames) if self.chunks else 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.chunks + self.prompts)
+
+    def latents(self) -> torch.Tensor:
+        """All clean latents, [B, C, F, h, w], in model space. Raises ValueError for an empty state."""
+        if not self.chunks:
+            raise ValueError("this cache state holds no frames yet")
+        return torch.cat(self.chunks, dim=2)
+
+    def negative_at(self, index: int) -> torch.Tensor | None:
+        """The negative prompt with which chunk number `index` enters a cache that has guidance; None for no known one.
+
+        A chunk made without guidance has none of its own. It takes the next one in the log, which was the prompt of the
+        session that first needed it: the log alone decides, so that a replay gives the same bits.
+        """
+        later = (record.negative for record in self.records[index:] if record.negative >= 0)
+        known = next(later, None)
+        return None if known is None else self.prompts[known]
+
+    def extended(
+        self,
+        chunk: torch.Tensor,
+        *,
+        timestep: float,
+        prompt: torch.Tensor,
+        negative: torch.Tensor | None,
+        seed: int | None,
+    ) -> CacheState:
+        """This video with one more chunk, [B, C, f, h, w]. The prompts are kept as they are: nobody may change them."""
+        chunk = chunk.detach().to("cpu", copy=True)  # whoever made it may go on to write into it
+        prompts = self.prompts
+        prompts, prompt_index = _with_prompt(prompts, prompt)
+        prompts, negative_index = _with_prompt(prompts, negative)
+        record = ChunkRecord(chunk.shape[2], float(timestep), prompt_index, negative_index, seed)
+        digest = hashlib.sha256(f"{self.key} {self.model} {tuple(record)} {tuple(chunk.shape)}".encode())
+        for tensor in (chunk, *prompts[len(self.prompts) :]):
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return CacheState(
+            self.chunks + (chunk,), prompts, self.records + (record,), self.model, digest.hexdigest()[:32]
+        )
+
+    def __repr__(self) -> str:  # error messages print their inputs
+        if not self.chunks:
+            return "CacheState(empty)"
+        batch, _, _, height, width = self.chunks[0].shape
+        return f"CacheState({self.frames} latent frames, {height}x{width} latents, batch {batch}, key {self.key[:8]})"
+
+
+def _with_prompt(prompts: tuple[torch.Tensor, ...], prompt: torch.Tensor | None):
+    if prompt is None:
+        return prompts, -1
+    prompt = prompt.detach().cpu()
+    for index, known in enumerate(prompts):
+        if same_values(known, prompt):
+            return prompts, index
+    return prompts + (prompt,), len(prompts)
+
+
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of the CPU are equal and of one dtype; at once where they are the same memory."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return (a.data_ptr() == b.data_ptr() and a.stride() == b.stride()) or torch.equal(a, b)

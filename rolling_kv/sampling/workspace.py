@@ -1,0 +1,91 @@
+"""The working cache that a run leaves behind, for the next run to take over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from ..cache.rolling import RollingKVCache
+from ..cache.sizes import CacheShape
+from ..checkpoints.model import CausalModel
+from ..config import CacheConfig, ExecutionConfig
+
+BRANCHES = ("cond", "uncond")
+"""Names of the guidance branches."""
+
+Caches = dict[str, RollingKVCache]
+"""The rolling cache of each guidance branch, by the branch's name."""
+
+
+class CacheSpec(NamedTuple):
+    """What must agree for one run to take over another's working cache."""
+
+    model: str  # identity: keys and values belong to the weights that made them
+    shape: CacheShape
+    config: CacheConfig
+    branches: tuple[str, ...]
+    execution: ExecutionConfig
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        model: CausalModel,
+        batch: int,
+        latent_size: tuple[int, int],
+        config: CacheConfig,
+        execution: ExecutionConfig,
+        branches: int,
+    ) -> CacheSpec:
+        """What a run of `branches` guidance branches on `batch` videos of that latent size needs."""
+        shape = CacheShape.of(model.transformer, batch, *latent_size, model.dtype)
+        execution = replace(execution, cuda_graphs=False)  # whether passes are recorded changes no key
+        return cls(model.identity, shape, config, BRANCHES[:branches], execution, model.compute_device())
+
+
+@dataclass
+class Workspace:
+    """Keeps a model's working cache between two runs, so that the next run can take it over.
+
+    Holds one cache, at one point of one video. It is only ever an optimisation: a run that finds another video here
+    replays its own, with the same result.
+
+    spec, caches: what the last run left; None where nothing was left.
+    key: of the state at which the caches stand.
+    cached_chunks: chunks of that state whose context pass they have seen.
+    """
+
+    spec: CacheSpec | None = None
+    caches: Caches | None = None
+    key: str = ""
+    cached_chunks: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the compute device."""
+        return sum(cache.nbytes.device for cache in (self.caches or {}).values())
+
+    def take(self, spec: CacheSpec, key: str) -> tuple[Caches | None, int]:
+        """Hand the working cache over to a run: nothing is kept here any more.
+
+        spec: what the run needs. key: of the state that it continues.
+        Returns the caches and the chunks that they have seen: none, and emptied caches, where they stand at another
+        video; None and 0 where they do not fit.
+        """
+        caches, cached = (self.caches, self.cached_chunks) if self.spec == spec else (None, 0)
+        if caches is not None and self.key != key:
+            cached = 0
+            for cache in caches.values():
+                cache.reset()
+        self.clear()
+        return caches, cached
+
+    def leave(self, spec: CacheSpec, caches: Caches, key: str, cached_chunks: int) -> None:
+        """Keep the working cache of a run that has ended at the state with that key."""
+        self.spec, self.caches, self.key, self.cached_chunks = spec, caches, key, cached_chunks
+
+    def clear(self) -> None:
+        """Let go of the working cache's memory."""
+        self.spec, self.caches, self.key, self.cached_chunks = None, None, "", 0

@@ -1,0 +1,194 @@
+"""Attach a rolling cache to a stock diffusers `WanTransformer3DModel`, and take it off again without a trace.
+
+Nothing is subclassed or patched on a class. While attached, each block's two attention modules have a processor of
+ours, and some modules have an instance-level `forward`: the rotary embedding (absolute frame positions, angles in
+float64), the condition embedder (time sinusoid in float64, text projected once per prompt), the blocks (the same
+arithmetic in fewer passes over memory) and above all the last block (whose remainder the context pass does not need).
+The state dict and the module tree stay as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import torch
+
+from ..cache.prompt import Branch
+from ..config import ExecutionConfig
+from .context import Pass, PassContext
+from .execution import weights_of
+from .fused import fused_feed_forward, fused_forward, is_plain, last_block_forward, may_fuse
+from .graphs import CudaRecorder, PassGraphs, PassKey
+from .inputs import PassInputs, condition_forward
+from .processors import PromptCrossAttention, RollingSelfAttention
+
+logger = logging.getLogger(__name__)
+
+
+class RollingAttachment:
+    """A transformer with rolling caches attached. Made by `apply_rolling_kv_cache`; one per transformer."""
+
+    def __init__(self, transformer, execution: ExecutionConfig):
+        self.transformer = transformer
+        self.execution = execution
+        self.context = PassContext(execution, self.detach)
+        self.inputs = PassInputs(transformer, execution)
+        device = transformer.patch_embedding.weight.device
+        self.graphs = PassGraphs(CudaRecorder(device)) if execution.cuda_graphs else None
+        self._undo: list[Callable[[], object]] = []
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timestep: float,
+        branch: Branch,
+        *,
+        time_rows: int | None = None,
+        keys_only: bool = False,
+    ) -> torch.Tensor | None:
+        """Run the open chunk of `branch` through the model, writing its keys and values into the cache.
+
+        latents: [B, C, f, h, w] in model space, where the cache has an open chunk of f frames.
+        timestep: 0 to 1000, one for the whole chunk.
+        time_rows: rows in which the timestep is embedded, by default f as in the original (a different number gives the
+            same values up to the rounding of the matrix product).
+        keys_only: write the cache and return None.
+
+        Returns the predicted flow, [B, C, f, h, w]. Raises ValueError unless frames and batch are those of the cache.
+        """
+        batch, _, frames = latents.shape[:3]
+        cache, context = branch.cache, self.context
+        if cache.window.open != frames or cache.shape.batch != batch:
+            raise ValueError(
+                f"the cache has an open chunk of {cache.window.open} frames at batch {cache.shape.batch}, "
+                f"the latents are {frames} frames at batch {batch}"
+            )
+        context.current = Pass(branch, time_rows or frames, keys_only)
+        try:
+            timesteps = torch.full((batch,), float(timestep), device=latents.device)
+            rotation = self.inputs.rotation(cache.window.end, latents)
+            inputs = latents, timesteps, rotation, self.inputs.sinusoid(timestep, latents.device)
+            if self.graphs is None or (layout := cache.layout) is None:
+                return self._run(*inputs)
+            key = PassKey(cache, branch.prompt, layout, latents.shape, context.current.time_rows, keys_only)
+            return self.graphs.run(key, self._run, *inputs)
+        finally:
+            context.current = None
+
+    def _run(self, latents, timesteps, rotation, sinusoid) -> torch.Tensor | None:
+        context = self.context
+        context.rotation, context.sinusoid = rotation, sinusoid
+        try:
+            sample = self.transformer(latents, timesteps, context.running.branch.prompt.embeds, return_dict=False)[0]
+        finally:
+            context.rotation = context.sinusoid = None
+        return None if context.running.keys_only else sample
+
+    def detach(self) -> None:
+        """Put the transformer back exactly as it was. Safe to call twice, and after an exception."""
+        while self._undo:
+            self._undo.pop()()
+        self.inputs.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
+
+    def __enter__(self) -> RollingAttachment:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.detach()
+
+    def _attach(self) -> None:
+        blocks, context = self.transformer.blocks, self.context
+        last, last_is_plain = blocks[-1], is_plain(blocks[-1])
+        for layer, block in enumerate(blocks):
+            self._set_processor(block.attn1, RollingSelfAttention(context, layer))
+            self._set_processor(block.attn2, PromptCrossAttention(context, layer))
+        self._set_forward(self.transformer.rope, lambda hidden_states: context.rotation)
+        embedder = self.transformer.condition_embedder
+        self._set_forward(embedder, condition_forward(embedder, context))
+        if not self.execution.exact and not self.execution.compile:
+            self._fuse(blocks)
+        if last_is_plain:  # somebody else's forward, which may bring its weights in, is never cut short
+            self._set_forward(last, last_block_forward(last, last.forward, context))
+        if self.execution.compile:
+            for block in blocks:
+                block.compile(dynamic=False)
+                self._undo.append(partial(delattr, block, "_compiled_call_impl"))
+
+    def _fuse(self, blocks) -> None:
+        fusable = [block for block in blocks if may_fuse(block)]
+        for block in fusable:
+            self._set_forward(block, fused_forward(block, block.forward))
+            self._set_forward(block.ffn, fused_feed_forward(block.ffn, block.ffn.forward))
+        if len(fusable) < len(blocks):
+            _warn_once(
+                f"{len(blocks) - len(fusable)} of {len(blocks)} blocks run as diffusers has them, a little slower: "
+                "another library has put a forward or a hook of its own on them"
+            )
+
+    def _set_processor(self, module, processor) -> None:
+        previous = module.processor
+        self._undo.append(lambda: setattr(module, "processor", previous))
+        module.processor = processor
+
+    def _set_forward(self, module, forward) -> None:
+        if "forward" in vars(module):  # a hook of somebody else's
+            previous = module.forward
+            self._undo.append(lambda: setattr(module, "forward", previous))
+        else:
+            self._undo.append(lambda: delattr(module, "forward"))
+        module.forward = forward
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def apply_rolling_kv_cache(transformer, execution: ExecutionConfig | None = None) -> RollingAttachment:
+    """Attach to a stock `WanTransformer3DModel`. Use as a context manager, or call `detach` on what is returned.
+
+    execution: how passes are computed; the defaults where it is left out.
+
+    Raises ValueError if a rolling cache or one of diffusers' own is attached already, if the model is conditioned on
+    images, or if `ExecutionConfig.check` finds that the settings cannot go with these weights on their device.
+    """
+    execution = execution or ExecutionConfig()
+    weights = weights_of(transformer)
+    execution.check(weights.device, weight_storage=weights.storage, packings=weights.packings)
+    if is_attached(transformer):
+        raise ValueError("this transformer has a rolling cache attached already; detach that one first")
+    if transformer.is_cache_enabled:
+        raise ValueError(
+            "this transformer has one of diffusers' own caches enabled, which would also skip the passes that write the "
+            "rolling cache: call its disable_cache() first, and give the method as step_cache instead"
+        )
+    registry = getattr(transformer, "_diffusers_hook", None)
+    if registry is not None and registry.get_hook("rolling_kv_cache") is not None:
+        raise ValueError("this transformer has the hooks of rolling_kv.hooks; remove them first")
+    if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
+        raise ValueError("this is an image-conditioned Wan model; causal models are text-conditioned (T2V) ones")
+    attachment = RollingAttachment(transformer, execution)
+    try:
+        attachment._attach()
+    except BaseException:
+        attachment.detach()
+        raise
+    return attachment
+
+
+def is_attached(transformer) -> bool:
+    """Whether a rolling cache is attached to `transformer`."""
+    return any(isinstance(block.attn1.processor, RollingSelfAttention) for block in transformer.blocks)
+
+
+def remove_rolling_kv_cache(transformer) -> bool:
+    """Detach whatever rolling cache is attached to `transformer`; False if there was none."""
+    processor = transformer.blocks[0].attn1.processor
+    if not isinstance(processor, RollingSelfAttention):
+        return False
+    processor.context.detach()
+    return True

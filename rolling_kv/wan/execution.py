@@ -1,0 +1,51 @@
+"""How passes are executed: what a transformer's weights allow, and which attention kernel a stock model uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+
+class Weights(NamedTuple):
+    """What a transformer says of its weights.
+
+    device: where they are.
+    storage: one of `config.WEIGHT_STORAGES`; packed ones count as "model".
+    packings: of weights from a GGUF file (Q8_0, Q4_K, …).
+    """
+
+    device: torch.device
+    storage: str
+    packings: tuple[str, ...]
+
+
+def weights_of(transformer) -> Weights:
+    """Device, storage and packings of a stock `WanTransformer3DModel`."""
+    parameters = list(transformer.parameters())
+    float8 = any(parameter.dtype == torch.float8_e4m3fn for parameter in transformer.blocks.parameters())
+    packings = dict.fromkeys(p.quant_type.name for p in parameters if hasattr(p, "quant_type"))
+    device = transformer.patch_embedding.weight.device
+    return Weights(device, "float8" if float8 else "model", tuple(packings))
+
+
+@contextmanager
+def attention_backend(transformer, backend: str | None) -> Iterator[None]:
+    """Let the attention of a stock transformer use `backend` for a while; None: what it uses anyway.
+
+    diffusers' own `set_attention_backend` also changes what every other model uses.
+    """
+    if backend is None:
+        yield
+        return
+    processors = [attention.processor for block in transformer.blocks for attention in (block.attn1, block.attn2)]
+    before = [processor._attention_backend for processor in processors]
+    try:
+        for processor in processors:
+            processor._attention_backend = backend
+        yield
+    finally:
+        for processor, name in zip(processors, before):
+            processor._attention_backend = name

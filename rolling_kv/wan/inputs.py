@@ -1,0 +1,76 @@
+"""What a pass takes beside latents: the rotation of its positions and the sinusoid of its timestep."""
+
+from __future__ import annotations
+
+import torch
+
+from ..config import ExecutionConfig
+from ..devices import to_device
+from ..geometry import Geometry
+from ..rope import rotary_angles, rotations
+from .context import PassContext
+
+
+class PassInputs:
+    """Makes both on the CPU in float64, and keeps what later passes will ask for again."""
+
+    def __init__(self, transformer, execution: ExecutionConfig):
+        self.transformer = transformer
+        self.execution = execution
+        self._rotations: dict[tuple, torch.Tensor] = {}
+        self._sinusoids: dict[tuple, torch.Tensor] = {}
+
+    def rotation(self, start_frame: int, latents: torch.Tensor) -> torch.Tensor:
+        """The rotation for latents [B, C, f, h, w] that begin at an absolute latent frame, as `rope.rotate` takes it."""
+        frames, height, width = latents.shape[2:]
+        grid = (frames, *Geometry.of(self.transformer).grid(height, width))
+        key = (start_frame, *grid, latents.device)
+        if key not in self._rotations:
+            # Every step of a chunk uses the same one; another chunk's will not be needed again.
+            self._rotations.clear()
+            rotation = rotations(rotary_angles(self.transformer.config.attention_head_dim, start_frame, *grid))
+            rotation = rotation.to(torch.complex128 if self.execution.exact else torch.complex64)[None, :, None]
+            # torch.compile fuses real arithmetic only.
+            rotation = torch.view_as_real(rotation) if self.execution.compile else rotation
+            self._rotations[key] = to_device(rotation, latents.device)
+        return self._rotations[key]
+
+    def sinusoid(self, timestep: float, device: torch.device) -> torch.Tensor:
+        """The sinusoid of a timestep, [channels]. Every chunk has the same timesteps."""
+        key = float(timestep), device
+        if key not in self._sinusoids:
+            embedder = self.transformer.condition_embedder
+            sinusoid = time_sinusoid(torch.tensor(key[:1], dtype=torch.float64), embedder.timesteps_proj.num_channels)
+            dtype = next(embedder.time_embedder.parameters()).dtype
+            self._sinusoids[key] = to_device(sinusoid[0].to(dtype), device)
+        return self._sinusoids[key]
+
+    def clear(self) -> None:
+        """Let go of everything that is kept."""
+        self._rotations.clear()
+        self._sinusoids.clear()
+
+
+def time_sinusoid(timestep: torch.Tensor, channels: int) -> torch.Tensor:
+    """Sinusoidal embedding of timesteps [N] in float64, [N, channels], cosines first as Wan has them."""
+    half = channels // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
+    angles = torch.outer(timestep.to(torch.float64), torch.pow(10000, -exponent))
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def condition_forward(embedder, context: PassContext):
+    """A `forward` for the condition embedder: the sinusoid comes from the context, the prompt is projected once."""
+
+    def forward(timestep, encoder_hidden_states, encoder_hidden_states_image=None, **_):
+        prompt = context.running.branch.prompt
+        if prompt.projected is None:
+            prompt.projected = embedder.text_embedder(encoder_hidden_states)
+        # One matrix row per frame, as the original computes it: the row count changes the rounding of the product.
+        rows = context.running.time_rows
+        sinusoid = context.sinusoid.repeat(len(timestep) * rows, 1)
+        time = embedder.time_embedder(sinusoid).type_as(encoder_hidden_states)
+        modulation = embedder.time_proj(embedder.act_fn(time))
+        return time[::rows], modulation[::rows], prompt.projected, None
+
+    return forward

@@ -1,0 +1,226 @@
+"""Recorded passes: the same bits as passes that run one by one, with a recorder that needs no GPU."""
+
+import contextlib
+from inspect import getsource
+
+import pytest
+import torch
+from builders import tiny_transformer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rolling_kv.bench.storage import pack
+from rolling_kv.checkpoints.model import CausalModel
+from rolling_kv.checkpoints.transformer import build_transformer
+from rolling_kv.config import ALL_FRAMES, RECORDABLE_PACKINGS, CacheConfig, ExecutionConfig, SamplingConfig
+from rolling_kv.presets import ModelPreset
+from rolling_kv.sampling.session import RollingSession
+from rolling_kv.step_cache import SeaCache
+from rolling_kv.wan import attachment, graphs
+from rolling_kv.wan.attachment import apply_rolling_kv_cache
+
+CHUNK, WINDOW, SINK = 2, 5, 1
+SAMPLING = SamplingConfig(chunk=CHUNK, denoising_steps=(1000, 750, 500))
+LAYOUTS = 2  # places of a chunk in a ring of 4 frames
+SIZE = dict(height=32, width=48)
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph keeps: each operation with the memory and the numbers that it had. Nothing else is run again."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, made))
+        return made
+
+    def replay(self):
+        for function, args, kwargs, made in self.calls:
+            for place, again in zip(tree_leaves(made), tree_leaves(function(*args, **kwargs))):
+                # Neither a view nor written in place.
+                if isinstance(place, torch.Tensor) and place.data_ptr() != again.data_ptr():
+                    place.copy_(again)
+
+
+class TapeRecorder:
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def __call__(self, run):
+        self.recorded += 1
+        with Tape() as tape:
+            output = run()
+
+        def replay():
+            self.replayed += 1
+            tape.replay()
+
+        return replay, output
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    made = []
+    monkeypatch.setattr(attachment, "CudaRecorder", lambda device: made.append(TapeRecorder()) or made[-1])
+    monkeypatch.setattr(ExecutionConfig, "_check_cuda_graphs", lambda *_: None)
+    return made
+
+
+@pytest.fixture(scope="module")
+def model():
+    transformer = tiny_transformer(num_attention_heads=2, attention_head_dim=12, num_layers=3)
+    return CausalModel(transformer, ModelPreset("test", SAMPLING, CacheConfig(WINDOW, SINK)))
+
+
+def words(model, seed):
+    return torch.randn(1, 6, model.transformer.config.text_dim, generator=torch.Generator().manual_seed(seed))
+
+
+def video(model, chunks=8, switch=None, **options):
+    with RollingSession(model, words(model, 0), negative=words(model, 1), **SIZE, **options) as session:
+        for number in range(chunks):
+            if number == switch:
+                session.set_prompt(words(model, 2), words(model, 1))
+            for _ in session.generate(1, seed=7):
+                pass
+        kept = session._attachment.graphs
+        held = 0 if kept is None else len(kept._recorded)
+    assert kept is None or not kept._recorded and not kept._seen, "closing lets go of the graphs"
+    return session.state.latents(), held
+
+
+@pytest.mark.parametrize("storage", ["model", "int8"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_recorded_passes_change_no_bit(model, recorders, guidance, storage):
+    options = dict(
+        sampling=SamplingConfig(chunk=CHUNK, denoising_steps=(1000, 750, 500), guidance_scale=guidance),
+        cache=CacheConfig(WINDOW, SINK, storage=storage),
+    )
+    branches = 2 if guidance != 1.0 else 1
+    plain, _ = video(model, **options)
+    recorded, held = video(model, execution=ExecutionConfig(cuda_graphs=True), **options)
+    assert torch.equal(recorded, plain)
+    assert held == recorders[0].recorded == 2 * LAYOUTS * branches  # denoising and context passes
+    # The third chunk fills the window. Its layout and the fourth chunk's run once as they are, 3 steps and a context pass.
+    assert recorders[0].replayed == branches * (6 * 3 + 5 - 2 * LAYOUTS)
+
+
+def test_another_prompt_has_graphs_of_its_own_and_the_old_ones_go(model, recorders):
+    plain, _ = video(model, switch=6)
+    recorded, held = video(model, switch=6, execution=ExecutionConfig(cuda_graphs=True))
+    assert torch.equal(recorded, plain)
+    assert held < recorders[0].recorded
+    assert recorders[0].replayed > 0
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [CacheConfig(ALL_FRAMES), CacheConfig(WINDOW, SINK, offload=True), CacheConfig(WINDOW, SINK, sink_phase="rebased")],
+    ids=["unlimited", "offloaded", "rebased"],
+)
+def test_passes_that_no_other_repeats_are_not_recorded(model, recorders, cache):
+    plain, _ = video(model, chunks=5, cache=cache)
+    recorded, _ = video(model, chunks=5, cache=cache, execution=ExecutionConfig(cuda_graphs=True))
+    assert torch.equal(recorded, plain) and recorders[0].recorded == 0
+
+
+def test_a_result_is_not_overwritten_by_the_next_pass(model, recorders):
+    with RollingSession(model, words(model, 0), execution=ExecutionConfig(cuda_graphs=True), **SIZE) as session:
+        list(session.generate(6, seed=7))
+        caches, forward = session._branches, session._attachment.forward
+        caches.replay(session.state, model, forward, None, lambda: None)
+        (branch,) = caches.for_prompts(session._prompt, None)
+        branch.cache.begin(CHUNK)
+        with torch.inference_mode():
+            shape = (1, 16, CHUNK, *session.latent_size)
+            first, second = (forward(torch.full(shape, x), 500.0, branch) for x in (0.1, -0.9))
+            assert not torch.equal(first, second)
+            assert torch.equal(first, forward(torch.full(shape, 0.1), 500.0, branch))
+    assert recorders[0].replayed > 0
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "euler"])
+def test_recorded_passes_of_a_many_step_sampler_change_no_bit(model, recorders, sampler):
+    """Each of its passes has a timestep of its own: an input of the one recording."""
+    options = dict(sampling=SamplingConfig(chunk=CHUNK, sampler=sampler, num_inference_steps=4))
+    plain, _ = video(model, **options)
+    recorded, held = video(model, execution=ExecutionConfig(cuda_graphs=True), **options)
+    assert torch.equal(recorded, plain) and held == 2 * LAYOUTS
+
+
+def test_the_recorder_uses_the_device_it_was_made_for(monkeypatch):
+    """What a machine without CUDA can tell: what is current while a graph is recorded and repeated."""
+    said, current = [], [torch.device("cuda", 0)]
+    second = torch.device("cuda", 1)
+
+    @contextlib.contextmanager
+    def device(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+
+    @contextlib.contextmanager
+    def recording(graph, pool, stream, capture_error_mode):
+        said.append(("recorded", current[-1], pool, stream))
+        yield
+
+    class Graph:
+        def replay(self):
+            said.append(("repeated", current[-1]))
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream on {device}")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: f"a pool on {current[-1]}")
+    record = graphs.CudaRecorder(second)
+    replay, output = record(lambda: said.append(("run", current[-1])) or "output")
+    replay()
+    assert output == "output" and len(current) == 1
+    place = "a pool on cuda:1", "a stream on cuda:1"
+    assert said == [("recorded", second, *place), ("run", second), ("repeated", second)]
+
+
+def test_packings_that_the_cpu_helps_to_unpack_are_refused():
+    pytest.importorskip("gguf")
+    device = torch.device("cuda")
+    recorded = ExecutionConfig(cuda_graphs=True)
+    recorded.check(device, packings=["Q8_0", "BF16"])
+    with pytest.raises(ValueError, match="weights packed as Q4_K, Q6_K cannot go with CUDA graphs: .*in Q8_0"):
+        recorded.check(device, packings=["Q4_K", "Q8_0", "Q6_K"])
+
+
+@pytest.mark.parametrize("packing", ["Q8_0", "Q4_0"])
+def test_packings_are_found_in_the_model(packing, monkeypatch):
+    pytest.importorskip("gguf")
+    asked = []
+    monkeypatch.setattr(ExecutionConfig, "check", lambda self, device, **weights: asked.append(weights))
+    monkeypatch.setattr(attachment, "CudaRecorder", lambda device: TapeRecorder())
+    transformer = build_transformer(pack(tiny_transformer(ffn_dim=256).state_dict(), packing))
+    apply_rolling_kv_cache(transformer, ExecutionConfig(cuda_graphs=True)).detach()
+    assert asked == [{"weight_storage": "model", "packings": (packing,)}]
+
+
+def test_no_other_packing_is_unpacked_on_the_device_alone():
+    """diffusers' way of unpacking each kind: a table made from a list of numbers comes from the CPU."""
+    pytest.importorskip("gguf")
+    from diffusers.quantizers.gguf.utils import dequantize_functions
+
+    alone = {kind.name for kind, unpack in dequantize_functions.items() if "torch.tensor(" not in getsource(unpack)}
+    assert alone == set(RECORDABLE_PACKINGS)
+
+
+def test_what_cannot_be_recorded_is_refused(model):
+    session = RollingSession(model, words(model, 0), execution=ExecutionConfig(cuda_graphs=True), **SIZE)
+    with pytest.raises(ValueError, match="CUDA graphs need a CUDA device, but the model is on cpu"), session:
+        pass
+    assert not any("forward" in vars(block) for block in model.transformer.blocks)
+    with pytest.raises(ValueError, match="float8 cannot go with CUDA graphs"):
+        ExecutionConfig(cuda_graphs=True).check(torch.device("cuda"), weight_storage="float8")
+    with pytest.raises(ValueError, match="step cache cannot go with CUDA graphs"):
+        RollingSession(
+            model, words(model, 0), step_cache=SeaCache(), execution=ExecutionConfig(cuda_graphs=True), **SIZE
+        )
