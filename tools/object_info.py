@@ -13,8 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
-from .comfy_client import ComfyClient, load_prompt
-from .comfy_env import PACK
+from .comfyui.client import ComfyClient, load_prompt
+from .comfyui.env import PACK
 
 RECORD = PACK / "tests" / "data" / "object_info.json"
 ENGLISH = PACK / "locales" / "en" / "nodeDefs.json"

@@ -12,9 +12,9 @@ from pathlib import Path
 import av
 from tqdm import tqdm
 
-from .comfy_client import ComfyClient, PromptFailed, PromptInterrupted, PromptRejected, first_file, load_prompt
-from .comfy_env import PACK, ComfyError, find_install, install_missing
-from .comfy_server import ComfyServer
+from .comfyui.client import ComfyClient, PromptFailed, PromptInterrupted, PromptRejected, first_file, load_prompt
+from .comfyui.env import PACK, ComfyError, find_install, install_missing
+from .comfyui.server import ComfyServer
 
 QUICKSTART = PACK / "workflows" / "api" / "quickstart.json"
 TINY_MODEL = PACK / "models" / "tiny"

@@ -87,14 +87,14 @@ def comfyui_sampler(workload: Workload, letters: str | None) -> Iterator[tuple[t
     Raises ValueError if (d) was asked for and cannot run.
     """
     wanted = letters is None or "d" in letters
-    source = Path(__file__).parents[2] / "tools" / "comfyui_sampler.py"
+    source = Path(__file__).parents[2] / "tools" / "comfyui" / "sampler.py"
     with ExitStack() as stack:
         sampler, why_not = None, "it is part of the source repository only"
         if wanted and source.is_file():
             try:
-                tools = importlib.import_module("tools.comfyui_sampler")
+                tools = importlib.import_module("tools.comfyui.sampler")
             except ImportError:
-                why_not = f"the command has to run in {source.parents[1]}"
+                why_not = f"the command has to run in {source.parents[2]}"
             else:
                 sampler, why_not = stack.enter_context(tools.find_sampler(workload))
         if letters is not None and wanted and sampler is None:

@@ -6,8 +6,8 @@ import pytest
 from browser import CHROMIUM_FLAGS, Frontend, find_chromium
 from playwright.sync_api import sync_playwright
 
-from tools.comfy_env import find_install, install_missing
-from tools.comfy_server import ComfyServer
+from tools.comfyui.env import find_install, install_missing
+from tools.comfyui.server import ComfyServer
 
 
 def pytest_configure(config):

@@ -3,7 +3,7 @@
 import pytest
 from graphs import PACK, read_video
 
-from tools.comfy_client import first_file
+from tools.comfyui.client import first_file
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 

@@ -6,7 +6,7 @@ import pytest
 
 from rolling_kv.bench import cli
 from rolling_kv.cli import main
-from tools import comfyui_sampler
+from tools.comfyui import sampler as comfyui_sampler
 
 
 def test_comfyui_makes_the_same_chunks(install, tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from rolling_kv.lora.stack import applied_loras
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.text import load_text_encoder
 from rolling_kv.vae import to_raw
-from tools.comfy_client import PromptFailed
+from tools.comfyui.client import PromptFailed
 
 WORDS = "a red circle moving right"
 FILES = {"first.safetensors": 1, "style/second.safetensors": 2}  # with their seeds

@@ -3,7 +3,7 @@
 import pytest
 from graphs import loaders, node, one_sampler, sample, save_latent
 
-from tools.comfy_client import PromptFailed, PromptRejected
+from tools.comfyui.client import PromptFailed, PromptRejected
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ import pytest
 import torch
 from graphs import loaders, node, one_sampler, save_images, save_latent, saved_images, saved_latent
 from safetensors.torch import save_file
+from tests.engine.builders import original_names, tiny_transformer
 
 from rolling_kv.bundled import BUNDLED
 from rolling_kv.checkpoints.model import load_model
-from tests.engine.builders import original_names, tiny_transformer
 from tests.engine.test_vae import make_vae, originals_of
 
 

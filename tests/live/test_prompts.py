@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from graphs import api_prompts, read_video
 
-from tools.comfy_client import first_file
+from tools.comfyui.client import first_file
 
 PROMPTS = {
     name: prompt

@@ -4,7 +4,7 @@ import pytest
 import torch
 from graphs import loaders, one_sampler, prompt, sample, save_latent, saved_latent
 
-from tools.comfy_client import PromptInterrupted
+from tools.comfyui.client import PromptInterrupted
 
 PASSES = 5  # of the bundled model over one chunk: four denoising steps and the context pass
 

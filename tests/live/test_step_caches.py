@@ -7,7 +7,7 @@ import torch
 from graphs import loaders, node, one_sampler, prompt, save_images, saved_images, saved_latent
 from PIL import Image
 
-from tools.comfy_client import PromptFailed, PromptInterrupted
+from tools.comfyui.client import PromptFailed, PromptInterrupted
 
 MANY = {"preset": "causal-multistep", "dtype": "auto"}
 """Fifty steps with guidance, whatever the model says."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from graphs import node, one_sampler, saved_latent
 from safetensors.torch import load_file, save_file
+from tests.engine.builders import original_names, sentencepiece_model, tiny_transformer, tiny_umt5
 from transformers import T5TokenizerFast
 
 from rolling_kv.checkpoints.model import load_model
@@ -16,7 +17,6 @@ from rolling_kv.geometry import TEXT_LENGTH
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.text import load_text_encoder
 from rolling_kv.vae import to_raw
-from tests.engine.builders import original_names, sentencepiece_model, tiny_transformer, tiny_umt5
 
 PROMPTS = ["a red circle moving left across the stormy sea", "", "cats & dogs"]
 WIDTH, VOCABULARY = 768, 32128  # of T5 base

@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from tools.comfy_env import PACK
+from tools.comfyui.env import PACK
 
 
 class ModelPatcher:

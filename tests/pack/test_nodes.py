@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tools.comfy_env import PACK
+from tools.comfyui.env import PACK
 from tools.object_info import ENGLISH, FILE_INPUTS, PREFIX, english, inputs_of, recorded, settings_of
 
 OURS = {name: schema for name, schema in recorded().items() if name.startswith(PREFIX)}

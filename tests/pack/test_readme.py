@@ -9,7 +9,7 @@ import pytest
 from rolling_kv.cli import _parser
 from rolling_kv.presets import PRESETS
 from rolling_kv.tiny import make_tiny
-from tools.comfy_env import PACK
+from tools.comfyui.env import PACK
 from tools.object_info import PREFIX, recorded
 
 README = (PACK / "README.md").read_text(encoding="utf-8")

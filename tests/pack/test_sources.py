@@ -6,7 +6,7 @@ import re
 import pytest
 
 from rolling_kv import config
-from tools.comfy_env import PACK
+from tools.comfyui.env import PACK
 from tools.object_info import PREFIX, inputs_of, recorded
 
 ENGINE = sorted((PACK / "rolling_kv").rglob("*.py"))

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tools import comfy_env
-from tools.comfy_client import _explain, first_file
-from tools.comfy_env import ComfyError, ComfyInstall, find_comfyui, find_python, missing_requirements
+from tools.comfyui import env as comfy_env
+from tools.comfyui.client import _explain, first_file
+from tools.comfyui.env import ComfyError, ComfyInstall, find_comfyui, find_python, missing_requirements
 
 
 @pytest.fixture

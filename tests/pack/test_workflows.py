@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tools.comfy_env import PACK
+from tools.comfyui.env import PACK
 from tools.object_info import inputs_of, recorded, settings_of
 
 SCHEMAS = recorded()

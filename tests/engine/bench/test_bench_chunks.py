@@ -21,8 +21,8 @@ from rolling_kv.bench.workload import SIZES, BenchSize, Workload, weight_shapes
 from rolling_kv.checkpoints.transformer import build_transformer
 from rolling_kv.cli import main
 from rolling_kv.config import CacheConfig, SamplingConfig
-from tools import comfyui_sampler
-from tools.comfy_env import ComfyInstall
+from tools.comfyui import sampler as comfyui_sampler
+from tools.comfyui.env import ComfyInstall
 
 SMALL = BenchSize(layers=2, dim=128, ffn=96, height=32, width=48, window=7)
 STEPS = 2
@@ -315,7 +315,7 @@ def test_a_comfyui_that_does_not_start_is_told_of_and_left_out(monkeypatch, caps
 
 
 def test_another_package_named_tools_is_not_mistaken_for_ours(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tools.comfyui_sampler", None)  # import fails
+    monkeypatch.setitem(sys.modules, "tools.comfyui.sampler", None)  # import fails
     with cli.comfyui_sampler(workload(), None) as (sampler, note):
         assert sampler is None and "has to run in" in note
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-PACK = Path(__file__).resolve().parents[1]
+PACK = Path(__file__).resolve().parents[2]
 
 TORCH_FAMILY = ("torch", "torchvision", "torchaudio")
 """Packages that belong together and to the machine's driver: an install for the pack never changes them."""

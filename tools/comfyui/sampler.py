@@ -21,7 +21,7 @@ from rolling_kv.bench.measure import BenchError
 from rolling_kv.bench.methods import Method
 from rolling_kv.bench.workload import Workload
 
-from .comfy_env import PACK, ComfyError, ComfyInstall, find_install
+from .env import PACK, ComfyError, ComfyInstall, find_install
 
 PROBE = """
 import sys
@@ -35,7 +35,7 @@ comfy.samplers.ksampler("ar_video", {})
 
 @contextmanager
 def find_sampler(workload: Workload) -> Iterator[tuple[type[ComfyUISampler] | None, str]]:
-    """The method for this workload, or None and why it cannot be measured. Looks where `comfy_env.find_comfyui` does."""
+    """The method for this workload, or None and why it cannot be measured. Looks where `env.find_comfyui` does."""
     try:
         install = find_install()
     except ComfyError as error:
@@ -88,7 +88,7 @@ class ComfyUISampler(Method):
             save_file({"prompt": workload.prompt.float().cpu()}, prompt_file)
         self.log = (self.folder / "log.txt").open("w+", encoding="utf-8", errors="replace")
         self.process = subprocess.Popen(
-            [self.install.python, "-m", "tools.comfyui_sampler_process"], cwd=PACK, stdin=subprocess.PIPE,
+            [self.install.python, "-m", "tools.comfyui.sampler_process"], cwd=PACK, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.log, text=True, encoding="utf-8",
         )  # fmt: skip
         try:

@@ -1,4 +1,4 @@
-"""ComfyUI's SamplerARVideo, chunk by chunk on demand. Run by `comfyui_sampler` in ComfyUI's own Python; stdin drives it.
+"""ComfyUI's SamplerARVideo, chunk by chunk on demand. Run by `sampler` in ComfyUI's own Python; stdin drives it.
 
 The first line is a JSON object (see `main`). Then every line asks for one more chunk, and is answered by a JSON line on
 stdout once the chunk is done. The model, its loading and its sampling are ComfyUI's, untouched: two hooks of torch on

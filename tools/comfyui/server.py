@@ -12,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from .comfy_client import ComfyClient
-from .comfy_env import PACK, ComfyError, ComfyInstall
+from .client import ComfyClient
+from .env import PACK, ComfyError, ComfyInstall
 
 START_SECONDS = 300
 SEARCHED = (
