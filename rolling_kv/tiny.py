@@ -9,12 +9,10 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import diffusers
 import sentencepiece
@@ -24,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
+from .atomic import replacing
 from .config import CacheConfig
 from .geometry import TEXT_LENGTH
 from .presets import ModelPreset
@@ -53,14 +52,10 @@ def make_tiny(folder: str | Path, seed: int = 0) -> Path:
     transformer = _randomize(WanTransformer3DModel(**TINY_TRANSFORMER), seed)
     vae = _randomize(AutoencoderKLWan(**TINY_VAE), seed)
     text_encoder = _randomize(UMT5EncoderModel(UMT5Config(vocab_size=pieces, **TINY_TEXT)), seed)
-    unfinished = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}.part")
-    try:
+    with replacing(folder, folder=True, what="model") as unfinished:
         save_model(unfinished, transformer, vae, text_encoder, tokenizer, TINY_PRESET, {_RANDOM_MARK: seed})
         if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(folder.resolve())
     return folder
 
 

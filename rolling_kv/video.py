@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from uuid import uuid4
 
 import av
 import torch
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
+from .atomic import replacing
 from .geometry import WAN_21
 
+H264_SIDE = 16384
+"""Most pixels along one side of a picture that libx264 takes."""
 _BT709 = 1
 """The code of BT.709 for primaries, transfer and matrix alike (ITU-T H.273)."""
 
@@ -57,29 +59,28 @@ class VideoWriter:
             raise ValueError(f"scale must be at least 1, got {scale}")
         if width < 1 or height < 1 or width * scale % 2 or height * scale % 2:
             raise ValueError(f"H.264 video needs an even width and height, got {width * scale}x{height * scale} pixels")
+        if max(width, height) * scale > H264_SIDE:
+            raise ValueError(
+                f"H.264 video is at most {H264_SIDE} pixels wide and high, got {width * scale}x{height * scale} pixels: "
+                "make the video or its scale smaller"
+            )
         if not 0 <= crf <= 51:
             raise ValueError(f"crf must be from 0 to 51, got {crf}")
-        if fps <= 0:
+        if not fps > 0:
             raise ValueError(f"fps must be positive, got {fps}")
+        if not 0.01 <= fps <= 1000:
+            raise ValueError(f"fps must be from 0.01 to 1000, got {fps}")
         self.width, self.height, self.crf, self.scale = width, height, crf, scale
         self.fps = Fraction(fps).limit_denominator(1001)
         self.metadata = dict(metadata or {})
         self.frames = 0
 
     def __enter__(self) -> VideoWriter:
-        if self.path.is_dir():
-            raise IsADirectoryError(f"{self.path} is a folder: give the name of a file in it")
-        self._unfinished = self.path.with_name(f".{self.path.stem}.{uuid4().hex[:8]}.part")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._unfinished.touch(exist_ok=False)
-        except OSError as error:
-            raise OSError(f"cannot write into the folder {self.path.parent}: {error.strerror}") from error
-        try:
+        with ExitStack() as ending:
+            self._unfinished = ending.enter_context(replacing(self.path, what="video"))
             self._open()
-        except BaseException:
-            self._unfinished.unlink()
-            raise
+            ending.push(self._close)
+            self._ending = ending.pop_all()
         return self
 
     def _open(self) -> None:
@@ -117,32 +118,18 @@ class VideoWriter:
             )
         return frames.cpu()
 
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            with self._container:
-                if kind is None:
-                    self._finish()
-        except BaseException:
-            self._unfinished.unlink()
-            raise
-        if kind is None:
-            self._publish()
-        else:
-            self._unfinished.unlink()
+    def __exit__(self, *exception) -> None:
+        self._ending.__exit__(*exception)
+
+    def _close(self, kind, error, trace) -> None:
+        with self._container:
+            if kind is None:
+                self._finish()
 
     def _finish(self) -> None:
         if not self.frames:
             raise ValueError(f"no frames were written to {self.path}")
         self._container.mux(self._stream.encode(None))
-
-    def _publish(self) -> None:
-        try:
-            os.replace(self._unfinished, self.path)
-        except OSError as error:
-            kept = self._unfinished.with_suffix(".mp4")
-            os.replace(self._unfinished, kept)
-            reason = f"{self.path} cannot be replaced (is it open in a player?)"
-            raise OSError(f"{reason}; the video is kept as {kept}") from error
 
 
 def to_uint8(frames: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from pathlib import Path
 import av
 from tqdm import tqdm
 
+from rolling_kv.atomic import replacing
+
 from .comfyui.client import ComfyClient, PromptFailed, PromptInterrupted, PromptRejected, first_file, load_prompt
 from .comfyui.env import PACK, ComfyError, find_install, install_missing
 from .comfyui.server import ComfyServer
@@ -55,12 +57,8 @@ def render_on_server(client: ComfyClient, prompt: dict, output: Path) -> None:
         outputs = client.run(prompt, progress)
     finally:
         progress.bar.close()
-    partial = output.with_name(f".{output.name}.part")
-    try:
-        partial.write_bytes(client.view(first_file(outputs, ".mp4")))
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(output, what="video") as file:
+        file.write_bytes(client.view(first_file(outputs, ".mp4")))
 
 
 def engine_arguments(prompt: dict) -> list[str]:

@@ -10,9 +10,10 @@ from statistics import median
 
 from PIL import Image
 
+from ..atomic import replacing
 from .caching import Measured, Setting
 from .chart import Axis, draw
-from .report import machine, markdown, new_file, number, size
+from .report import machine, markdown, number, size
 
 COLUMNS = {"psnr": ("PSNR, dB", ".1f"), "ssim": ("SSIM", ".3f"), "lpips": ("LPIPS", ".3f")}
 """Heading and form of each measure of `similarity.Similarity`."""
@@ -109,7 +110,7 @@ def plot(setting: Setting, results: Sequence[Measured]) -> Image.Image:
 
 def write_plot(path: Path, setting: Setting, results: Sequence[Measured]) -> None:
     """Save `plot` as a PNG file. Raises ValueError if nothing but the uncached run was measured."""
-    with new_file(path) as file:
+    with replacing(path) as file:
         plot(setting, results).save(file, format="png")
 
 

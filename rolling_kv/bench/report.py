@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 
+from ..atomic import replacing
 from ..geometry import WAN_21
 from .measure import Result, share_of_floor
 from .workload import Workload
@@ -135,19 +132,8 @@ def as_json(settings: dict, workload: Workload, results: list[Result]) -> dict:
     }
 
 
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to: what was there stays until the new file is whole, and then makes way for it."""
-    unfinished = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def write_json(path: Path, content: dict) -> None:
-    with new_file(path) as file:
+    with replacing(path) as file:
         file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -179,5 +165,5 @@ def write_plot(path: Path, title: str, workload: Workload, results: list[Result]
         axis.legend()
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1].set_xlabel("chunk")
-    with new_file(path) as file:
+    with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)

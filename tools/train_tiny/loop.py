@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import distributed, nn
 
+from rolling_kv.atomic import replacing
+
 WORK = Path(".train")
 """Checkpoints and logs, below the current folder."""
 MUON_RATE = 10.0
@@ -111,9 +113,8 @@ def average_gradients(module: nn.Module, workers: int) -> None:
 
 def save(values: dict, path: Path) -> None:
     """Write `values` so that an interruption leaves the old file."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(values, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        torch.save(values, file)
 
 
 class Log:
