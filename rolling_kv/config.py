@@ -149,6 +149,10 @@ class SamplingConfig:
         """Denoising steps of the chunk that starts at `start_frame`, not counting its context pass."""
         return len(self.steps_at(start_frame)) if self.few_step else self.num_inference_steps
 
+    def passes_for(self, chunks: int, start_frame: int = 0) -> int:
+        """Passes that make `chunks` chunks, at least 1, from `start_frame` on: denoising steps, and a context pass between."""
+        return self.passes_at(start_frame) + (chunks - 1) * (self.passes_at(start_frame + 1) + 1)
+
     def prefill_sizes(self, frames: int, start_frame: int = 0) -> list[int]:
         """Chunk sizes in which given latent frames enter a cache that holds `start_frame`; an odd remainder comes first."""
         sizes = []

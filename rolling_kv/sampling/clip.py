@@ -11,8 +11,8 @@ from ..config import ExecutionConfig, SamplingConfig
 from ..step_cache import StepCacheReport, start_step_cache
 from ..wan.attachment import is_attached
 from ..wan.execution import attention_backend
-from .denoiser import Denoiser, check_negative, noise_dtype
-from .schedule import sample_chunk, seeded_noise
+from .denoiser import Denoiser, needed_negative, noise_dtype
+from .schedule import chunk_noise, sample_chunk
 
 
 class BidirectionalClip:
@@ -47,7 +47,7 @@ class BidirectionalClip:
             raise ValueError(f"a clip needs at least 1 latent frame, got {frames}")
         self.model = model
         self.sampling = sampling or model.preset.sampling
-        check_negative(self.sampling, negative)
+        negative = needed_negative(self.sampling, negative)
         geometry = model.geometry
         self.shape = (batch, geometry.channels, frames, *geometry.latent_size(height, width))
         self.execution = execution or ExecutionConfig()
@@ -55,7 +55,7 @@ class BidirectionalClip:
         self.step_cache = step_cache
         self.step_report: StepCacheReport | None = None
         self.on_pass = on_pass
-        embeds = [prompt, negative] if self.sampling.guided else [prompt]
+        embeds = [prompt] if negative is None else [prompt, negative]
         self._embeds = [e.to(model.compute_device(), model.dtype).expand(batch, -1, -1) for e in embeds]
 
     def sample(self, seed: int = 0) -> torch.Tensor:
@@ -68,11 +68,11 @@ class BidirectionalClip:
                 "a rolling cache is attached to this model: close its session before sampling a whole clip"
             )
         device, dtype = self.model.compute_device(), self.model.dtype
-        steps = self.sampling.passes_at(0)
-        few_step = self.sampling.few_step
-        cache = None
+        steps, cache = self.sampling.passes_at(0), None
         if self.step_cache is not None:
-            cache = start_step_cache(self.model.transformer, self.step_cache, steps=steps, few_step=few_step)
+            cache = start_step_cache(
+                self.model.transformer, self.step_cache, steps=steps, few_step=self.sampling.few_step
+            )
         passes = [self._branch(embeds) for embeds in self._embeds]
         done = 0
 
@@ -82,16 +82,11 @@ class BidirectionalClip:
                 self.on_pass(done, steps)
             done += 1
 
-        predict = Denoiser(passes, self.sampling, dtype, cache, on_step)
-
-        def draw(index: int) -> torch.Tensor:
-            return seeded_noise(seed, 0, self.shape, index).to(device, noise_dtype(self.sampling, dtype))
-
+        noise = chunk_noise(None, seed, 0, self.shape, noise_dtype(self.sampling, dtype), device)
         try:
-            if cache:
-                cache.begin()
+            predict = Denoiser(passes, self.sampling, dtype, cache, on_step)
             with torch.inference_mode(), attention_backend(self.model.transformer, self.execution.backend):
-                latents = sample_chunk(predict, draw, self.sampling, 0).to(dtype)
+                latents = sample_chunk(predict, noise, self.sampling, 0).to(dtype)
             self.step_report = cache.report() if cache else None
         finally:
             if cache:

@@ -11,7 +11,7 @@ from ..step_cache import Pass, StepCache, StepProbe
 
 
 class Denoiser:
-    """Predicts the flow that a sampler integrates.
+    """Predicts the flow that a sampler integrates, for one chunk: a step cache begins anew with each.
 
     passes: the conditional branch, then with guidance the unconditional one.
     sampling: tells the guidance scale.
@@ -33,6 +33,8 @@ class Denoiser:
         self.dtype = dtype
         self.step_cache = step_cache
         self.on_step = on_step
+        if step_cache is not None:
+            step_cache.begin()
 
     def __call__(self, x: torch.Tensor, timestep: float) -> torch.Tensor:
         """The predicted flow of x_t, [B, C, f, h, w]; timestep: 0 to 1000."""
@@ -53,10 +55,13 @@ def noise_dtype(sampling: SamplingConfig, dtype: torch.dtype) -> torch.dtype:
     return dtype if sampling.few_step else torch.float32
 
 
-def check_negative(sampling: SamplingConfig, negative: torch.Tensor | None) -> None:
-    """Raise ValueError if guidance lacks its negative prompt."""
-    if sampling.guided and negative is None:
+def needed_negative(sampling: SamplingConfig, negative: torch.Tensor | None) -> torch.Tensor | None:
+    """The negative prompt where there is guidance, else None. Raises ValueError if guidance lacks it."""
+    if not sampling.guided:
+        return None
+    if negative is None:
         raise ValueError(
             f"guidance_scale is {sampling.guidance_scale}, which needs a negative prompt; connect one, "
             "or set guidance to 1 to sample without"
         )
+    return negative

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,10 @@ Predict = Callable[[torch.Tensor, float], torch.Tensor]
 """(x_t [B, C, f, h, w], timestep) -> predicted flow of the same shape."""
 Noise = Callable[[int], torch.Tensor]
 """Draw number n of a chunk: 0 is the initial noise, n > 0 the fresh noise after step n - 1. [B, C, f, h, w]"""
+
+
+NoiseSource = Callable[[int, int, tuple[int, ...]], torch.Tensor]
+"""(first latent frame of the chunk, draw, shape) -> noise [B, C, f, h, w]: a caller's own draws."""
 
 
 class Step(NamedTuple):
@@ -92,7 +96,7 @@ class _UncheckedSolve(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_scheduler(config: SamplingConfig):
+def make_scheduler(config: SamplingConfig) -> Any:
     """A fresh diffusers scheduler for `config.sampler`; solvers keep state, so one serves one chunk."""
     if config.sampler == "euler":
         return FlowMatchEulerDiscreteScheduler(shift=config.shift)
@@ -119,3 +123,20 @@ def seeded_noise(seed: int, start_frame: int, shape: tuple[int, ...], draw: int)
         generator = torch.Generator().manual_seed(int.from_bytes(counter[:8], "little") >> 1)
         samples.append(torch.randn(shape[1:], generator=generator))
     return torch.stack(samples)
+
+
+def chunk_noise(
+    source: NoiseSource | None,
+    seed: int,
+    start_frame: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Noise:
+    """The draws of one chunk, [B, C, f, h, w], from `source` or, without one, `seeded_noise`."""
+
+    def draw(number: int) -> torch.Tensor:
+        noise = source(start_frame, number, shape) if source else seeded_noise(seed, start_frame, shape, number)
+        return to_device(noise.to(dtype), device)
+
+    return draw

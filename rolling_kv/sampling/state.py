@@ -14,6 +14,13 @@ import torch
 from ..geometry import geometry_of
 
 
+class Chunk(NamedTuple):
+    """A finished chunk: its first absolute latent frame and its clean latents [B, C, f, h, w] in model space."""
+
+    start_frame: int
+    latents: torch.Tensor
+
+
 class ChunkRecord(NamedTuple):
     """How one chunk came about and entered the cache."""
 

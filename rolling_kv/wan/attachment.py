@@ -9,9 +9,8 @@ The state dict and the module tree stay as they are.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 
@@ -19,12 +18,10 @@ from ..cache.prompt import Branch
 from ..config import ExecutionConfig
 from .context import Pass, PassContext
 from .execution import weights_of
-from .fused import fused_feed_forward, fused_forward, is_plain, last_block_forward, may_fuse
+from .fused import fused_forwards, is_plain, last_block_forward
 from .graphs import CudaRecorder, PassGraphs, PassKey
 from .inputs import PassInputs, condition_forward
 from .processors import PromptCrossAttention, RollingSelfAttention
-
-logger = logging.getLogger(__name__)
 
 
 class RollingAttachment:
@@ -77,6 +74,12 @@ class RollingAttachment:
         finally:
             context.current = None
 
+    def predict(self, latents: torch.Tensor, timestep: float, branch: Branch) -> torch.Tensor:
+        """The predicted flow of the open chunk of `branch`, [B, C, f, h, w]: `forward` in full."""
+        flow = self.forward(latents, timestep, branch)
+        assert flow is not None
+        return flow
+
     def _run(self, latents, timesteps, rotation, sinusoid) -> torch.Tensor | None:
         context = self.context
         context.rotation, context.sinusoid = rotation, sinusoid
@@ -110,24 +113,14 @@ class RollingAttachment:
         embedder = self.transformer.condition_embedder
         self._set_forward(embedder, condition_forward(embedder, context))
         if not self.execution.exact and not self.execution.compile:
-            self._fuse(blocks)
+            for module, forward in fused_forwards(blocks):
+                self._set_forward(module, forward)
         if last_is_plain:  # somebody else's forward, which may bring its weights in, is never cut short
             self._set_forward(last, last_block_forward(last, last.forward, context))
         if self.execution.compile:
             for block in blocks:
                 block.compile(dynamic=False)
                 self._undo.append(partial(delattr, block, "_compiled_call_impl"))
-
-    def _fuse(self, blocks) -> None:
-        fusable = [block for block in blocks if may_fuse(block)]
-        for block in fusable:
-            self._set_forward(block, fused_forward(block, block.forward))
-            self._set_forward(block.ffn, fused_feed_forward(block.ffn, block.ffn.forward))
-        if len(fusable) < len(blocks):
-            _warn_once(
-                f"{len(blocks) - len(fusable)} of {len(blocks)} blocks run as diffusers has them, a little slower: "
-                "another library has put a forward or a hook of its own on them"
-            )
 
     def _set_processor(self, module, processor) -> None:
         previous = module.processor
@@ -141,11 +134,6 @@ class RollingAttachment:
         else:
             self._undo.append(lambda: delattr(module, "forward"))
         module.forward = forward
-
-
-@lru_cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def apply_rolling_kv_cache(transformer, execution: ExecutionConfig | None = None) -> RollingAttachment:

@@ -7,14 +7,35 @@ changed in place. Results agree with the stock block's to rounding.
 
 from __future__ import annotations
 
-from functools import partial
+import logging
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 
 from .context import PassContext
 
+logger = logging.getLogger(__name__)
+
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+def fused_forwards(blocks) -> list[tuple[torch.nn.Module, Callable]]:
+    """Each module of the blocks that gets a fused `forward`, and that forward. Says once if blocks are left out."""
+    fusable = [block for block in blocks if may_fuse(block)]
+    if len(fusable) < len(blocks):
+        _warn_once(
+            f"{len(blocks) - len(fusable)} of {len(blocks)} blocks run as diffusers has them, a little slower: another "
+            "library has put a forward or a hook of its own on them"
+        )
+    pairs = [(block, fused_forward(block, block.forward)) for block in fusable]
+    return pairs + [(block.ffn, fused_feed_forward(block.ffn, block.ffn.forward)) for block in fusable]
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def fused_forward(block, stock_forward):

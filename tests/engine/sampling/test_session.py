@@ -191,7 +191,7 @@ def test_a_replay_keeps_the_prompt_of_one_chunk_at_a_time(model):
         state = sample(model, 1, words=words, state=state)
     kept = []
     with RollingSession(model, prompt(model, 4), height=HEIGHT, width=WIDTH, state=state) as session:
-        session.on_pass = lambda *_: kept.append(len(session._branches.prompts))
+        session.on_pass = lambda *_: kept.append(len(session._open.branches.prompts))
         list(session.generate(1))
     assert max(kept) == 1 and len(kept) == 4 + 2
 

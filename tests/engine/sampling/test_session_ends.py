@@ -107,8 +107,8 @@ def test_a_closed_session_holds_no_memory(model, ends):
     held = []
 
     def note():
-        layers = [parts for cache in session._branches.caches.values() for parts in cache.store.layers]
-        layers += [parts for _, known in session._branches.prompts for parts in known.layers.values()]
+        layers = [parts for cache in session._open.branches.caches.values() for parts in cache.store.layers]
+        layers += [parts for _, known in session._open.branches.prompts for parts in known.layers.values()]
         held.extend(weakref.ref(part) for parts in layers for part in parts)
 
     def on_pass(done, total):
@@ -142,7 +142,7 @@ def test_a_session_that_fails_at_its_end_is_taken_off_all_the_same(model):
     session = RollingSession(model, prompt(model), height=HEIGHT, width=WIDTH, sampling=many, step_cache=Unlucky())
     with pytest.raises(MemoryError):
         with session:
-            session._steps.report = lambda: raise_(MemoryError)
+            session._open.steps.report = lambda: raise_(MemoryError)
             list(session.generate(1))
     assert "Rolling" not in str(model.transformer.attn_processors)
     assert not model.transformer.is_cache_enabled

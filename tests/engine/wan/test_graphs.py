@@ -86,7 +86,7 @@ def video(model, chunks=8, switch=None, **options):
                 session.set_prompt(words(model, 2), words(model, 1))
             for _ in session.generate(1, seed=7):
                 pass
-        kept = session._attachment.graphs
+        kept = session._open.attachment.graphs
         held = 0 if kept is None else len(kept._recorded)
     assert kept is None or not kept._recorded and not kept._seen, "closing lets go of the graphs"
     return session.state.latents(), held
@@ -130,7 +130,7 @@ def test_passes_that_no_other_repeats_are_not_recorded(model, recorders, cache):
 def test_a_result_is_not_overwritten_by_the_next_pass(model, recorders):
     with RollingSession(model, words(model, 0), execution=ExecutionConfig(cuda_graphs=True), **SIZE) as session:
         list(session.generate(6, seed=7))
-        caches, forward = session._branches, session._attachment.forward
+        caches, forward = session._open.branches, session._open.attachment.forward
         caches.replay(session.state, model, forward, None, lambda: None)
         (branch,) = caches.for_prompts(session._prompt, None)
         branch.cache.begin(CHUNK)
