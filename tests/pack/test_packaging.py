@@ -62,7 +62,7 @@ def test_the_published_archive_has_what_the_pack_needs_and_no_tools():
     lines = (PACK / ".comfyignore").read_text(encoding="utf-8").split()
     assert all(line.startswith("/") for line in lines), "without the slash, web/docs/ would match docs/ too"
     ignored = {line.strip("/") for line in lines}
-    assert ignored >= {"tools", "tests", "docs", "output", ".ci", "run.sh", "test.sh"}
+    assert ignored >= {"tools", "tests", "docs", "output", ".ci", "run.sh", "test.sh", "run.bat", "test.bat"}
     needed = {"__init__.py", "nodes", "rolling_kv", "web", "locales", "workflows", "models", "requirements.txt"}
     assert not ignored & (needed | {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"})
 
