@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 
 import pytest
@@ -45,8 +46,9 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     make_tiny(tmp_path / "models" / "tiny")
     monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(example.replace("seconds=5", "seconds=0.5").replace("generate(4", "generate(1"), names)
+    short = example.replace("seconds=5", "seconds=0.5").replace("generate(4", "generate(1")
+    (tmp_path / "example.py").write_text(short, encoding="utf-8")
+    names = runpy.run_path(str(tmp_path / "example.py"))
     assert (tmp_path / "circle.mp4").stat().st_size > 0
     assert [len(names["first"]), len(names["rest"])] == [1, 1]
 
