@@ -8,20 +8,18 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from server import PromptServer
 
-from ..rolling_kv.bench.caching import (
-    Setting,
+from ..rolling_kv.bench.step_caches.experiment import (
+    Candidate,
+    StepCacheExperiment,
     applicable,
     bytes_needed,
     check,
-    compare,
-    decode_video,
-    measure,
-    step_change,
 )
-from ..rolling_kv.bench.caching_report import change_note, describe, plot, ratios_note, table
-from ..rolling_kv.bench.similarity import Similarity
+from ..rolling_kv.bench.step_caches.report import change_note, constants_notes, describe, plot, table
+from ..rolling_kv.bench.step_caches.run import compare, decode_video, measure, step_change
+from ..rolling_kv.bench.step_caches.similarity import Similarity
 from ..rolling_kv.config import SamplingConfig
-from ..rolling_kv.step_cache import METHODS
+from ..rolling_kv.step_cache import METHODS, StepCacheMethod
 from .managed import check_cancelled, free_memory_of
 from .sample import embedding
 from .types import CATEGORY, VAE, Model, ModelHandle
@@ -139,20 +137,27 @@ class RollingKVBenchmark(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, model, methods=None) -> bool | str:
+        # ComfyUI leaves out a dynamic combo whose value is none of its choices.
+        return True if methods is not None else "methods must be all or chosen"
+
+    @classmethod
     def execute(
         cls, model, positive, methods, steps, chunks, first_seed, width, height, vae=None, negative=None, guidance=0.0,
         strengths="all", mode="multi-step", videos=1, memory=True,
     ) -> io.NodeOutput:  # fmt: skip
         names, notes = applicable(_chosen(methods))
         model.execution.check(step_cache=True)
-        setting = Setting(
+        experiment = StepCacheExperiment(
             model.patcher.model, embedding(positive, "positive"),
             None if negative is None else embedding(negative, "negative"), mode,
             _sampling(model.sampling, steps, guidance), model.cache, height, width, chunks,
             tuple(range(first_seed, first_seed + videos)), memory, model.execution,
         )  # fmt: skip
-        own = [] if model.step_cache is None else [("Step Cache node", model.step_cache.title, model.step_cache)]
-        check(setting, own)
+        own = (
+            [] if model.step_cache is None else [Candidate("Step Cache node", model.step_cache.title, model.step_cache)]
+        )
+        check(experiment, own)
         node_id = cls.hidden.unique_id
         progress = ProgressBar(1, node_id=node_id)
 
@@ -167,11 +172,11 @@ class RollingKVBenchmark(io.ComfyNode):
             say(f"{done + 1} of {total}: {what}")
 
         try:
-            _bring_to_device(model, bytes_needed(setting, names, own))
-            if setting.sampling.few_step:
-                raise ValueError(_why_not(replace(setting, chunks=1), on_pass))
-            results, ratios = measure(
-                setting, names, defaults_only=strengths == "defaults", more=own, on_run=on_run, on_pass=on_pass
+            _bring_to_device(model, bytes_needed(experiment, names, own))
+            if experiment.sampling.few_step:
+                raise ValueError(_why_not(replace(experiment, chunks=1), on_pass))
+            results, constants = measure(
+                experiment, names, defaults_only=strengths == "defaults", more=own, on_run=on_run, on_pass=on_pass
             )
             if vae is not None:
                 say("Comparing the videos")
@@ -187,13 +192,13 @@ class RollingKVBenchmark(io.ComfyNode):
         mm.soft_empty_cache()
         progress.update_absolute(progress.total)
         say(f"{len(results) - 1} settings measured")
-        notes = [ratios_note(ratios)] * bool(ratios) + notes
-        text = "\n\n".join([describe(setting).replace("\n", "  \n"), table(results), *notes])
-        picture = _to_image(plot(setting, results))
+        notes = constants_notes(constants) + notes
+        text = "\n\n".join([describe(experiment).replace("\n", "  \n"), table(results), *notes])
+        picture = _to_image(plot(experiment, results))
         return io.NodeOutput(text, picture, ui=ui.PreviewImage(picture).as_dict() | {"text": (text,)})
 
 
-def _switch(method: type) -> io.Boolean.Input:
+def _switch(method: type[StepCacheMethod]) -> io.Boolean.Input:
     return io.Boolean.Input(
         method.name, display_name=method.title, default=True, tooltip=f"Whether to measure {method.title}."
     )
@@ -223,10 +228,10 @@ def _bring_to_device(model: ModelHandle, memory_required: int) -> None:
     model.patcher.use_loras(model.loras)
 
 
-def _why_not(setting: Setting, on_pass) -> str:
+def _why_not(experiment: StepCacheExperiment, on_pass) -> str:
     return (
         "This model makes a chunk in few steps, and there is nothing to leave out. "
-        f"{change_note(setting, step_change(setting, on_pass))} "
+        f"{change_note(experiment, step_change(experiment, on_pass))} "
         "Step caches are for sampling in many steps: set steps to 20 or more here, or choose the preset "
         "causal-multistep in Load Causal Video Model, if the model can do that; distilled models cannot do it well."
     )

@@ -17,14 +17,14 @@ from collections.abc import Callable
 import torch
 from diffusers.utils import logging
 
-from rolling_kv.bench.caching_cli import add_arguments, main
+from rolling_kv.bench.step_caches.cli import add_arguments, main
 
 from .train_tiny.detector import detect, direction
 from .train_tiny.world import COLOURS, DIRECTIONS, SHAPES, SIDE, STRAIGHT_FRAMES
 
 
 def judge_of(prompt: str) -> Callable[[torch.Tensor], dict[str, float]]:
-    """A judge of videos of this prompt; see `rolling_kv.bench.caching.compare`. Raises ValueError for other prompts."""
+    """A judge of videos of this prompt; see `rolling_kv.bench.step_caches.run.compare`. Raises ValueError for other prompts."""
     # The longer names first: "up and left" is not "up".
     names = ("|".join(sorted(known, key=len, reverse=True)) for known in (COLOURS, SHAPES, DIRECTIONS))
     found = re.search(r"\b({}) ({})\b.*? ({})\b".format(*names), prompt)

@@ -12,11 +12,12 @@ import torch
 
 from ..config import CacheConfig
 from ..options import add_cache, add_execution, cache_of, execution_of
-from . import caching_cli, options, storage_cli
+from . import options, storage_cli
 from .floor import Floor
 from .measure import measure
 from .methods import Growing, Method, Recompute, Rolling
 from .report import as_json, check_plot, machine, tables, write_json, write_plot
+from .step_caches import cli as step_caches_cli
 from .workload import SIZES, Workload
 
 METHODS = (Rolling, Floor, Recompute, Growing)
@@ -35,8 +36,8 @@ def add_command(commands) -> None:
     add_arguments(parser)
     more = parser.add_subparsers(metavar="[caching | storage]", required=False, action=options.Subcommands)
     steps = more.add_parser("caching", help="measure every step cache at several strengths, in time and quality")
-    steps.set_defaults(run=caching_cli.main)
-    caching_cli.add_arguments(steps)
+    steps.set_defaults(run=step_caches_cli.main)
+    step_caches_cli.add_arguments(steps)
     storage = more.add_parser("storage", help="measure every way to keep the cache and the weights: bytes, time, error")
     storage.set_defaults(run=storage_cli.main)
     storage_cli.add_arguments(storage)

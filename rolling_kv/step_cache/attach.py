@@ -7,74 +7,78 @@ replays and prefills, which write the rolling cache, are therefore neither skipp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from diffusers.hooks import apply_faster_cache
 from diffusers.hooks.hooks import StateManager
 from torch import nn
 
-from .methods import FasterCache, MagCacheCalibration, Run, SeaCache
+from .method import JointBranches, Pass, StepCacheMethod, StepClock
+from .probe import StepProbe
+from .report import StepCacheReport
 
 BRANCHES = ("cond", "uncond")
-Pass = Callable[[torch.Tensor, float], torch.Tensor]
-"""(x_t [B, C, f, h, w], timestep) -> predicted flow of the same shape, for one guidance branch."""
 
 
-class StepCacheReport(NamedTuple):
-    """What a step cache did, or why it did nothing.
+class Forced(NamedTuple):
+    """A method to attach in few-step sampling too: to measure what that does to the video."""
 
-    computed, possible: calls per part of the blocks ("self-attention", "cross-attention", "feed-forward"); empty where
-        the cache was not attached. nbytes: most bytes that it held. change: relative change of the predicted flow from
-        step to step, of each step; only where the cache was not attached. mag_ratios: MagCache's constants, the mean
-        over the chunks of a run with `MagCacheCalibration`. note: for people, or empty.
+    method: StepCacheMethod
+
+
+def start_step_cache(
+    transformer, method: StepCacheMethod | Forced, *, steps: int, few_step: bool
+) -> StepCache | StepProbe:
+    """The step cache for a run; in few-step sampling, which has nothing to skip, a `StepProbe` that says so.
+
+    transformer: a stock `WanTransformer3DModel`
+    method: a value of one of the classes in `METHODS`
+    steps: denoising steps of a chunk
+    few_step: whether the model makes a chunk in few steps
+
+    Call `detach` on what is returned. Raises as `apply_step_cache` does.
     """
+    if isinstance(method, Forced):
+        return apply_step_cache(transformer, method.method, steps)
+    return StepProbe(method, steps) if few_step else apply_step_cache(transformer, method, steps)
 
-    method: str
-    computed: dict[str, int]
-    possible: dict[str, int]
-    nbytes: int = 0
-    change: tuple[float, ...] = ()
-    mag_ratios: tuple[float, ...] = ()
-    note: str = ""
 
-    def skipped(self, part: str | None = None) -> float:
-        """Share of the calls that were left out, 0 to 1, of one part or over all of them."""
-        parts = [part] if part else list(self.possible)
-        possible = sum(self.possible[part] for part in parts)
-        return 1 - sum(self.computed[part] for part in parts) / possible if possible else 0.0
+def apply_step_cache(transformer, method: StepCacheMethod, steps: int) -> StepCache:
+    """Attach a method, whatever the sampling; call `detach` on what is returned.
 
-    def plus(self, other: StepCacheReport) -> StepCacheReport:
-        """Of two runs with one method: calls add up, bytes are the most of either. The rest stays as it is here."""
-        return self._replace(
-            computed={part: calls + other.computed[part] for part, calls in self.computed.items()},
-            possible={part: calls + other.possible[part] for part, calls in self.possible.items()},
-            nbytes=max(self.nbytes, other.nbytes),
-        )
+    transformer: a stock `WanTransformer3DModel`. Attach after a rolling cache, detach before it.
+    method: a value of one of the classes in `METHODS`
+    steps: denoising steps of a chunk
 
-    def summary(self) -> str:
-        """A sentence for people."""
-        shares = ", ".join(f"{self.skipped(part):.0%} of {part}" for part in self.possible)
-        return self.note or f"{self.method} left out {shares}, and held {self.nbytes / 2**20:.1f} MiB."
+    Raises ValueError if a step cache is attached already, or if the method cannot run, as without its constants.
+    """
+    if transformer.is_cache_enabled:
+        raise ValueError("this transformer has a step cache attached already; take that one off first")
+    cache = StepCache(transformer, method, steps)
+    try:
+        cache._attach()
+    except BaseException:
+        cache.detach()
+        raise
+    return cache
 
 
 class StepCache:
     """A step cache on a transformer. Made by `apply_step_cache`; one per transformer. See `begin` and `predict`."""
 
-    def __init__(self, transformer, method, steps: int):
+    def __init__(self, transformer, method: StepCacheMethod, steps: int):
         self.transformer = transformer
         self.method = method
         self.steps = steps
         self.timestep = math.inf
         self.step = 0
-        self._joint: _JointBranches | None = None
+        self._joint: JointBranches | None = None
         self._before: dict[nn.Module, tuple] = {}  # the forward and the hook registry of each instance, or None
         self._forwards: dict[nn.Module, tuple] = {}  # of the modules with our hooks: (hooked, as before)
         self._cache_hooks: list = []
         self._states: dict[str, dict] = {}  # per branch and hook
-        self._ratios: list[list[float]] = []  # of each finished chunk
+        self._constants: list[list[float]] = []  # of each finished chunk
         self._counter = _CallCounter(transformer)
         self._passes = 0
         self._peak = 0
@@ -82,7 +86,7 @@ class StepCache:
 
     def begin(self) -> None:
         """Forget everything: the next `predict` is the first step of another chunk."""
-        self._collect_ratios()
+        self._collect_constants()
         self._forget()
 
     def predict(self, x: torch.Tensor, timestep: float, passes: list[Pass]) -> list[torch.Tensor]:
@@ -116,10 +120,10 @@ class StepCache:
         return list(_tensors(states))
 
     def report(self) -> StepCacheReport:
-        self._collect_ratios()
-        ratios = tuple(sum(step) / len(step) for step in zip(*self._ratios))
+        self._collect_constants()
+        constants = tuple(sum(step) / len(step) for step in zip(*self._constants))
         possible = dict.fromkeys(self._counter.calls, self._passes * len(self.transformer.blocks))
-        return StepCacheReport(self.method.title, dict(self._counter.calls), possible, self._peak, (), ratios)
+        return StepCacheReport(self.method.title, dict(self._counter.calls), possible, self._peak, (), constants)
 
     def detach(self) -> None:
         """Put the transformer back exactly as it was. Safe to call twice, and after an exception."""
@@ -140,7 +144,7 @@ class StepCache:
         names = ("forward", "_diffusers_hook")
         self._before = {m: tuple(vars(m).get(name) for name in names) for m in self.transformer.modules()}
         known = {id(hook) for module in self._before for hook in _hooks(module)}
-        self.transformer.enable_cache(self.method.config(Run(self._attention_timestep, self.steps)))
+        self.transformer.enable_cache(self.method.config(StepClock(self._attention_timestep, self.steps)))
         self._forwards = {
             module: (vars(module)["forward"], plain)
             for module, (plain, _) in self._before.items()
@@ -148,8 +152,7 @@ class StepCache:
         }
         self._cache_hooks = [h for module in self._forwards for h in _hooks(module) if id(h) not in known]
         self._switch(on=False)
-        if isinstance(self.method, FasterCache):
-            self._joint = _JointBranches(self.method.config(Run(lambda: self.timestep, self.steps), guided=True))
+        self._joint = self.method.joint_branches(StepClock(lambda: self.timestep, self.steps))
 
     def _all_hooks(self) -> list:
         return self._cache_hooks + (_hooks(self._joint) if self._joint else [])
@@ -161,7 +164,7 @@ class StepCache:
         self.step = 0
 
     def _attention_timestep(self) -> float:
-        """What the attention hooks see. FasterCache, with guidance, reuses attention only where it skips a branch."""
+        """What the hooks in the blocks see: in a step that computes both joint branches, no time at which they may skip."""
         return math.inf if self._joint is not None and self._joint.both else self.timestep
 
     def _run(self, name: str, branch: Pass, x: torch.Tensor) -> torch.Tensor:
@@ -174,54 +177,25 @@ class StepCache:
         for hook in self._cache_hooks:
             if hasattr(hook, "state"):
                 hook.state = self._states.setdefault(name, {}).setdefault(hook, type(hook.state)())
-        where = {}
-        if isinstance(self.method, SeaCache):
-            where = dict(step_index=self.step, num_inference_steps=self.steps, sigma=self.timestep / 1000)
-        # FasterCache, with guidance, never reuses attention in the unconditional branch: nothing is kept of it.
+        place = self.method.place(self.step, self.steps, self.timestep)
+        # A method that makes up the unconditional branch never reuses anything inside it: nothing is kept of it.
         self._switch(on=self._joint is None or name == "cond")
         self._counter.on = True
         try:
-            with self.transformer.cache_context(name, **where):
+            with self.transformer.cache_context(name, **place):
                 yield
         finally:
             self._counter.on = False
             self._switch(on=False)
 
-    def _collect_ratios(self) -> None:
-        if isinstance(self.method, MagCacheCalibration) and self.step == self.steps:
-            manager = next(h.state_manager for h in self._cache_hooks)
-            self._ratios.append(list(manager._state_cache["cond"].calibration_ratios))
-            self.step = 0
+    def _collect_constants(self) -> None:
+        if self.step == self.steps and (constants := self.method.measured(self._cache_hooks)):
+            self._constants.append(constants)
+            self.step = 0  # so that the chunk counts once
 
     def _switch(self, on: bool) -> None:
         for module, (hooked, plain) in self._forwards.items():
             _set_attribute(module, "forward", hooked if on else plain)
-
-
-class _JointBranches(nn.Module):
-    """Both guidance branches as one batch, unconditional first: what FasterCache's hook on the denoiser works on."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.both = False  # whether the pass under way belongs to a step that computes both branches
-        self._run = None
-        self._batch = 0
-        apply_faster_cache(self, config)
-
-    def predict(self, x: torch.Tensor, run: Callable) -> list[torch.Tensor]:
-        self._run, self._batch = run, x.shape[0]
-        try:
-            uncond, cond = self(hidden_states=torch.cat([x, x])).chunk(2)
-        finally:
-            self._run, self.both = None, False
-        return [cond, uncond]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.shape[0] == self._batch:  # the hook will make up the unconditional branch
-            return self._run("cond", hidden_states)
-        self.both = True
-        uncond, cond = hidden_states.chunk(2)
-        return torch.cat([self._run("uncond", uncond), self._run("cond", cond)])
 
 
 class _CallCounter:
@@ -266,20 +240,3 @@ def _tensors(value):
             yield from _tensors(item)
     elif hasattr(value, "__dict__"):
         yield from _tensors(vars(value))
-
-
-def apply_step_cache(transformer, method, steps: int) -> StepCache:
-    """Attach `method` to a stock `WanTransformer3DModel`; call `detach` on what is returned.
-
-    method: one of `methods.METHODS`. steps: denoising steps of a chunk. Attach after a rolling cache, detach before it.
-    Raises ValueError if a step cache is attached already, or if the method lacks its constants (MagCache).
-    """
-    if transformer.is_cache_enabled:
-        raise ValueError("this transformer has a step cache attached already; take that one off first")
-    cache = StepCache(transformer, method, steps)
-    try:
-        cache._attach()
-    except BaseException:
-        cache.detach()
-        raise
-    return cache

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from statistics import median
-from typing import NamedTuple
 
 import torch
 
-from .attach import Pass, StepCache, StepCacheReport, apply_step_cache
+from .method import Pass, StepCacheMethod
+from .report import StepCacheReport
 
 
 class StepProbe:
@@ -16,7 +16,7 @@ class StepProbe:
     A skipped step would put about that error into the video.
     """
 
-    def __init__(self, method, steps: int):
+    def __init__(self, method: StepCacheMethod, steps: int):
         self.method = method
         self.steps = steps
         self._previous: torch.Tensor | None = None
@@ -45,16 +45,3 @@ class StepProbe:
 
     def detach(self) -> None:
         self._previous = None
-
-
-class Forced(NamedTuple):
-    """A method to attach in few-step sampling too: to measure what that does to the video."""
-
-    method: object
-
-
-def start_step_cache(transformer, method, *, steps: int, few_step: bool) -> StepCache | StepProbe:
-    """The step cache for a run; in few-step sampling, which has nothing to skip, a `StepProbe` that says so."""
-    if isinstance(method, Forced):
-        return apply_step_cache(transformer, method.method, steps)
-    return StepProbe(method, steps) if few_step else apply_step_cache(transformer, method, steps)

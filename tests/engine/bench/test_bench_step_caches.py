@@ -13,14 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from rolling_kv.bench import caching, caching_cli, similarity
-from rolling_kv.bench.caching_report import change_note, plot, table
 from rolling_kv.bench.chart import Axis, draw, ticks
-from rolling_kv.bench.similarity import Similarity
+from rolling_kv.bench.step_caches import cli, experiment, run, similarity
+from rolling_kv.bench.step_caches.experiment import Candidate
+from rolling_kv.bench.step_caches.report import change_note, plot, table
+from rolling_kv.bench.step_caches.similarity import Similarity
 from rolling_kv.bundled import BUNDLED
 from rolling_kv.config import ExecutionConfig
 from rolling_kv.sampling.memory import estimate
-from rolling_kv.step_cache import METHODS, FasterCache, TaylorSeer, methods
+from rolling_kv.step_cache import METHODS, FasterCache, StepCacheReport, TaylorSeer, seacache
 from rolling_kv.tiny import make_tiny
 from tools.bench_caching import judge_of
 from tools.train_tiny.world import Scene, random_start, render, trajectory
@@ -33,14 +34,14 @@ def folder(tmp_path_factory):
 
 def arguments(folder, *more):
     parser = argparse.ArgumentParser()
-    caching_cli.add_arguments(parser)
+    cli.add_arguments(parser)
     small = ["--height", "32", "--width", "48", "--steps", "6", "--chunks", "1", "--device", "cpu"]
     return parser.parse_args(["--model", str(folder), *small, *more])
 
 
 @pytest.fixture
 def setting(folder):
-    return caching_cli.make_setting(arguments(folder, "--no-memory"))[0]
+    return cli.make_experiment(arguments(folder, "--no-memory"))[0]
 
 
 def random_video():
@@ -52,25 +53,26 @@ def random_video():
 
 @pytest.mark.parametrize("guided", [True, False])
 def test_every_method_has_at_least_two_strengths_one_of_them_its_defaults(guided):
-    known = list(caching.variants((1.0, 1.0), guided))
+    constants = {name: (1.0, 1.0) for name, method in METHODS.items() if method.constants}
+    known = experiment.candidates(METHODS, guided, constants=constants)
     for name in METHODS:
-        settings = [method for _, method in known if method.name == name]
+        settings = [method for *_, method in known if method.name == name]
         assert len(settings) == len(set(settings)) >= 2
-        assert sum(map(caching.has_defaults, settings)) == 1, name
+        assert sum(method.is_default for method in settings) == 1, name
     if not guided:  # what concerns the unconditional branch is not read then
-        ranges = [m.spatial_attention_timestep_skip_range for _, m in known if isinstance(m, FasterCache)]
+        ranges = [m.spatial_attention_timestep_skip_range for *_, m in known if isinstance(m, FasterCache)]
         assert len(ranges) == len(set(ranges))
 
 
 def test_what_cannot_run_is_left_out_unless_it_was_asked_for(monkeypatch):
-    monkeypatch.delattr(methods.hooks, "SeaCacheConfig", raising=False)
-    names, notes = caching.applicable()
+    monkeypatch.delattr(seacache.hooks, "SeaCacheConfig", raising=False)
+    names, notes = experiment.applicable()
     assert names == [name for name in METHODS if name != "seacache"] and "diffusers 0.42" in notes[0]
     with pytest.raises(ValueError, match="SeaCache needs diffusers 0.42"):
-        caching.applicable(["taylorseer", "seacache"])
-    assert caching.applicable(["taylorseer", "pab"]) == (["pab", "taylorseer"], [])
+        experiment.applicable(["taylorseer", "seacache"])
+    assert experiment.applicable(["taylorseer", "pab"]) == (["pab", "taylorseer"], [])
     with pytest.raises(ValueError, match="got teacache"):
-        caching.applicable(["teacache"])
+        experiment.applicable(["teacache"])
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -79,7 +81,7 @@ def test_what_cannot_run_is_left_out_unless_it_was_asked_for(monkeypatch):
 def test_progress_counts_every_pass_of_every_run(setting):
     seen = []
     setting = replace(setting, seeds=(0, 1), memory=True)
-    results, _ = caching.measure(setting, ["taylorseer"], on_pass=lambda *pair: seen.append(pair))
+    results, _ = run.measure(setting, ["taylorseer"], on_pass=lambda *pair: seen.append(pair))
     passes = 6 * (1 + 2 + 3 * 4 + 4)  # the first run; uncached twice; three strengths with a pair per seed; memory
     before = 6 * 4  # without a step cache
     assert seen[:before] == [(index, passes) for index in range(before)]
@@ -91,7 +93,9 @@ def test_progress_counts_every_pass_of_every_run(setting):
 
 def test_defaults_only_and_settings_of_ones_own(setting):
     mine = TaylorSeer(2, disable_cache_before_step=1)
-    results, ratios = caching.measure(setting, ["firstblock"], defaults_only=True, more=[("mine", "every 2", mine)])
+    results, ratios = run.measure(
+        setting, ["firstblock"], defaults_only=True, more=[Candidate("mine", "every 2", mine)]
+    )
     assert [(r.method, r.strength) for r in results] == [
         ("none", ""), ("First Block Cache", "threshold 0.05"), ("mine", "every 2")
     ]  # fmt: skip
@@ -120,7 +124,7 @@ def test_a_cancelled_benchmark_leaves_nothing_behind(setting, mode):
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        caching.measure(replace(setting, mode=mode), ["taylorseer"], on_pass=on_pass)
+        run.measure(replace(setting, mode=mode), ["taylorseer"], on_pass=on_pass)
     assert attributes(transformer) == before
     assert not transformer.is_cache_enabled
     assert not any(module._forward_pre_hooks for module in transformer.modules())
@@ -128,9 +132,9 @@ def test_a_cancelled_benchmark_leaves_nothing_behind(setting, mode):
 
 def test_what_the_runs_need_is_about_what_they_use(setting):
     setting = replace(setting, memory=True, chunks=2)
-    results, _ = caching.measure(setting, ["taylorseer"], defaults_only=True)
-    used = [result.peak_bytes - caching._weights(setting) for result in results]
-    needed, held = caching.bytes_needed(setting, ["taylorseer"]), results[1].report.nbytes
+    results, _ = run.measure(setting, ["taylorseer"], defaults_only=True)
+    used = [result.peak_bytes - run._weights(setting) for result in results]
+    needed, held = experiment.bytes_needed(setting, ["taylorseer"]), results[1].report.nbytes
     assert used[1] < 1.1 * needed < 3 * used[1]
     sizes = setting.model.transformer, setting.height, setting.width
     plain = estimate(*sizes, sampling=setting.sampling, cache=setting.cache).device
@@ -140,7 +144,7 @@ def test_what_the_runs_need_is_about_what_they_use(setting):
 def test_one_run_measures_calibrates_and_writes(folder, tmp_path, capsys):
     report, picture = tmp_path / "caching.json", tmp_path / "caching.png"
     options = ["--methods", "magcache,taylorseer", "--json", str(report), "--plot", str(picture)]
-    caching_cli.main(arguments(folder, *options), judge=lambda frames: {"frames": float(frames.shape[1])})
+    cli.main(arguments(folder, *options), judge=lambda frames: {"frames": float(frames.shape[1])})
     written = json.loads(report.read_text())
     assert len(written["mag_ratios"]) == 6
     plain, *others = written["results"]
@@ -157,7 +161,7 @@ def test_one_run_measures_calibrates_and_writes(folder, tmp_path, capsys):
 def test_few_step_says_why_not(folder, tmp_path, capsys):
     target = tmp_path / "caching.json"
     options = ["--mode", "few-step", "--methods", "taylorseer", "--no-memory", "--json", str(target)]
-    caching_cli.main(arguments(folder, *options))
+    cli.main(arguments(folder, *options))
     assert "From one of the 4 steps to the next the prediction changes by" in capsys.readouterr().out
     assert len(json.loads(target.read_text())["step_change"]) == 3
 
@@ -181,25 +185,25 @@ def test_a_single_step_has_no_change(setting):
     ],
 )
 def test_what_cannot_work_is_said_first(folder, options, message, monkeypatch):
-    monkeypatch.setattr(caching_cli, "measure", lambda *_, **__: pytest.fail("it was measured"))
+    monkeypatch.setattr(cli, "measure", lambda *_, **__: pytest.fail("it was measured"))
     with pytest.raises(ValueError, match=message):
-        caching_cli.main(arguments(folder, *options))
+        cli.main(arguments(folder, *options))
 
 
 @pytest.mark.parametrize("mode", ["multi-step", "bidirectional"])
 def test_the_backend_reaches_every_mode(setting, mode):
     with pytest.raises(ValueError, match="attention backend must be one of .* got 'flesh'"):
-        caching.sample(replace(setting, mode=mode, execution=ExecutionConfig(backend="flesh")), None, 0)
+        run.sample(replace(setting, mode=mode, execution=ExecutionConfig(backend="flesh")), None, 0)
 
 
 def test_the_hungriest_settings_decide_what_the_runs_need(setting):
     def beside_the_rest(names, more=()):
-        return caching.bytes_needed(setting, names, more) - caching.bytes_needed(setting, [])
+        return experiment.bytes_needed(setting, names, more) - experiment.bytes_needed(setting, [])
 
     one, all_of_them = beside_the_rest(["seacache"]), beside_the_rest(list(METHODS))
     assert 0 < one < all_of_them
     mine = TaylorSeer(max_order=9, taylor_factors_dtype="float32")
-    assert beside_the_rest(list(METHODS), [("mine", "", mine)]) == 10 * 2 / 2 * all_of_them
+    assert beside_the_rest(list(METHODS), [Candidate("mine", "", mine)]) == 10 * 2 / 2 * all_of_them
 
 
 # -- what docs/caching.md promises -------------------------------------------------------------------------------------
@@ -229,18 +233,18 @@ def test_every_method_and_mode_has_its_promise():
 @pytest.mark.parametrize("mode", ["multi-step", "bidirectional"])
 def test_what_works_keeps_the_video_as_well_as_promised(mode, guided):
     floors = {METHODS[name].title: least for name, *where, least in PROMISES if where == [mode, guided]}
-    names, _ = caching.applicable()
+    names, _ = experiment.applicable()
     names = [name for name in names if METHODS[name].title in floors]
     options = ["--mode", mode, "--guidance", "3" if guided else "1", "--steps", "24", "--chunks", "2"]
     parser = argparse.ArgumentParser()
-    caching_cli.add_arguments(parser)
-    setting, vae = caching_cli.make_setting(parser.parse_args([*options, "--device", "cpu", "--no-memory"]))
-    plain, *cached = caching.measure(setting, names, defaults_only=True)[0]
-    original = caching.decode_video(vae, plain.videos[0])
+    cli.add_arguments(parser)
+    setting, vae = cli.make_experiment(parser.parse_args([*options, "--device", "cpu", "--no-memory"]))
+    plain, *cached = run.measure(setting, names, defaults_only=True)[0]
+    original = run.decode_video(vae, plain.videos[0])
     assert original.isfinite().all() and original.std() > 0.1
     assert len(cached) == len(names) >= len(floors) - 1
     for result in cached:
-        frames = caching.decode_video(vae, result.videos[0])
+        frames = run.decode_video(vae, result.videos[0])
         quality = Similarity()(frames, original)["psnr"]
         assert frames.isfinite().all() and floors[result.method] <= quality
         assert result.report.skipped() > 0
@@ -252,8 +256,8 @@ def test_what_works_keeps_the_video_as_well_as_promised(mode, guided):
 def test_psnr_is_that_of_all_videos_together():
     """Some of them may be equal; half of the squared error is 3 dB."""
     scores = [{"psnr": math.inf, "ssim": 1.0}, {"psnr": 30.0, "ssim": 0.9}]
-    assert caching._mean(scores) == pytest.approx({"psnr": 30 + 10 * math.log10(2), "ssim": 0.95})
-    assert caching._mean([scores[0]] * 2)["psnr"] == math.inf
+    assert run._mean(scores) == pytest.approx({"psnr": 30 + 10 * math.log10(2), "ssim": 0.95})
+    assert run._mean([scores[0]] * 2)["psnr"] == math.inf
 
 
 def test_psnr_and_ssim_are_the_librarys():
@@ -320,10 +324,10 @@ def test_lpips_only_where_its_weights_are(torchvision):
 
 
 def measured(method, strength, speed_up, psnr):
-    entry = caching.Measured(method, strength, [1.0], [speed_up], quality={"psnr": psnr} if psnr else {})
+    entry = experiment.StepCacheResult(method, strength, [1.0], [speed_up], quality={"psnr": psnr} if psnr else {})
     if psnr:
         parts = ("self-attention", "cross-attention", "feed-forward")
-        entry.report = caching.StepCacheReport(method, dict(zip(parts, (6, 8, 8))), dict.fromkeys(parts, 8), 2**20)
+        entry.report = StepCacheReport(method, dict(zip(parts, (6, 8, 8))), dict.fromkeys(parts, 8), 2**20)
     return entry
 
 

@@ -336,9 +336,9 @@ def test_few_steps_have_nothing_to_skip(model, method, mode):
 def test_magcache_is_calibrated_on_the_model_itself(model):
     report = roll(model, MagCacheCalibration(), chunks=2).step_report
     assert report.skipped() == 0
-    assert len(report.mag_ratios) == STEPS and report.mag_ratios[0] == 1.0
-    assert all(0.2 < ratio < 5 for ratio in report.mag_ratios)
-    assert roll(model, MagCache(mag_ratios=report.mag_ratios, threshold=1.0)).step_report.skipped() > 0.2
+    assert len(report.constants) == STEPS and report.constants[0] == 1.0
+    assert all(0.2 < ratio < 5 for ratio in report.constants)
+    assert roll(model, MagCache(mag_ratios=report.constants, threshold=1.0)).step_report.skipped() > 0.2
     with pytest.raises(ValueError, match="calibrate"):
         roll(model, MagCache())
     assert not isinstance(model.transformer.blocks[0].attn1.processor, RollingSelfAttention)

@@ -3,53 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
 from PIL import Image
 
-from ..atomic import replacing
-from .caching import Measured, Setting
-from .chart import Axis, draw
-from .report import machine, markdown, number, size
+from ...atomic import replacing
+from ...step_cache import METHODS
+from ..chart import Axis, draw
+from ..report import machine, markdown, number, size
+from .experiment import StepCacheExperiment, StepCacheResult
 
 COLUMNS = {"psnr": ("PSNR, dB", ".1f"), "ssim": ("SSIM", ".3f"), "lpips": ("LPIPS", ".3f")}
 """Heading and form of each measure of `similarity.Similarity`."""
 
 
-def describe(setting: Setting) -> str:
+def describe(experiment: StepCacheExperiment) -> str:
     """Two lines: model and run, then the machine."""
-    config, sampling = setting.model.transformer.config, setting.sampling
-    here = machine(setting.model.compute_device())
+    config, sampling = experiment.model.transformer.config, experiment.sampling
+    here = machine(experiment.model.compute_device())
     cpu = f"{here['cpu']}, {_count(here['threads'], 'thread')}"
     steps = sampling.passes_at(1)
-    if setting.mode == "bidirectional":
-        length = f"{setting.clip_frames} latent frames at once"
+    if experiment.mode == "bidirectional":
+        length = f"{experiment.clip_frames} latent frames at once"
     else:
-        length = f"{_count(setting.chunks, 'chunk')} of {sampling.chunk}, window {setting.cache.window}"
+        length = f"{_count(experiment.chunks, 'chunk')} of {sampling.chunk}, window {experiment.cache.window}"
     return (
-        f"{setting.mode}: {setting.model.preset.name}, {config.num_layers} layers, "
-        f"dim {config.num_attention_heads * config.attention_head_dim}; {setting.height}x{setting.width}, {length}; "
+        f"{experiment.mode}: {experiment.model.preset.name}, {config.num_layers} layers, "
+        f"dim {config.num_attention_heads * config.attention_head_dim}; {experiment.height}x{experiment.width}, {length}; "
         f"{_count(steps, 'step')} of {sampling.sampler}, guidance {sampling.guidance_scale:g}, "
-        f"{str(setting.model.dtype).removeprefix('torch.')}\n"
-        f"{here.get('gpu', cpu)}, torch {here['torch']}; {_count(len(setting.seeds), 'video')}"
+        f"{str(experiment.model.dtype).removeprefix('torch.')}\n"
+        f"{here.get('gpu', cpu)}, torch {here['torch']}; {_count(len(experiment.seeds), 'video')}"
     )
 
 
-def change_note(setting: Setting, change: Sequence[float]) -> str:
-    """A sentence on what `caching.step_change` measured: what a skipped step would cost."""
+def change_note(experiment: StepCacheExperiment, change: Sequence[float]) -> str:
+    """A sentence on what `run.step_change` measured: what a skipped step would cost."""
     if not change:
         return "It makes a chunk in a single step."
     return (
-        f"From one of the {setting.sampling.passes_at(0)} steps to the next the prediction changes by "
+        f"From one of the {experiment.sampling.passes_at(0)} steps to the next the prediction changes by "
         f"{100 * median(change):.0f} % (median; {100 * min(change):.0f} to {100 * max(change):.0f} %): that is the "
         "error a skipped step puts into the video."
     )
 
 
-def table(results: Sequence[Measured]) -> str:
+def table(results: Sequence[StepCacheResult]) -> str:
     """A Markdown table. Skipped: self-attention, cross-attention and feed-forward calls left out, of all there were."""
     quality, extra = _qualities(results), list(results[0].extra)
     with_peak = any(result.peak_bytes is not None for result in results)
@@ -68,15 +69,24 @@ def table(results: Sequence[Measured]) -> str:
     return "\n".join(markdown(head, rows))
 
 
-def ratios_note(ratios: Sequence[float]) -> str:
-    """MagCache's constants, as its setting in the Step Cache node takes them."""
-    return f"MagCache's constants of this model: {', '.join(f'{ratio:.4f}' for ratio in ratios)}"
+def constants_notes(constants: Mapping[str, Sequence[float]]) -> list[str]:
+    """The constants that were measured, of each method that needs some, as its setting in the Step Cache node takes them."""
+    return [
+        f"{METHODS[name].title}'s constants of this model: {', '.join(f'{value:.4f}' for value in values)}"
+        for name, values in constants.items()
+    ]
 
 
 def as_json(
-    setting: Setting, results: Sequence[Measured], ratios: Sequence[float], change: Sequence[float] = ()
+    experiment: StepCacheExperiment,
+    results: Sequence[StepCacheResult],
+    constants: Mapping[str, Sequence[float]],
+    change: Sequence[float] = (),
 ) -> dict:
-    """Everything measured. change: what `caching.step_change` gave, in few-step sampling.
+    """Everything that was measured.
+
+    results, constants: what `run.measure` gave
+    change: what `run.step_change` gave, in few-step sampling
 
     psnr is null where the videos are equal; the uncached ones themselves have no quality.
     """
@@ -87,17 +97,17 @@ def as_json(
         del entry["videos"]
         entries.append(entry)
     return {
-        "setting": describe(setting),
-        "machine": machine(setting.model.compute_device()),
-        "mode": setting.mode,
-        "sampling": asdict(setting.sampling),
-        "mag_ratios": list(ratios),
+        "setting": describe(experiment),
+        "machine": machine(experiment.model.compute_device()),
+        "mode": experiment.mode,
+        "sampling": asdict(experiment.sampling),
+        **{method.constants: list(constants.get(name, ())) for name, method in METHODS.items() if method.constants},
         "step_change": list(change),
         "results": entries,
     }
 
 
-def plot(setting: Setting, results: Sequence[Measured]) -> Image.Image:
+def plot(experiment: StepCacheExperiment, results: Sequence[StepCacheResult]) -> Image.Image:
     """PSNR over speed-up, one curve per method from gentle to strong; without quality, the share of skipped work."""
     with_quality = bool(_qualities(results))
     curves: dict[str, list[tuple[float, float]]] = {}
@@ -105,16 +115,16 @@ def plot(setting: Setting, results: Sequence[Measured]) -> Image.Image:
         shown = result.quality["psnr"] if with_quality else 100 * result.report.skipped()
         curves.setdefault(result.method, []).append((result.speed_up, shown))
     label = "PSNR against the uncached video, dB" if with_quality else "work left out, %"
-    return draw(curves, Axis("speed-up"), Axis(label, exact="same"), describe(setting), mark_x=1.0)
+    return draw(curves, Axis("speed-up"), Axis(label, exact="same"), describe(experiment), mark_x=1.0)
 
 
-def write_plot(path: Path, setting: Setting, results: Sequence[Measured]) -> None:
+def write_plot(path: Path, experiment: StepCacheExperiment, results: Sequence[StepCacheResult]) -> None:
     """Save `plot` as a PNG file. Raises ValueError if nothing but the uncached run was measured."""
     with replacing(path) as file:
-        plot(setting, results).save(file, format="png")
+        plot(experiment, results).save(file, format="png")
 
 
-def _qualities(results: Sequence[Measured]) -> list[str]:
+def _qualities(results: Sequence[StepCacheResult]) -> list[str]:
     return list(next((result.quality for result in results if result.quality), {}))
 
 

@@ -10,21 +10,21 @@ from pathlib import Path
 
 import torch
 
-from ..bundled import default_size
-from ..checkpoints.model import CausalModel, load_model
-from ..config import CacheConfig, SamplingConfig
-from ..presets import ModelPreset
-from ..step_cache import METHODS
-from ..text import load_text_encoder
-from ..vae import WanVAE, load_vae
-from . import options
-from .caching import MODES, Setting, applicable, compare, decode_video, measure, step_change
-from .caching import check as check_setting
-from .caching_report import as_json, change_note, describe, ratios_note, table, write_plot
-from .methods import make_transformer
-from .report import write_json
+from ...bundled import default_size
+from ...checkpoints.model import CausalModel, load_model
+from ...config import CacheConfig, SamplingConfig
+from ...presets import ModelPreset
+from ...step_cache import METHODS
+from ...text import load_text_encoder
+from ...vae import WanVAE, load_vae
+from .. import options
+from ..methods import make_transformer
+from ..report import write_json
+from ..workload import SIZES, Workload
+from .experiment import MODES, StepCacheExperiment, applicable, calibrated, check
+from .report import as_json, change_note, constants_notes, describe, table, write_plot
+from .run import compare, decode_video, measure, step_change
 from .similarity import Similarity
-from .workload import SIZES, Workload
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,33 +48,33 @@ def main(args: argparse.Namespace, judge: Callable[[torch.Tensor], dict[str, flo
     names, notes = applicable(None if args.methods is None else args.methods.replace(" ", "").split(","))
     options.check(args, "chunks", "videos", "steps")
     if args.mode == "few-step":
-        names = [name for name in names if name != "magcache"]  # it is calibrated for multi-step sampling only
-        if not names:
-            raise ValueError("MagCache is calibrated for multi-step sampling only: leave out --mode few-step")
+        if names == calibrated(names):
+            titles = " and ".join(METHODS[name].title for name in names)
+            raise ValueError(f"{titles} is calibrated for multi-step sampling only: leave out --mode few-step")
     with options.threads(args.threads):
-        setting, vae = make_setting(args)
-        check_setting(setting)
-        print(describe(setting), flush=True)
-        change = step_change(setting) if setting.mode == "few-step" else ()
-        if setting.mode == "few-step":
-            print(f"{change_note(setting, change)} The methods are forced on below.", flush=True)
-        results, ratios = measure(
-            setting, names, on_run=lambda done, total, what: print(f"  {done + 1}/{total} {what}", flush=True)
+        experiment, vae = make_experiment(args)
+        check(experiment)
+        print(describe(experiment), flush=True)
+        change = step_change(experiment) if experiment.mode == "few-step" else ()
+        if experiment.mode == "few-step":
+            print(f"{change_note(experiment, change)} The methods are forced on below.", flush=True)
+        results, constants = measure(
+            experiment, names, on_run=lambda done, total, what: print(f"  {done + 1}/{total} {what}", flush=True)
         )
         if vae is not None:
             similarity = Similarity()
             compare(results, partial(decode_video, vae), similarity, judge=judge)
             notes += similarity.notes
         print(f"\n{table(results)}")
-        for note in [ratios_note(ratios)] * bool(ratios) + notes:
+        for note in constants_notes(constants) + notes:
             print(f"\n{note}")
         if args.json:
-            write_json(args.json, as_json(setting, results, ratios, change))
+            write_json(args.json, as_json(experiment, results, constants, change))
         if args.plot:
-            write_plot(args.plot, setting, results)
+            write_plot(args.plot, experiment, results)
 
 
-def make_setting(args: argparse.Namespace) -> tuple[Setting, WanVAE | None]:
+def make_experiment(args: argparse.Namespace) -> tuple[StepCacheExperiment, WanVAE | None]:
     """What to measure, and the VAE to compare videos with; None with random weights."""
     vae = None
     if args.size:
@@ -94,11 +94,11 @@ def make_setting(args: argparse.Namespace) -> tuple[Setting, WanVAE | None]:
         sampling = replace(sampling, sampler=args.sampler, num_inference_steps=args.steps, guidance_scale=args.guidance)
     if args.window is not None:
         cache = replace(cache, window=args.window)
-    setting = Setting(
+    experiment = StepCacheExperiment(
         model, prompt, negative, args.mode, sampling, cache, args.height or height, args.width or width,
         args.chunks, tuple(range(args.videos)), not args.no_memory,
     )  # fmt: skip
-    return setting, vae
+    return experiment, vae
 
 
 def _random_model(args: argparse.Namespace) -> tuple[CausalModel, torch.Tensor]:
