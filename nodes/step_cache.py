@@ -1,9 +1,11 @@
 from comfy_api.latest import io
 
-from ..rolling_kv.step_cache import METHODS
+from ..rolling_kv.step_cache import METHODS, Knob, StepCacheMethod
 from .types import CATEGORY, Model
 
-BY_TITLE = {method.title: method for method in METHODS.values()}
+FIRST = ("firstblock", "taylorseer")
+"""These methods stand before the others: they work anywhere, without constants and with every diffusers."""
+BY_TITLE = {method.title: method for method in sorted(METHODS.values(), key=lambda method: method.name not in FIRST)}
 
 
 class RollingKVStepCache(io.ComfyNode):
@@ -20,21 +22,19 @@ class RollingKVStepCache(io.ComfyNode):
             ),
             search_aliases=[
                 "teacache",
-                "pab",
-                "pyramid attention broadcast",
-                "fastercache",
-                "first block cache",
-                "fbcache",
-                "taylorseer",
-                "magcache",
-                "seacache",
+                *(alias for method in METHODS.values() for alias in method.aliases),
                 "speed up",
             ],
             inputs=[
                 Model.Input("model", tooltip="From Load Causal Video Model or Attach Rolling Cache."),
                 io.DynamicCombo.Input(
                     "method",
-                    options=_options(),
+                    options=[
+                        io.DynamicCombo.Option(
+                            title, [_input(part) for knob in method.knobs() for part in knob.parts()]
+                        )
+                        for title, method in BY_TITLE.items()
+                    ],
                     tooltip="How to tell what can be left out. The help page says what each method does and costs.",
                 ),
             ],
@@ -42,103 +42,32 @@ class RollingKVStepCache(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, model, method=None) -> bool | str:
+        # ComfyUI leaves out a dynamic combo whose value is none of its choices.
+        return True if method is not None else f"method must be one of {', '.join(BY_TITLE)}"
+
+    @classmethod
     def execute(cls, model, method) -> io.NodeOutput:
         return io.NodeOutput(model._replace(step_cache=to_method(method)))
 
 
-def to_method(chosen: dict):
+def to_method(chosen: dict) -> StepCacheMethod:
     """The engine's method for what the combo gives: its title under "method", and its settings."""
-    settings = {name: value for name, value in chosen.items() if name != "method"}
-    for name in [name.removesuffix("_low") for name in settings if name.endswith("_low")]:
-        settings[name] = settings.pop(f"{name}_low"), settings.pop(f"{name}_high")
-    if "mag_ratios" in settings:
-        settings["mag_ratios"] = _numbers(settings["mag_ratios"])
-    if settings.get("disable_cache_after_step") == 0:
-        settings["disable_cache_after_step"] = None
-    return BY_TITLE[chosen["method"]](**settings)
+    return BY_TITLE[chosen["method"]].from_values(chosen)
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.replace(",", " ").split())
-    except ValueError:
-        raise ValueError(f"mag_ratios must be numbers, separated by commas, got {text[:80]!r}") from None
-
-
-def _options() -> list[io.DynamicCombo.Option]:
-    return [
-        io.DynamicCombo.Option("First Block Cache", [
-            _share("threshold", 0.05, "Change of the first block's effect below which the other blocks are left out."),
-        ]),
-        io.DynamicCombo.Option("TaylorSeer", [
-            _count("cache_interval", 5, "A full step every so many steps; the others are extrapolated.", 1),
-            _count("max_order", 1, "0 reuses, 1 extrapolates linearly, more with higher differences.", 0),
-            _count("disable_cache_before_step", 3, "So many full steps first.", 1),
-            io.Boolean.Input(
-                "use_lite_mode", default=False, tooltip="Extrapolate only the result: least memory, less exact."
-            ),
-            _count("disable_cache_after_step", 0, "Only full steps from this one on. 0: never.", 0, advanced=True),
-            io.Combo.Input(
-                "taylor_factors_dtype", options=["bfloat16", "float16", "float32"], advanced=True,
-                tooltip="Precision of what is kept.",
-            ),
-        ]),
-        io.DynamicCombo.Option("Pyramid Attention Broadcast", [
-            _count("spatial_attention_block_skip_range", 2, "Self-attention is computed every so many steps.", 1),
-            _count("cross_attention_block_skip_range", 1, "The same for attention to the prompt. 1: every step.", 1),
-            *_timesteps("spatial_attention_timestep_skip_range", 100, 800, "self-attention is reused"),
-            *_timesteps("cross_attention_timestep_skip_range", 100, 800, "attention to the prompt is reused"),
-        ]),
-        io.DynamicCombo.Option("FasterCache", [
-            _count("unconditional_batch_skip_range", 5, "The negative branch is computed every so many steps.", 1),
-            _count("spatial_attention_block_skip_range", 2, "Self-attention is computed every so many steps.", 1),
-            *_timesteps("unconditional_batch_timestep_skip_range", -1, 641, "the negative branch is left out"),
-            *_timesteps("spatial_attention_timestep_skip_range", -1, 681, "self-attention is reused"),
-            _share("attention_weight", 0.5, "How far attention is extrapolated from the last two.", advanced=True),
-            _share("alpha_low_frequency", 1.1, "Growth of the branches' difference, coarse part.", advanced=True),
-            _share("alpha_high_frequency", 1.1, "Growth of the branches' difference, fine part.", advanced=True),
-            *_timesteps("low_frequency_weight_update_timestep_range", 99, 901, "the coarse part grows"),
-            *_timesteps("high_frequency_weight_update_timestep_range", -1, 301, "the fine part grows"),
-        ]),
-        io.DynamicCombo.Option("MagCache", [
-            _share("threshold", 0.06, "Error that may add up before a full step."),
-            _count("max_skip_steps", 3, "At most so many steps left out in a row.", 0),
-            _share("retention_ratio", 0.2, "Share of the steps, from the first on, that are always full."),
-            io.String.Input(
-                "mag_ratios", multiline=True,
-                tooltip="The constants of this very model, one per step. Measure them once, as the help page says.",
-            ),
-        ]),
-        io.DynamicCombo.Option("SeaCache", [
-            _share("threshold", 0.25, "Change of the filtered latents that may add up before a full step."),
-            _count("residual_order", 1, "0 reuses what the blocks did, 1 extrapolates it.", 0, 1),
-            _count("max_consecutive_cached", 2, "At most so many steps left out in a row. 0: no limit.", 0),
-            _count("retention_steps", 1, "So many full steps first.", 0, advanced=True),
-            _count("cache_end_steps", 1, "So many full steps last.", 0, advanced=True),
-            _share("power_exp", 3.0, "How steeply natural video falls off with frequency.", advanced=True),
-        ]),
-    ]  # fmt: skip
-
-
-def _count(name, default, tooltip, low, high=1000, **options):
-    return io.Int.Input(name, default=default, min=low, max=high, tooltip=tooltip, **options)
-
-
-def _share(name, default, tooltip, **options):
-    return io.Float.Input(name, default=default, min=0.0, max=10.0, step=0.01, round=False, tooltip=tooltip, **options)
-
-
-def _timesteps(name, low, high, what):
-    """The two ends of a range of timesteps; `to_method` puts them together."""
-    return [
-        io.Float.Input(
-            f"{name}_{end}",
-            default=value,
-            min=-1.0,
-            max=1001.0,
-            step=1.0,
-            advanced=True,
-            tooltip=f"Timesteps (1000: pure noise, 0: clean) {word} which {what}.",
+def _input(part: Knob) -> io.Input:
+    shown = dict(tooltip=part.tooltip, optional=part.advanced, advanced=part.advanced or None)
+    bounds = dict(default=part.default or 0, min=part.low, max=part.high)
+    if part.kind == "count":
+        return io.Int.Input(part.name, **bounds, **shown)
+    if part.kind in ("share", "timestep"):
+        bounds = {name: value if name == "default" else float(value) for name, value in bounds.items()}
+        return io.Float.Input(
+            part.name, **bounds, step=float(part.step), round=None if part.step == 1 else False, **shown
         )
-        for end, value, word in (("low", low, "above"), ("high", high, "below"))
-    ]
+    if part.kind == "switch":
+        return io.Boolean.Input(part.name, default=part.default, **shown)
+    if part.kind == "choice":
+        return io.Combo.Input(part.name, options=list(part.choices), **shown)
+    return io.String.Input(part.name, multiline=True, **shown)

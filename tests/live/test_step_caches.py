@@ -7,7 +7,8 @@ import torch
 from graphs import loaders, node, one_sampler, prompt, save_images, saved_images, saved_latent
 from PIL import Image
 
-from tools.comfyui.client import PromptFailed, PromptInterrupted
+from rolling_kv.step_cache import METHODS
+from tools.comfyui.client import PromptFailed, PromptInterrupted, PromptRejected
 
 MANY = {"preset": "causal-multistep", "dtype": "auto"}
 """Fifty steps with guidance, whatever the model says."""
@@ -34,9 +35,6 @@ def benchmark(model="model", **inputs):
         **loaders(), "positive": prompt("a red circle moving right"), "negative": prompt(""),
         "benchmark": node("RollingKVBenchmark", **values | inputs),
     }  # fmt: skip
-
-
-METHODS = ("pab", "fastercache", "firstblock", "taylorseer", "magcache", "seacache")
 
 
 def rows(outputs):
@@ -70,6 +68,25 @@ TAYLORSEER = {
     "method.cache_interval": 2, "method.max_order": 1, "method.disable_cache_before_step": 1,
     "method.use_lite_mode": False, "method.disable_cache_after_step": 0, "method.taylor_factors_dtype": "float32",
 }  # fmt: skip
+
+
+def test_advanced_settings_may_be_left_out(client):
+    """They have their defaults then: these are all that SeaCache has."""
+    basic = {"method.threshold": 1.0, "method.residual_order": 1, "method.max_consecutive_cached": 2}
+    advanced = {"method.retention_steps": 1, "method.cache_end_steps": 1, "method.power_exp": 3.0}
+    default = saved_latent(client, client.run(many_steps(method="SeaCache", **basic)))
+    given = saved_latent(client, client.run(many_steps(method="SeaCache", **basic, **advanced)))
+    assert torch.equal(default, given)
+
+
+@pytest.mark.parametrize("method", [{"method": "TeaCache"}, {}], ids=["unknown", "none"])
+def test_an_unknown_method_is_told_with_the_choices(client, method):
+    with pytest.raises(PromptRejected, match="method must be one of First Block Cache, TaylorSeer, .*, SeaCache$"):
+        graph = many_steps(method="TeaCache")
+        graph["cache"]["inputs"] = {"model": ["model", 0]} | method
+        client.run(graph)
+    with pytest.raises(PromptRejected, match="methods must be all or chosen"):
+        client.run(benchmark(methods="some"))
 
 
 def test_a_benchmark_shows_and_puts_out_table_and_plot(client):

@@ -411,3 +411,26 @@ def test_impossible_settings_are_refused(model):
             apply_step_cache(model.transformer, FirstBlockCache(), STEPS)
     finally:
         cache.detach()
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_method_is_made_of_what_was_entered(method):
+    """What is left out has its default, and what a widget shows by default is the default."""
+    parts = [part for knob in method.knobs() for part in knob.parts()]
+    shown = {part.name: part.default or 0 for part in parts if part.kind != "numbers"}
+    left_out = dict.fromkeys(part.name for part in parts)
+    assert method.from_values({}) == method.from_values(left_out) == method.from_values(shown) == method()
+    assert all(part.tooltip.endswith(".") and part.low < part.high for part in parts if part.high)
+    assert [part.advanced for part in parts] == sorted(part.advanced for part in parts)
+
+
+def test_ranges_and_constants_are_put_together():
+    given = {"spatial_attention_timestep_skip_range_low": 50.0, "cross_attention_block_skip_range": 3}
+    expected = PyramidAttentionBroadcast(2, 3, spatial_attention_timestep_skip_range=(50.0, 800))
+    assert PyramidAttentionBroadcast.from_values(given) == expected
+    assert TaylorSeer.from_values({"disable_cache_after_step": 7}).disable_cache_after_step == 7
+    assert MagCache.from_values({"mag_ratios": "1, 0.9 0.8"}).mag_ratios == (1.0, 0.9, 0.8)
+    with pytest.raises(ValueError, match="mag_ratios must be numbers, separated by commas, got 'many'"):
+        MagCache.from_values({"mag_ratios": "many"})
+    with pytest.raises(ValueError, match="must rise"):
+        PyramidAttentionBroadcast.from_values({"spatial_attention_timestep_skip_range_low": 900.0})
