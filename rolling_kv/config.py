@@ -45,7 +45,7 @@ class CacheConfig:
     sink: the first latent frames of the video, which never leave the window.
     sink_phase: "absolute" leaves the sink's keys where the frames were, as the original does; their distance grows with
         the video. "rebased" turns them so that they always stand just before the rest of the window.
-    storage: "model" (the model's dtype), "float8" or "int8": see `cache.codecs.CODECS`.
+    storage: in which form, one of `cache.codecs.CODECS`; "model" is the model's dtype.
     offload: keep the keys and values in CPU memory and bring one layer at a time to the device.
     """
 

@@ -19,14 +19,19 @@ def frames_or_all(text: str) -> int | Literal["all"]:
         raise argparse.ArgumentTypeError(f"a number of latent frames or {ALL_FRAMES}, got {text!r}") from None
 
 
-def add_cache(parser: argparse.ArgumentParser, whose: str, note: str = "") -> None:
-    """Options of the cache. whose: settings that hold where an option is left out. note: put behind each help text."""
+def add_window(parser: argparse.ArgumentParser, whose: str) -> None:
+    """The option for how much the cache keeps. whose: the window that holds where it is left out."""
     parser.add_argument(
         "--window",
         type=frames_or_all,
         metavar="N",
         help=f"latent frames that a chunk attends to, or {ALL_FRAMES} (default: {whose})",
     )
+
+
+def add_cache(parser: argparse.ArgumentParser, whose: str, note: str = "") -> None:
+    """Options of the cache. whose: settings that hold where an option is left out. note: put behind each help text."""
+    add_window(parser, whose)
     parser.add_argument(
         "--sink",
         type=int,

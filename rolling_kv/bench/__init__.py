@@ -1,1 +1,1 @@
-"""`python -m rolling_kv bench`: time, memory and correctness of the rolling cache beside other ways to make a chunk."""
+"""`python -m rolling_kv bench`: what the engine takes in time and memory, and what that buys."""

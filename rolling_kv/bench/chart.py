@@ -13,28 +13,52 @@ WIDTH, HEIGHT = 960, 600
 SCALE = 2  # drawn larger and reduced: Pillow's lines have hard edges
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b6b6b")
 """Told apart with any colour vision (Okabe and Ito); from the eighth curve on they repeat."""
+MARKED = 40
+"""Most points of a curve that are marked one by one; more would cover it."""
 INK, FAINT, PAPER = "#222222", "#dddddd", "#ffffff"
 
 
 @dataclass(frozen=True)
 class Axis:
-    """label: what it shows. exact: how to name infinite values, which are drawn above all others; y only."""
+    """What an axis shows.
+
+    label: for the reader.
+    exact: how to name infinite values, which are drawn above all others; y only.
+    from_zero: whether it begins at 0, so that lengths can be compared.
+    whole: whether it counts, and has no place between two numbers.
+    """
 
     label: str
     exact: str = ""
+    from_zero: bool = False
+    whole: bool = False
+
+    def ticks(self, values: Sequence[float]) -> list[float]:
+        """Round numbers at equal distances that hold these values."""
+        return ticks([0.0, *values] if self.from_zero else values, whole=self.whole)
 
 
 def draw(
-    curves: dict[str, Sequence[tuple[float, float]]], x: Axis, y: Axis, title: str, *, mark_x: float | None = None
+    curves: dict[str, Sequence[tuple[float, float]]],
+    x: Axis,
+    y: Axis,
+    title: str,
+    *,
+    mark_x: float | None = None,
+    height: int = HEIGHT,
 ) -> Image.Image:
-    """Curves by name, each through its points (x, y) in their order. mark_x: an upright line there.
+    """Curves by name, each through its points (x, y) in their order.
+
+    curves: one without points is not shown, and keeps its colour free.
+    mark_x: an upright line there.
+    height: of the picture, in pixels.
 
     Points with an infinite y need `y.exact`. Raises ValueError without any point.
     """
     points = [point for curve in curves.values() for point in curve]
     if not points:
         raise ValueError("there is nothing to draw: no curve has a point")
-    picture = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), PAPER)
+    picture = Image.new("RGB", (WIDTH * SCALE, height * SCALE), PAPER)
     pen = ImageDraw.Draw(picture)
     small, normal = (ImageFont.load_default(size * SCALE) for size in (13, 14))
     edge = 16 * SCALE
@@ -42,13 +66,13 @@ def draw(
     lines = list(_wrapped(title, partial(pen.textlength, font=small), picture.width - 2 * edge))
     for row, line in enumerate(lines):
         pen.text((edge, edge + row * 18 * SCALE), line, fill=INK, font=small)
-    legend_width = 44 * SCALE + max(round(pen.textlength(name, font=normal)) for name in curves)
+    legend_width = 44 * SCALE + max(round(pen.textlength(name, font=normal)) for name in curves if curves[name])
     left, right = edge + 72 * SCALE, picture.width - edge - legend_width - 16 * SCALE
     top, bottom = edge + (len(lines) * 18 + 16) * SCALE, picture.height - edge - 52 * SCALE
 
-    x_ticks = ticks([px for px, _ in points] + ([] if mark_x is None else [mark_x]))
+    x_ticks = x.ticks([px for px, _ in points] + ([] if mark_x is None else [mark_x]))
     finite = [py for _, py in points if math.isfinite(py)]
-    y_ticks = ticks(finite or [0.0, 50.0])
+    y_ticks = y.ticks(finite or [0.0, 50.0])
     step = y_ticks[1] - y_ticks[0]
     above = y_ticks[-1] + step if len(finite) < len(points) else y_ticks[-1]
 
@@ -73,29 +97,46 @@ def draw(
     pen.text(((left + right) / 2, picture.height - edge), x.label, fill=INK, font=normal, anchor="mb")
     _upright(picture, y.label, normal, edge, (top + bottom) // 2)
 
+    rows = iter(range(top + 12 * SCALE, picture.height, 26 * SCALE))
     for index, (name, curve) in enumerate(curves.items()):
+        if not curve:
+            continue
         colour = COLOURS[index % len(COLOURS)]
         places = [place(*point) for point in curve]
         if len(places) > 1:
             pen.line(places, fill=colour, width=2 * SCALE, joint="curve")
-        for at in places:
+        for at in places if len(places) <= MARKED else ():
             _marker(pen, index, at, colour)
-        row = top + (12 + 26 * index) * SCALE
+        row = next(rows)
         start = right + 16 * SCALE
         pen.line((start, row, start + 32 * SCALE, row), fill=colour, width=2 * SCALE)
         _marker(pen, index, (start + 16 * SCALE, row), colour)
         pen.text((start + 44 * SCALE, row), name, fill=INK, font=normal, anchor="lm")
-    return picture.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+    return picture.resize((WIDTH, height), Image.Resampling.LANCZOS)
 
 
-def ticks(values: Sequence[float], most: int = 8) -> list[float]:
-    """Round numbers at equal distances, from at or below the least value to at or above the greatest."""
+def stack(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one width, one below the other."""
+    whole = Image.new("RGB", (pictures[0].width, sum(picture.height for picture in pictures)), PAPER)
+    top = 0
+    for picture in pictures:
+        whole.paste(picture, (0, top))
+        top += picture.height
+    return whole
+
+
+def ticks(values: Sequence[float], most: int = 8, whole: bool = False) -> list[float]:
+    """Round numbers at equal distances, from at or below the least value to at or above the greatest.
+
+    whole: none of them between two integers.
+    """
     low, high = min(values), max(values)
     if low == high:
         low, high = low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10
     span = high - low
     unit = 10 ** math.floor(math.log10(span / most))
     step = next(size * unit for size in (1, 2, 5, 10, 20) if span / (size * unit) <= most - 1)
+    step = max(step, 1) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [index * step for index in range(first, last + 1)]
 

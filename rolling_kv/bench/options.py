@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 
 from ..bundled import BUNDLED, check_model
-from ..config import ALL_FRAMES
-from ..options import frames_or_all
+from ..options import add_window
 from ..presets import PRESETS
-from .workload import SIZES
+from .random_model import SIZES
 
 
 class Subcommands(argparse._SubParsersAction):
@@ -35,12 +34,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=SIZES, help="random weights of this shape instead of a model: no quality")
     parser.add_argument("--height", type=int, help="pixels (default: the size's; 64 for the bundled model, else 480)")
     parser.add_argument("--width", type=int, help="pixels (default: the size's; 64 for the bundled model, else 832)")
-    parser.add_argument(
-        "--window",
-        type=frames_or_all,
-        metavar="N",
-        help=f"latent frames that a chunk attends to, or {ALL_FRAMES} (default: the model's)",
-    )
+    add_window(parser, "the model's")
 
 
 def add_dtype(parser: argparse.ArgumentParser, default: str = "bfloat16 on CUDA, else float32") -> None:

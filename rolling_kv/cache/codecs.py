@@ -1,4 +1,4 @@
-"""In which form a cache keeps its bytes: the model's dtype, float8 or int8.
+"""In which form a cache keeps its bytes: the model's dtype, or fewer bits.
 
 Whatever the form, only one layer at a time is read back into the model's dtype, never the whole cache.
 """

@@ -11,7 +11,7 @@ from crossings import Crossings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rolling_kv import devices
-from rolling_kv.bench.memory import tensors_in
+from rolling_kv.bench.gauges import tensors_in
 from rolling_kv.checkpoints.model import CausalModel
 from rolling_kv.config import CACHE_STORAGES, SAMPLERS, SINK_PHASES, CacheConfig, ExecutionConfig, SamplingConfig
 from rolling_kv.devices import to_device

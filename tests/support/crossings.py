@@ -2,7 +2,7 @@
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rolling_kv.bench.memory import tensors_in
+from rolling_kv.bench.gauges import tensors_in
 
 
 class Crossings(TorchDispatchMode):

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from rolling_kv.bench.measure import BenchError
-from rolling_kv.bench.methods import Method
-from rolling_kv.bench.workload import Workload
+from rolling_kv.bench.chunks.contenders import Contender
+from rolling_kv.bench.chunks.experiment import Workload
+from rolling_kv.bench.figures import BenchError
 
 from .env import PACK, ComfyError, ComfyInstall, find_install
 
@@ -65,7 +65,7 @@ def _what_is_lacking(install: ComfyInstall) -> str:
     return ""
 
 
-class ComfyUISampler(Method):
+class ComfyUISampler(Contender):
     """(d) ComfyUI's CausalWanModel, loaded, managed and sampled by ComfyUI, with PyTorch's attention.
 
     Subclasses set `install`, and the folder that the weights are handed over in.

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from rolling_kv.bench.memory import TensorBytes, storage_bytes
-from rolling_kv.bench.noise import draw_noise
+from rolling_kv.bench.chunks.noise import draw_noise
+from rolling_kv.bench.gauges import TensorBytes, storage_bytes
 
 
 class Conductor:

@@ -11,16 +11,13 @@ from pathlib import Path
 import torch
 
 from ...bundled import default_size
-from ...checkpoints.model import CausalModel, load_model
-from ...config import CacheConfig, SamplingConfig
-from ...presets import ModelPreset
+from ...checkpoints.model import load_model
 from ...step_cache import METHODS
 from ...text import load_text_encoder
 from ...vae import WanVAE, load_vae
 from .. import options
-from ..methods import make_transformer
-from ..report import write_json
-from ..workload import SIZES, Workload
+from ..figures import write_json
+from ..random_model import SIZES, random_model, random_prompt
 from .experiment import MODES, StepCacheExperiment, applicable, calibrated, check
 from .report import as_json, change_note, constants_notes, describe, table, write_plot
 from .run import compare, decode_video, measure, step_change
@@ -78,7 +75,8 @@ def make_experiment(args: argparse.Namespace) -> tuple[StepCacheExperiment, WanV
     """What to measure, and the VAE to compare videos with; None with random weights."""
     vae = None
     if args.size:
-        model, prompt = _random_model(args)
+        dtype, device = options.dtype_of(args), torch.device(args.device)
+        model, prompt = random_model(args.size, dtype, device), random_prompt(dtype, device)
         negative, (height, width) = -prompt, (SIZES[args.size].height, SIZES[args.size].width)
     else:
         load = dict(dtype=args.dtype or "auto", device=args.device)
@@ -99,14 +97,3 @@ def make_experiment(args: argparse.Namespace) -> tuple[StepCacheExperiment, WanV
         args.chunks, tuple(range(args.videos)), not args.no_memory,
     )  # fmt: skip
     return experiment, vae
-
-
-def _random_model(args: argparse.Namespace) -> tuple[CausalModel, torch.Tensor]:
-    """The model, and a prompt for it."""
-    size, cache = SIZES[args.size], CacheConfig(SIZES[args.size].window)
-    device = torch.device(args.device)
-    workload = Workload(
-        size, size.height, size.width, args.chunks, cache, dtype=options.dtype_of(args), device=device
-    )  # fmt: skip
-    preset = ModelPreset(f"random {args.size}", SamplingConfig(), cache)
-    return CausalModel(make_transformer(workload, workload.random_weights()), preset), workload.prompt

@@ -13,7 +13,7 @@ from PIL import Image
 from ...atomic import replacing
 from ...step_cache import METHODS
 from ..chart import Axis, draw
-from ..report import machine, markdown, number, size
+from ..figures import machine, markdown, number, size
 from .experiment import StepCacheExperiment, StepCacheResult
 
 COLUMNS = {"psnr": ("PSNR, dB", ".1f"), "ssim": ("SSIM", ".3f"), "lpips": ("LPIPS", ".3f")}

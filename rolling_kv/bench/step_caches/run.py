@@ -14,7 +14,7 @@ from ...sampling.clip import BidirectionalClip
 from ...sampling.session import RollingSession
 from ...step_cache import METHODS, FirstBlockCache, Forced, StepCacheReport
 from ...vae import WanVAE, to_raw
-from ..memory import CudaGauge, TensorBytes, storage_bytes
+from ..gauges import CudaGauge, TensorBytes, storage_bytes
 from .experiment import Candidate, StepCacheExperiment, StepCacheResult, calibrated, candidates
 from .similarity import Similarity
 

@@ -12,12 +12,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rolling_kv.bench import cli, measure, report
-from rolling_kv.bench.floor import Floor
-from rolling_kv.bench.measure import BenchError, Result, check_agreement, share_of_floor
-from rolling_kv.bench.memory import TensorBytes, storage_bytes
-from rolling_kv.bench.methods import Growing, Method, Recompute, Rolling
-from rolling_kv.bench.workload import SIZES, BenchSize, Workload, weight_shapes
+from rolling_kv.bench.chunks import cli, report, run
+from rolling_kv.bench.chunks.contenders import Contender, Recompute, Rolling
+from rolling_kv.bench.chunks.experiment import Workload
+from rolling_kv.bench.chunks.floor import Floor
+from rolling_kv.bench.chunks.growing import Growing
+from rolling_kv.bench.chunks.run import Result, check_agreement, share_of_floor
+from rolling_kv.bench.figures import BenchError
+from rolling_kv.bench.gauges import TensorBytes, storage_bytes
+from rolling_kv.bench.random_model import SIZES, BenchSize, weight_shapes
 from rolling_kv.checkpoints.transformer import build_transformer
 from rolling_kv.cli import main
 from rolling_kv.config import CacheConfig, SamplingConfig
@@ -151,7 +154,7 @@ def test_tensor_bytes_follow_what_is_alive():
 
 
 def test_each_chunk_has_a_peak_of_its_own(weights):
-    class Uneven(Method):
+    class Uneven(Contender):
         def chunk(self, index):
             return torch.ones(1000 if index == 1 else 10).sum()
 
@@ -169,7 +172,7 @@ def test_memory_of_the_engine_is_flat_and_holds_its_cache(weights):
 
 
 def test_memory_of_an_unlimited_window_grows_by_its_keys(weights):
-    short, long = (Rolling.follow_memory(workload(chunks=chunks, window=-1), weights) for chunks in (3, 8))
+    short, long = (Rolling.follow_memory(workload(chunks=chunks, window="all"), weights) for chunks in (3, 8))
     per_chunk = 2 * SMALL.layers * 3 * workload().tokens_per_frame * SMALL.dim * 4
     assert long[-1] - short[-1] >= 5 * per_chunk
 
@@ -177,7 +180,7 @@ def test_memory_of_an_unlimited_window_grows_by_its_keys(weights):
 def test_full_window_begins_when_every_pass_sees_it():
     assert workload(chunks=6).full_window == [3, 4, 5]  # chunk 2's context pass, timed with chunk 3, is the first
     assert workload(chunks=2).full_window == [1]
-    assert workload(chunks=5, window=-1).full_window == [4]
+    assert workload(chunks=5, window="all").full_window == [4]
 
 
 def test_figures_are_medians_over_the_full_window():
@@ -209,12 +212,12 @@ def test_a_video_that_is_not_finite_is_refused():
             return super().chunk(index) / (index - 1)
 
     with pytest.raises(BenchError, match=r"\(a\) made a chunk 2 with values that are not finite"):
-        measure.measure(workload(chunks=3), [Broken], memory=False, say=lambda text: None)
+        run.measure(workload(chunks=3), [Broken], memory=False, say=lambda text: None)
 
 
 def test_methods_take_turns_and_the_floor_runs_right_after_the_engine(monkeypatch, weights):
     turns = []
-    for method in cli.METHODS:
+    for method in cli.CONTENDERS:
         chunk = method.chunk
 
         def noted(self, index, chunk=chunk):
@@ -222,7 +225,7 @@ def test_methods_take_turns_and_the_floor_runs_right_after_the_engine(monkeypatc
             return chunk(self, index)
 
         monkeypatch.setattr(method, "chunk", noted)
-    results = measure.measure(workload(chunks=2), cli.METHODS, repeats=2, memory=False, say=lambda text: None)
+    results = run.measure(workload(chunks=2), cli.CONTENDERS, repeats=2, memory=False, say=lambda text: None)
     assert turns == "a0 e0 b0 c0 a1 e1 b1 c1".split() * 2
     assert all(len(result.seconds) == 2 and len(result.seconds[1]) == 2 for result in results)
     assert results[0].kv_bytes == [2 * 2 * 7 * 6 * 128 * 4] * 2
@@ -242,12 +245,26 @@ def test_the_command_prints_a_table_and_writes_every_figure(tmp_path, capsys):
 
 
 def test_a_plot_is_a_picture(tmp_path):
-    pytest.importorskip("matplotlib")
     work = workload(chunks=4)
     result = Result("a", "engine", "", [[1.0] * 4], [1] * 4, [10] * 4)
     report.write_plot(tmp_path / "bench.png", "title", work, [result])
     data = (tmp_path / "bench.png").read_bytes()
     assert data.startswith(b"\x89PNG") and struct.unpack(">II", data[16:24])[0] > 500
+
+
+def test_a_plot_shows_memory_where_it_was_followed(monkeypatch):
+    drawn = []
+    draw = report.draw
+    monkeypatch.setattr(
+        report, "draw", lambda curves, *args, **kwargs: drawn.append(curves) or draw(curves, *args, **kwargs)
+    )
+    ours = Result("a", "engine", "", [[1.0, 3.0], [2.0, 3.0]], [1] * 2, [2**20, 2**21])
+    floor = Result("e", "floor", "", [[1.0, 1.0]])
+    both = report.plot("title", workload(chunks=2), [ours, floor])
+    seconds, memory = drawn
+    assert seconds == {"(a) engine": [(1, 1.5), (2, 3.0)], "(e) floor": [(1, 1.0), (2, 1.0)]}
+    assert memory == {"(a) engine": [(1, 1.0), (2, 2.0)], "(e) floor": []}, "it holds its place, and so its colour"
+    assert both.height == 2 * report.plot("title", workload(chunks=2), [floor]).height
 
 
 @pytest.mark.parametrize(
@@ -267,13 +284,7 @@ def test_what_cannot_work_is_said_before_anything_is_measured(arguments, said, m
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
     with pytest.raises(ValueError, match=said):
-        cli.run(parser.parse_args(arguments))
-
-
-def test_a_plot_needs_matplotlib_and_says_so(monkeypatch):
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install matplotlib"):
-        report.check_plot()
+        cli.main(parser.parse_args(arguments))
 
 
 def test_options_before_a_subcommand_are_refused(capsys):
@@ -289,7 +300,7 @@ def no_comfyui(monkeypatch):
 
 
 def test_without_a_comfyui_the_rest_is_measured_and_a_note_says_so(no_comfyui, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "METHODS", (Floor,))
+    monkeypatch.setattr(cli, "CONTENDERS", (Floor,))
     main(["bench", "--chunks", "1", "--no-memory"])
     assert "(d) was not measured: no ComfyUI was found" in capsys.readouterr().out
     main(["bench", "--chunks", "1", "--no-memory", "--methods", "e"])
@@ -308,7 +319,7 @@ def test_asking_for_comfyui_where_it_cannot_run_is_an_error(no_comfyui, monkeypa
 def test_a_comfyui_that_does_not_start_is_told_of_and_left_out(monkeypatch, capsys, tmp_path):
     install = ComfyInstall(tmp_path, Path(sys.executable), {"torch": "2"}, cuda=False)
     monkeypatch.setattr(comfyui_sampler, "find_install", lambda: install)
-    monkeypatch.setattr(cli, "METHODS", (Floor,))
+    monkeypatch.setattr(cli, "CONTENDERS", (Floor,))
     main(["bench", "--chunks", "1", "--no-memory", "--device", "cpu"])
     said = capsys.readouterr().out
     assert f"(d) was not measured: ComfyUI at {tmp_path}" in said and "No module named 'comfy'" in said
@@ -321,7 +332,7 @@ def test_another_package_named_tools_is_not_mistaken_for_ours(monkeypatch):
 
 
 def test_the_published_pack_has_no_comfyui_to_measure(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "rolling_kv/bench/cli.py"))
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "rolling_kv/bench/chunks/cli.py"))
     with cli.comfyui_sampler(workload(), None) as (sampler, note):
         assert sampler is None and "source repository only" in note
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rolling_kv.bench.memory import tensors_in
+from rolling_kv.bench.gauges import tensors_in
 from rolling_kv.cache import offload
 from rolling_kv.cache.codecs import CODECS
 from rolling_kv.cache.rolling import RollingKVCache

@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import tiny_transformer
 
-from rolling_kv.bench.memory import storage_bytes
+from rolling_kv.bench.gauges import storage_bytes
 from rolling_kv.cache.sizes import CacheBytes
 from rolling_kv.checkpoints.model import CausalModel
 from rolling_kv.config import ALL_FRAMES, CacheConfig, SamplingConfig

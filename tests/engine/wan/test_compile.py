@@ -4,7 +4,7 @@ import pytest
 import torch
 from builders import tiny_transformer
 
-from rolling_kv.bench.storage import pack
+from rolling_kv.bench.storage.experiment import pack
 from rolling_kv.checkpoints.float8 import store_float8
 from rolling_kv.checkpoints.model import CausalModel
 from rolling_kv.checkpoints.transformer import build_transformer

@@ -9,7 +9,7 @@ from builders import tiny_transformer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rolling_kv.bench.storage import pack
+from rolling_kv.bench.storage.experiment import pack
 from rolling_kv.checkpoints.model import CausalModel
 from rolling_kv.checkpoints.transformer import build_transformer
 from rolling_kv.config import ALL_FRAMES, RECORDABLE_PACKINGS, CacheConfig, ExecutionConfig, SamplingConfig

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from ..geometry import TEXT_LENGTH
-from .methods import Method
-from .workload import HEAD_DIM
+from ...geometry import TEXT_LENGTH
+from ..random_model import HEAD_DIM
+from .contenders import Contender
 
 
-class Floor(Method):
+class Floor(Contender):
     """(e) Every Linear of the blocks with its own weights, and SDPA over as many keys as the engine has at that chunk.
 
     As the engine: a context pass of the chunk before, whose last block needs only keys and values, then the steps. The

@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import torch
 
-from ..bundled import default_size
-from ..checkpoints.gguf import is_packed
-from ..checkpoints.model import load_model
-from ..config import CacheConfig, SamplingConfig
-from ..presets import ModelPreset
-from ..text import load_text_encoder
-from . import options
-from .report import write_json
-from .storage import Setting, as_json, check_packings, describe, measure, table, variants
-from .workload import SIZES, Workload
+from ...bundled import default_size
+from ...checkpoints.gguf import is_packed
+from ...checkpoints.model import load_model
+from ...text import load_text_encoder
+from .. import options
+from ..figures import write_json
+from ..random_model import SIZES, random_preset, random_prompt, random_weights
+from .experiment import StorageExperiment, check_packings, variants
+from .report import as_json, describe, table
+from .run import measure
 
 NO_PACKING = "none"
 
@@ -38,27 +38,24 @@ def main(args: argparse.Namespace) -> None:
     check_packings(packings)
     options.check(args, "chunks")
     with options.threads(args.threads):
-        setting = make_setting(args)
-        print(describe(setting), flush=True)
-        results = measure(setting, variants(packings), say=lambda text: print(f"  {text}", flush=True))
-        print(f"\n{table(setting, results)}")
+        experiment = make_experiment(args)
+        print(describe(experiment), flush=True)
+        results = measure(experiment, variants(packings), say=lambda text: print(f"  {text}", flush=True))
+        print(f"\n{table(experiment, results)}")
         if args.json:
-            write_json(args.json, as_json(setting, results))
+            write_json(args.json, as_json(experiment, results))
 
 
-def make_setting(args: argparse.Namespace) -> Setting:
+def make_experiment(args: argparse.Namespace) -> StorageExperiment:
     """What to measure: a model from a file, or random weights of a size."""
     device, dtype = torch.device(args.device), options.dtype_of(args)
     if args.size:
         size = SIZES[args.size]
-        workload = Workload(
-            size, args.height or size.height, args.width or size.width, args.chunks,
-            CacheConfig(size.window if args.window is None else args.window), dtype=dtype, device=device,
-        )  # fmt: skip
-        preset = ModelPreset(f"random {args.size}", SamplingConfig(), workload.cache)
-        weights, config, prompt = workload.random_weights(), {}, workload.prompt
-        name = f"{args.size}: {size.layers} layers, dim {size.dim}, random weights"
-        height, width = workload.height, workload.width
+        preset = random_preset(args.size, args.window)
+        weights, config = random_weights(size, dtype, device, args.seed), {}
+        prompt = random_prompt(dtype, device, args.seed)
+        name = f"{args.size}: {size.describe()}"
+        height, width = size.height, size.width
     else:
         model = load_model(args.model, preset=args.preset, dtype=dtype, device=device)
         weights, config = model.transformer.state_dict(), dict(model.transformer.config)
@@ -69,9 +66,9 @@ def make_setting(args: argparse.Namespace) -> Setting:
         if args.window is not None:
             preset = replace(preset, cache=replace(preset.cache, window=args.window))
         height, width = default_size(args.model)
-        height, width = args.height or height, args.width or width
     if preset.sampling.guided:
         raise ValueError("this compares few-step models, which sample without guidance: choose another --preset")
-    return Setting(
-        name, weights, config, preset, prompt, height, width, args.chunks, dtype, device, args.seed, not args.no_memory
-    )
+    return StorageExperiment(
+        name, weights, config, preset, prompt, args.height or height, args.width or width, args.chunks, dtype, device,
+        args.seed, not args.no_memory,
+    )  # fmt: skip

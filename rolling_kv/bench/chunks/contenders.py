@@ -1,4 +1,4 @@
-"""The engine, and two other ways to make the same chunks with the same model: no cache, and a cache that grows."""
+"""What is compared: ways to make the same chunks with the same model. The engine, and one that keeps no cache."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ from dataclasses import replace
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..checkpoints.model import CausalModel
-from ..checkpoints.transformer import build_transformer
-from ..geometry import WAN_21
-from ..presets import ModelPreset
-from ..rope import rotary_angles, rotations
-from ..sampling.schedule import renoise_chunk
-from ..sampling.session import RollingSession
-from .growing import GrowingSelfAttention
-from .memory import TensorBytes, storage_bytes
-from .workload import Workload
+from ...checkpoints.model import CausalModel
+from ...checkpoints.transformer import build_transformer
+from ...presets import ModelPreset
+from ...sampling.schedule import renoise_chunk
+from ...sampling.session import RollingSession
+from ..gauges import TensorBytes, storage_bytes
+from .experiment import Workload
 
 
-class Method:
+class Contender:
     """One way to make a video chunk by chunk. `chunk` is called with 0, 1, 2, … and is what gets timed.
 
-    letter, title, note: for the table. weights: shared by all methods, read only; names of the original Wan release.
+    letter, title, note: for the table. weights: shared by all, read only; names of the original Wan release.
     """
 
     letter = title = note = ""
@@ -38,28 +35,28 @@ class Method:
 
     @property
     def kv_bytes(self) -> int | None:
-        """Bytes that keys and values take now; None for a method that keeps none."""
+        """Bytes that keys and values take now; None where none are kept."""
         return None
 
     @property
     def video_bytes(self) -> int:
-        """Bytes of the finished video that the method itself keeps, which grow with the video by their nature."""
+        """Bytes of the finished video that the contender itself keeps, which grow with the video by their nature."""
         return 0
 
     @property
     def peak_bytes(self) -> int | None:
-        """Peak memory of the latest chunk, where the method runs elsewhere and knows it."""
+        """Peak memory of the latest chunk, where it runs elsewhere and knows it."""
         return None
 
     @classmethod
     def follow_memory(cls, workload: Workload, weights: dict[str, Tensor]) -> list[int]:
         """Peak bytes of tensors during each chunk, by a run of its own. Weights count, the finished video does not."""
         with TensorBytes(storage_bytes(weights.values())) as tensors:
-            method = cls(replace(workload, execution=replace(workload.execution, compile=False)), weights)
+            contender = cls(replace(workload, execution=replace(workload.execution, compile=False)), weights)
             try:
-                return [method._peak(index, tensors) for index in range(workload.chunks)]
+                return [contender._peak(index, tensors) for index in range(workload.chunks)]
             finally:
-                method.close()
+                contender.close()
 
     def _peak(self, index: int, tensors: TensorBytes) -> int:
         tensors.restart()
@@ -75,7 +72,7 @@ def make_transformer(workload: Workload, weights: dict[str, Tensor]) -> WanTrans
     return build_transformer(weights, dtype=workload.dtype, device=workload.device)
 
 
-class Rolling(Method):
+class Rolling(Contender):
     """(a) This package's engine. A chunk's context pass runs when the next chunk begins, and is timed with that one."""
 
     letter = "a"
@@ -114,7 +111,7 @@ class Rolling(Method):
         self.stack.close()
 
 
-class StockSteps(Method):
+class StockSteps(Contender):
     """Sampling by calls of a diffusers transformer whose forward is the stock one."""
 
     def __init__(self, workload: Workload, weights: dict[str, Tensor]):
@@ -159,60 +156,3 @@ class Recompute(StockSteps):
 
     def flow(self, latents, timestep):
         return super().flow(torch.cat([self.past, latents], dim=2), timestep)[:, :, self.past.shape[2] :]
-
-
-class Growing(StockSteps):
-    """(c) A cache that is concatenated on every pass and trimmed after it: diffusers pull request #13569.
-
-    As there, the first step of a chunk appends, the later ones and the context pass overwrite, the text is projected on
-    every pass, and there is no sink. Positions are absolute, as the engine has them.
-    """
-
-    letter = "c"
-    title = "grow and trim with torch.cat (#13569)"
-    note = "the first step of a chunk attends to window + chunk; context pass in full, after every chunk"
-
-    def __init__(self, workload: Workload, weights: dict[str, Tensor]):
-        super().__init__(workload, weights)
-        window = workload.cache.limit
-        limit = None if window is None else window * workload.tokens_per_frame
-        self.attentions = [GrowingSelfAttention(limit) for _ in self.transformer.blocks]
-        for block, attention in zip(self.transformer.blocks, self.attentions):
-            block.attn1.processor = attention
-        self.transformer.rope = _Positions(workload)
-
-    def chunk(self, index):
-        self.transformer.rope.move_to(index * self.workload.chunk_shape[2])
-        for attention in self.attentions:
-            attention.overwriting = False
-        latents = self.sample(index)
-        with torch.inference_mode():
-            super().flow(latents, self.workload.sampling.context_noise)
-        return latents
-
-    def flow(self, latents, timestep):
-        flow = super().flow(latents, timestep)
-        for attention in self.attentions:
-            attention.overwriting = True
-        return flow
-
-    @property
-    def kv_bytes(self):
-        return sum(attention.nbytes for attention in self.attentions)
-
-
-class _Positions(nn.Module):
-    """In the place of a transformer's rotary embedding: the rotation for a chunk that starts at any frame."""
-
-    def __init__(self, workload: Workload):
-        super().__init__()
-        self.workload = workload
-
-    def move_to(self, start: int) -> None:
-        frames, height, width = self.workload.chunk_shape[2:]
-        head_dim = self.workload.size.dim // self.workload.size.heads
-        rotation = rotations(rotary_angles(head_dim, start, frames, *WAN_21.grid(height, width))).to(torch.complex64)
-        self.rotation = rotation[None, :, None].to(self.workload.device)
-
-    def forward(self, hidden_states):
-        return self.rotation

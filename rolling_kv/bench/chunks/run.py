@@ -1,4 +1,4 @@
-"""Run every method over the same chunks in turn, so that whatever else the machine does hits them all alike."""
+"""Run every contender over the same chunks in turn, so that whatever else the machine does hits them all alike."""
 
 from __future__ import annotations
 
@@ -11,26 +11,23 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from .memory import CudaGauge, storage_bytes
-from .methods import Method
-from .workload import Workload
+from ..figures import BenchError
+from ..gauges import CudaGauge, storage_bytes
+from .contenders import Contender
+from .experiment import Workload
 
 Say = Callable[[str], None]
 
 TOLERANCE = {torch.float32: 5e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-"""Largest difference between the latents of two methods, relative in the 2-norm. Rounding makes about a third of it at
+"""Largest difference between the latents of two contenders, relative in the 2-norm. Rounding makes about a third of it at
 the tiny size; with random weights, attending to one frame more or less makes 1e-4."""
 QUANTISED_TOLERANCE = 2e-2
-"""The same where the cache is float8 or int8, in any dtype."""
-
-
-class BenchError(ValueError):
-    """A method fails, or does other work than the one it is compared with: they do not make the same video."""
+"""The same where the cache is kept in fewer bits, in any dtype."""
 
 
 @dataclass
 class Result:
-    """What was measured of one method. Lists are by chunk number.
+    """What was measured of one contender. Lists are by chunk number.
 
     seconds: one list per repeat. kv_bytes: None without a cache. peak_bytes: the most memory in use during the chunk,
     weights included, the finished video not; empty where it was not measured.
@@ -60,70 +57,70 @@ def share_of_floor(workload: Workload, result: Result, floor: Result) -> float:
 
 def measure(
     workload: Workload,
-    methods: Sequence[type[Method]],
+    contenders: Sequence[type[Contender]],
     *,
     repeats: int = 1,
     warmup: int = 0,
     memory: bool = True,
     say: Say = print,
 ) -> list[Result]:
-    """Measure each method; the results are in the order of `methods`.
+    """Measure each contender; the results are in their order.
 
     warmup: chunks of an untimed run before the others. memory: without CUDA, follow peak memory in an untimed run of
-    each method; CUDA's allocator counts in the timed runs. Raises BenchError if methods disagree about the video.
+    each; CUDA's allocator counts in the timed runs. Raises BenchError if contenders disagree about the video.
     """
     weights = workload.random_weights()
     if warmup:
-        _run(workload, min(warmup, workload.chunks), methods, weights, lambda text: say(f"warm-up, {text}"))
+        _run(workload, min(warmup, workload.chunks), contenders, weights, lambda text: say(f"warm-up, {text}"))
     runs = []
     for number in range(1, repeats + 1):
         label = f"run {number} of {repeats}, "
-        runs.append(_run(workload, workload.chunks, methods, weights, lambda text, label=label: say(label + text)))
+        runs.append(_run(workload, workload.chunks, contenders, weights, lambda text, label=label: say(label + text)))
     results = runs[0]
     for run in runs[1:]:
         for result, more in zip(results, run):
             result.seconds += more.seconds
     if memory and workload.device.type != "cuda":
-        for method, result in zip(methods, results):
+        for contender, result in zip(contenders, results):
             say(f"following the memory of ({result.letter})")
-            result.peak_bytes = method.follow_memory(workload, weights)
+            result.peak_bytes = contender.follow_memory(workload, weights)
     return results
 
 
 def _run(
-    workload: Workload, chunks: int, methods: Sequence[type[Method]], weights: dict[str, Tensor], say: Say
+    workload: Workload, chunks: int, contenders: Sequence[type[Contender]], weights: dict[str, Tensor], say: Say
 ) -> list[Result]:
-    """Open every method and make `chunks` chunks with each in turn."""
+    """Open every contender and make `chunks` chunks with each in turn."""
     cuda = workload.device.type == "cuda"
     gauge = CudaGauge(workload.device, storage_bytes(weights.values())) if cuda else None
-    results = [Result(method.letter, method.title, method.note, [[]]) for method in methods]
+    results = [Result(kind.letter, kind.title, kind.note, [[]]) for kind in contenders]
     with ExitStack() as stack:
         opened = []
-        for method in methods:
-            with gauge.turn(method.letter) if gauge else nullcontext():
-                opened.append(method(workload, weights))
+        for kind in contenders:
+            with gauge.turn(kind.letter) if gauge else nullcontext():
+                opened.append(kind(workload, weights))
             stack.callback(opened[-1].close)
         for index in range(chunks):
             videos = {}
-            for method, result in zip(opened, results):
-                with gauge.turn(method.letter) if gauge else nullcontext():
-                    seconds, videos[method.letter] = _timed(method, index, workload.device)
+            for contender, result in zip(opened, results):
+                with gauge.turn(result.letter) if gauge else nullcontext():
+                    seconds, videos[result.letter] = _timed(contender, index, workload.device)
                 result.seconds[0].append(seconds)
-                result.kv_bytes.append(method.kv_bytes)
+                result.kv_bytes.append(contender.kv_bytes)
                 if gauge:
-                    result.peak_bytes.append(method.peak_bytes or gauge.peaks[method.letter])
+                    result.peak_bytes.append(contender.peak_bytes or gauge.peaks[result.letter])
             check_finite(index, videos)
             check_agreement(workload, index, videos)
             say(f"chunk {index + 1}: " + ", ".join(f"({r.letter}) {r.seconds[0][-1]:.3f} s" for r in results))
     return results
 
 
-def _timed(method: Method, index: int, device: torch.device) -> tuple[float, Tensor | None]:
-    """Seconds, and what the method made. The device is waited for here and nowhere inside."""
+def _timed(contender: Contender, index: int, device: torch.device) -> tuple[float, Tensor | None]:
+    """Seconds, and what was made. The device is waited for here and nowhere inside."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
     wait(device)
     start = time.perf_counter()
-    video = method.chunk(index)
+    video = contender.chunk(index)
     wait(device)
     return time.perf_counter() - start, video
 
@@ -138,7 +135,7 @@ def check_finite(index: int, videos: dict[str, Tensor | None]) -> None:
 
 
 def check_agreement(workload: Workload, index: int, videos: dict[str, Tensor | None]) -> None:
-    """Raise BenchError unless methods that should have made the same chunk number `index` have done so.
+    """Raise BenchError unless contenders that should have made the same chunk number `index` have done so.
 
     videos: latents by letter; (a) is what the others are compared with. (b) is the same for the first chunk only, where
     there is nothing to recompute; (c) and (d) are until the first frame has to leave the window.

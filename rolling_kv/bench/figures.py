@@ -1,0 +1,76 @@
+"""What all benchmarks say alike: the machine, numbers, sizes, tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..atomic import replacing
+from ..config import CacheConfig, SamplingConfig
+
+
+class BenchError(ValueError):
+    """What was measured is of no use: it fails, or does other work than what it is compared with."""
+
+
+def full_window(chunks: int, sampling: SamplingConfig, cache: CacheConfig) -> list[int]:
+    """Numbers (from 0) of the chunks whose passes all see a full window; the last chunk alone if there are none."""
+    full = [i for i in range(chunks) if cache.limit is not None and i * sampling.chunk >= cache.limit]
+    return full or [chunks - 1]
+
+
+def span(numbers: Sequence[int]) -> str:
+    """Chunks by their numbers (from 0), as people count them."""
+    first, last = numbers[0] + 1, numbers[-1] + 1
+    return f"chunks {first} to {last}" if len(numbers) > 1 else f"chunk {first}"
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What the figures were measured on."""
+    known = {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if device.type == "cuda":
+        known["gpu"] = torch.cuda.get_device_name(device)
+    return known | {"python": platform.python_version(), "system": platform.system()}
+
+
+def hardware(device: torch.device) -> str:
+    """The machine in a line."""
+    here = machine(device)
+    threads = here["threads"]
+    cpu = f"{here['cpu']}, {threads} thread{'' if threads == 1 else 's'}"
+    return f"{here.get('gpu', cpu)}, torch {here['torch']}"
+
+
+def _cpu_name() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in (head, *rows)]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return [f"| {line} |" for line in lines]
+
+
+def number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def size(count: int | None) -> str:
+    if count is None:
+        return ""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def write_json(path: Path, content: dict) -> None:
+    with replacing(path) as file:
+        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""`python -m rolling_kv bench storage`: bytes, time and error of every way to keep the cache and the weights."""
