@@ -42,7 +42,7 @@ class Pipeline:
         """Load all three. A diffusers folder holds the text encoder and the VAE too; give them for single files.
 
         storage: how the model's weights are kept, see `load_model`. loras: files, each with its strength; they add up,
-        and stay for good (`lora_stack` has the way back).
+        and stay for good (`lora.stack` has the way back).
         Raises CheckpointError for files that are missing or cannot be used.
         """
         parts = {"text_encoder": text_encoder or model, "vae": vae or model}

@@ -13,6 +13,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import diffusers
 import sentencepiece
@@ -27,14 +28,16 @@ from .config import CacheConfig
 from .geometry import TEXT_LENGTH
 from .presets import ModelPreset
 
-TINY_TRANSFORMER = dict(
+TINY_TRANSFORMER: dict[str, Any] = dict(
     num_attention_heads=4, attention_head_dim=32, num_layers=4, ffn_dim=256, text_dim=64, freq_dim=64,
     in_channels=16, out_channels=16,
 )  # fmt: skip
-TINY_VAE = dict(base_dim=8, z_dim=16)
-TINY_TEXT = dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+TINY_VAE: dict[str, Any] = dict(base_dim=8, z_dim=16)
+TINY_TEXT: dict[str, Any] = dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
 TINY_PRESET = ModelPreset("tiny", cache=CacheConfig(window=9))
 VOCABULARY = 400
+Model = TypeVar("Model", bound=nn.Module)
+
 _RANDOM_MARK = "random_weights_seed"
 """Entry of rolling_kv.json that tells a folder of `make_tiny`, which it may replace, from any other model."""
 _PAD, _EOS, _UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -101,7 +104,7 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 @torch.no_grad()
-def _randomize(model: nn.Module, seed: int) -> nn.Module:
+def _randomize(model: Model, seed: int) -> Model:
     """Fill in weights that depend on the seed and on each parameter's name alone, not on a library's initialisation."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ class StreamCopies(Copies):
 
 
 class Offloaded(Resident):
-    """Every layer's parts in CPU memory (see `host_memory`), two layers' worth on the device.
+    """Every layer's parts in CPU memory (see `pinned`), two layers' worth on the device.
 
     While one layer computes, the next one is copied in; what a pass writes is copied back. Layers are best opened in
     order, 0 to the last, over and over: another order costs a wait. Raises ValueError when there is too little RAM.
@@ -126,7 +127,7 @@ class Offloaded(Resident):
 
     def discard(self) -> None:
         self.staged = [-1, -1]  # which layer each staging buffer holds, or is about to hold
-        self.arrived = [None, None]  # the mark after its copy
+        self.arrived: list[Any] = [None, None]  # the mark after its copy
         self.place = 0  # the staging buffer that is open
 
     def release(self) -> None:

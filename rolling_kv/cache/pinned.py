@@ -9,6 +9,7 @@ import logging
 import math
 import mmap
 import weakref
+from typing import Any
 
 import numpy as np
 import psutil
@@ -50,7 +51,7 @@ class HostMemory:
 
     def _pin(self, memory: np.ndarray, address: int, nbytes: int) -> None:
         with torch.cuda.device(self.device):
-            error = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, PORTABLE))
+            error = int(_cudart().cudaHostRegister(address, nbytes, PORTABLE))
         if not error:
             # The tensor holds the array. When the process ends, CUDA may be gone before it.
             weakref.finalize(memory, _unpin, address, self.device).atexit = False
@@ -63,6 +64,10 @@ class HostMemory:
             error,
         )
         _forget_error(self.device)
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()
 
 
 def _forget_error(device: torch.device) -> None:
@@ -79,4 +84,4 @@ def _unpin(address: int, device: torch.device) -> None:
         torch.cuda.synchronize(device)  # copies to and from it may still run
     finally:
         with torch.cuda.device(device):
-            torch.cuda.cudart().cudaHostUnregister(address)
+            _cudart().cudaHostUnregister(address)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -39,6 +40,11 @@ class CausalModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype that the model computes in; norms and time embedding may be kept in float32."""
         return self.transformer.patch_embedding.weight.dtype
+
+    @property
+    def config(self) -> Any:
+        """The transformer's settings, by diffusers' names."""
+        return self.transformer.config
 
     @property
     def geometry(self) -> Geometry:

@@ -1,6 +1,6 @@
 """The hook API that diffusers pull request #13569 proposes, on this package's rolling cache.
 
-For code that drives a diffusers transformer itself, one forward pass at a time; `rolling_kv.sampler` does not need it.
+For code that drives a diffusers transformer itself, one forward pass at a time; `rolling_kv.sampling` does not need it.
 The names are the pull request's. The window is ours: it counts the tokens that a pass writes, and the oldest tokens
 leave before the pass attends. docs/hook-api.md has an example and every difference.
 
@@ -180,10 +180,11 @@ class WanPositionsHook(RollingKVCacheHook):
                 f"({height} x {width}); was the cache filled at another size?"
             )
         key = (start_frame, frames, height, width, hidden_states.device)
-        if key != self.key:
+        if self.tables is None or key != self.key:
             angles = rotary_angles(module.attention_head_dim, start_frame, frames, height, width)
-            tables = (part.float().repeat_interleave(2, -1)[None, :, None] for part in (angles.cos(), angles.sin()))
-            self.key, self.tables = key, tuple(to_device(table, hidden_states.device) for table in tables)
+            cos, sin = (part.float().repeat_interleave(2, -1)[None, :, None] for part in (angles.cos(), angles.sin()))
+            self.key = key
+            self.tables = (to_device(cos, hidden_states.device), to_device(sin, hidden_states.device))
         return self.tables
 
 

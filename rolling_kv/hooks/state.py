@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.hooks.hooks import BaseState, StateManager
@@ -95,7 +96,11 @@ class RollingKVCacheState(BaseState):
     @property
     def write_offset(self) -> int:
         """Absolute position of the first token of the next pass."""
-        return self.next_token_offset if self.write_mode == "append" else self.absolute_token_offset
+        return self._start_after(self.next_token_offset)
+
+    def _start_after(self, end: int) -> int:
+        """First token of the next pass over a layer that ends at token `end`."""
+        return end if self.absolute_token_offset is None else self.absolute_token_offset
 
     @property
     def nbytes(self) -> int:
@@ -158,7 +163,7 @@ class RollingKVCacheState(BaseState):
             )
         window, sink = self.config.window_size, self.config.sink_size
         end = cache.window.end if cache is not None else 0
-        start = end if self.write_mode == "append" else self.absolute_token_offset
+        start = self._start_after(end)
         evicting = window != -1 and end > window
         oldest = end - (window - sink) if evicting else 0
         if start > end:
@@ -210,17 +215,18 @@ class ContextStates(StateManager):
     """
 
     def __init__(self, config: RollingKVCacheConfig):
-        super().__init__(RollingKVCacheState, (config,))
+        super().__init__(RollingKVCacheState, (config,))  # pyright: ignore[reportArgumentType]: it takes the class
+        self.config = config
         self.states: dict[str, RollingKVCacheState] = {}
         self.set_context(None)
 
-    def set_context(self, context) -> None:
-        self.name = getattr(context, "name", context) or DEFAULT_CONTEXT
+    def set_context(self, context: Any) -> None:
+        self.active: str = getattr(context, "name", context) or DEFAULT_CONTEXT
 
     def get_state(self) -> RollingKVCacheState:
-        if self.name not in self.states:
-            self.states[self.name] = self._state_cls(*self._init_args)
-        return self.states[self.name]
+        if self.active not in self.states:
+            self.states[self.active] = RollingKVCacheState(self.config)
+        return self.states[self.active]
 
     def reset(self) -> None:
         for state in self.states.values():

@@ -12,7 +12,7 @@ def fitted_embeds(model: CausalModel, batch: int, embeds: torch.Tensor, name: st
 
     name: what to call them in a message. Raises ValueError unless they are of the model's width.
     """
-    text_dim = model.transformer.config.text_dim
+    text_dim = model.config.text_dim
     if embeds.ndim != 3 or embeds.shape[0] not in (1, batch) or embeds.shape[2] != text_dim:
         raise ValueError(
             f"{name} must be [1 or {batch}, tokens, {text_dim}] for this model, got {list(embeds.shape)}; "

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+eager: Any = torch.compiler.disable
+"""Keeps a function out of the compiled parts. (torch's own annotations lose the function's arguments.)"""
 
 
 class Weights(NamedTuple):

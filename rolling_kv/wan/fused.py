@@ -10,15 +10,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from .context import PassContext
+from .execution import eager
 
 logger = logging.getLogger(__name__)
 
-ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+ONEDNN_LINEAR: Callable[..., torch.Tensor] | None = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+)
 
 
 def fused_forwards(blocks) -> list[tuple[torch.nn.Module, Callable]]:
@@ -61,21 +65,21 @@ def fused_feed_forward(ffn, stock_forward):
     torch offers oneDNN's fused product to its own compiler only, as a private operator. Where it is missing, or where
     anything (LoRA, weight storage) stands between the layers, `stock_forward` runs.
     """
-    gelu, up, down = ffn.net[0], getattr(ffn.net[0], "proj", None), ffn.net[-1]
+    gelu, down = ffn.net[0], ffn.net[-1]
+    up: Any = getattr(gelu, "proj", None)
     known = type(up) is torch.nn.Linear and getattr(gelu, "approximate", None) == "tanh" and len(ffn.net) == 3
 
     def forward(x, *args, **kwargs):
         """x: [B, S, dim]. Returns [B, S, dim]."""
         fused = (
             known
-            and ONEDNN_LINEAR is not None
             and x.device.type == "cpu"
             and x.dtype == up.weight.dtype == torch.float32
             and not torch.is_grad_enabled()
             and is_plain(gelu)
             and is_plain(up)
         )
-        if not fused:
+        if ONEDNN_LINEAR is None or not fused:
             return stock_forward(x, *args, **kwargs)
         return down(ONEDNN_LINEAR(x, up.weight, up.bias, "gelu", [], "tanh"))
 
@@ -93,7 +97,7 @@ def last_block_forward(block, block_forward, context: PassContext):
         write_keys(hidden_states, temb, rotary_emb)
         return hidden_states
 
-    @torch.compiler.disable
+    @eager
     def write_keys(hidden_states, temb, rotary_emb) -> None:
         shift, scale = (block.scale_shift_table + temb.float())[:, :2].chunk(2, dim=1)
         if context.execution.exact:
@@ -118,7 +122,7 @@ def is_plain(module: torch.nn.Module) -> bool:
     Libraries that take their hooks off often leave the class's own forward behind, as an attribute of the instance.
     """
     own = vars(module).get("forward")
-    left_behind = getattr(own, "__self__", None) is module and own.__func__ is type(module).forward
+    left_behind = getattr(own, "__self__", None) is module and getattr(own, "__func__", None) is type(module).forward
     return (own is None or left_behind) and not (module._forward_hooks or module._forward_pre_hooks)
 
 

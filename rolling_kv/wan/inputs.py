@@ -68,6 +68,7 @@ def condition_forward(embedder, context: PassContext):
             prompt.projected = embedder.text_embedder(encoder_hidden_states)
         # One matrix row per frame, as the original computes it: the row count changes the rounding of the product.
         rows = context.running.time_rows
+        assert context.sinusoid is not None
         sinusoid = context.sinusoid.repeat(len(timestep) * rows, 1)
         time = embedder.time_embedder(sinusoid).type_as(encoder_hidden_states)
         modulation = embedder.time_proj(embedder.act_fn(time))

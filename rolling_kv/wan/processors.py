@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from ..rope import rotate
 from .context import PassContext
+from .execution import eager
 from .fused import rms_norm_
 
 
@@ -20,13 +23,13 @@ class RollingSelfAttention:
         self.layer = layer
         self._attention_backend = context.execution.backend
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: Any = None):
         """hidden_states: [B, S, dim], the tokens of the open chunk. rotary_emb: see `rope.rotate`."""
         query = rotate(self._heads(attn, attn.to_q(hidden_states), attn.norm_q), rotary_emb)
         key, value = self.key_value(attn, hidden_states, rotary_emb)
         return project(attn, self._attend(query, key, value))
 
-    @torch.compiler.disable
+    @eager
     def _attend(self, query, key, value):
         key, value = self.context.running.branch.cache.update(self.layer, key, value)
         return attend(self, query, key, value)
@@ -55,7 +58,7 @@ class PromptCrossAttention:
         query = normalise(attn.to_q(hidden_states), attn.norm_q, self.context.execution.exact)
         return project(attn, self._attend(attn, query.unflatten(2, (attn.heads, -1)), encoder_hidden_states))
 
-    @torch.compiler.disable
+    @eager
     def _attend(self, attn, query, encoder_hidden_states):
         layers = self.context.running.branch.prompt.layers
         if self.layer not in layers:

@@ -7,8 +7,7 @@ import psutil
 import pytest
 import torch
 
-from rolling_kv.cache import offload
-from rolling_kv.cache import pinned as host_memory
+from rolling_kv.cache import offload, pinned
 from rolling_kv.cache.pinned import HostMemory
 from rolling_kv.cache.rolling import RollingKVCache
 from rolling_kv.cache.sizes import CacheShape
@@ -39,8 +38,8 @@ def cudart(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: cudart.said.append(f"waited for {device}"))
-    monkeypatch.setattr(host_memory, "_forget_error", lambda device: cudart.said.append("forgot"))
-    monkeypatch.setattr(host_memory.mmap, "PAGESIZE", PAGE)
+    monkeypatch.setattr(pinned, "_forget_error", lambda device: cudart.said.append("forgot"))
+    monkeypatch.setattr(pinned.mmap, "PAGESIZE", PAGE)
     return cudart
 
 

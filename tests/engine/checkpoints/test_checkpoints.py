@@ -16,7 +16,7 @@ from rolling_kv.checkpoints.transformer import build_transformer
 from rolling_kv.inspection import inspect_checkpoint
 from rolling_kv.presets import PRESETS
 
-DATA = Path(__file__).parents[1] / "data" / "self_forcing"
+DATA = Path(__file__).parents[2] / "data" / "self_forcing"
 
 
 @pytest.fixture(scope="module")

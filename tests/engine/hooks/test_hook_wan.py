@@ -13,7 +13,7 @@ from rolling_kv.cache.prompt import Branch, PromptCache
 from rolling_kv.cache.rolling import RollingKVCache
 from rolling_kv.cache.sizes import CacheShape
 from rolling_kv.checkpoints.model import CausalModel
-from rolling_kv.config import CacheConfig, SamplingConfig
+from rolling_kv.config import ALL_FRAMES, CacheConfig, SamplingConfig
 from rolling_kv.hooks.attach import apply_rolling_kv_cache, get_rolling_kv_cache_state, remove_rolling_kv_cache
 from rolling_kv.hooks.state import RollingKVCacheConfig
 from rolling_kv.presets import ModelPreset
@@ -52,7 +52,8 @@ def test_wan_agrees_with_the_engine(hooked, window, sink, batch, dtype):
     prompt = noise(batch, 6, transformer.config.text_dim).to(dtype)
 
     shape = CacheShape.of(transformer, batch, *SIZE, dtype)
-    branch = Branch(RollingKVCache(shape, CacheConfig(window, sink), "cpu", capacity=2), PromptCache(prompt))
+    kept = CacheConfig(ALL_FRAMES if window == -1 else window, sink)
+    branch = Branch(RollingKVCache(shape, kept, "cpu", capacity=2), PromptCache(prompt))
     expected = []
     with torch.no_grad(), attach(transformer) as attachment:
         for chunk in latents:
