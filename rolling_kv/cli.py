@@ -16,6 +16,7 @@ from .bench.cli import add_command as add_bench
 from .bundled import BUNDLED, check_model, default_size
 from .config import WEIGHT_STORAGES
 from .inspection import inspect_checkpoint
+from .messages import printable
 from .pipeline import Pipeline
 from .presets import PRESETS
 from .tiny import make_tiny
@@ -159,12 +160,14 @@ def _inspect(args: argparse.Namespace) -> None:
     info = inspect_checkpoint(args.file, args.height, args.width)
     config = info.config
     preset = PRESETS.get(info.preset)
-    print(f"file       {info.path}")
+    print(f"file       {printable(str(info.path))}")
     print(f"layout     {info.layout}")
     print(f"size       {_size(info.file_bytes)}, {info.parameters / 1e6:,.1f} million parameters")
     print(f"dtype      {', '.join(info.dtypes)}")
     print(f"model      {config['layers']} layers, dim {config['dim']}, {config['heads']} heads, ffn {config['ffn']}")
     print(f"preset     {info.preset or 'none detected: self-forcing is assumed, choose another with --preset'}")
+    if info.note:
+        print(f"note       {info.note}")
     per_frame = info.kv_bytes_per_frame
     print(f"KV cache   {_size(per_frame)} per latent frame in bfloat16 at {info.width}x{info.height}")
     if preset and (window := preset.cache.limit):

@@ -6,7 +6,7 @@ Units: `chunk`, `window` and `sink` count latent frames. One latent frame is fou
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -16,9 +16,16 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _check_att
 from .cache.codecs import CODECS
 from .devices import has_float64
 from .geometry import WAN_21, Geometry
+from .messages import shortened, shown
 
 ALL_FRAMES: Final = "all"
 """A window that keeps every frame."""
+
+MOST_FRAMES = 4096
+"""Latent frames of a window: more than any memory holds at 480p."""
+MOST_CHUNK_FRAMES = 64
+MOST_STEPS = 1000
+"""Denoising steps of a chunk: as many as there are training timesteps."""
 
 SAMPLERS = ("renoise", "unipc", "euler")
 SINK_PHASES = ("absolute", "rebased")
@@ -33,8 +40,32 @@ RECORDABLE_PACKINGS = ("Q8_0", "BF16")
 
 def check_choice(name: str, value: object, choices: Collection) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+    if not isinstance(value, (str, int)) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {shown(value)}")
+
+
+def check_whole(name: str, value: object, low: int, high: int, unit: str = "") -> None:
+    """Raise ValueError unless `value` is a whole number from `low` to `high`. unit: what it counts, in the singular."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number, got {shown(value)}")
+    if low == 0 and value < 0:
+        raise ValueError(f"{name} must not be negative, got {shown(value)}")
+    if not low <= value <= high:
+        side, bound = ("least", low) if value < low else ("most", high)
+        counted = unit and f" {unit}{'s' * (bound != 1)}"
+        raise ValueError(f"{name} must be at {side} {bound}{counted}, got {shown(value)}")
+
+
+def check_real(name: str, value: object, low: float, high: float) -> None:
+    """Raise ValueError unless `value` is a number from `low` to `high`, and so a finite one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {shown(value)}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -58,12 +89,15 @@ class CacheConfig:
     def __post_init__(self):
         check_choice("sink_phase", self.sink_phase, SINK_PHASES)
         check_choice("storage", self.storage, CACHE_STORAGES)
-        if self.window != ALL_FRAMES and not (isinstance(self.window, int) and self.window >= 1):
-            raise ValueError(
-                f'window must be "{ALL_FRAMES}" (keep every frame) or at least 1 latent frame, got {self.window!r}'
-            )
-        if self.sink < 0:
-            raise ValueError(f"sink must not be negative, got {self.sink}")
+        check_flag("offload", self.offload)
+        if self.window != ALL_FRAMES:
+            whole = isinstance(self.window, int) and not isinstance(self.window, bool)
+            if not whole or self.window < 1:
+                raise ValueError(
+                    f'window must be "{ALL_FRAMES}" (keep every frame) or at least 1 latent frame, got {shown(self.window)}'
+                )
+            check_whole("window", self.window, 1, MOST_FRAMES, "latent frame")
+        check_whole("sink", self.sink, 0, MOST_FRAMES, "latent frame")
 
     @property
     def limit(self) -> int | None:
@@ -110,21 +144,19 @@ class SamplingConfig:
     context_noise: float = 0.0
 
     def __post_init__(self):
-        object.__setattr__(self, "denoising_steps", tuple(self.denoising_steps))
-        if self.first_chunk_steps is not None:
-            object.__setattr__(self, "first_chunk_steps", tuple(self.first_chunk_steps))
-        if self.chunk < 1:
-            raise ValueError(f"chunk must be at least 1 latent frame, got {self.chunk}")
+        check_whole("chunk", self.chunk, 1, MOST_CHUNK_FRAMES, "latent frame")
+        check_flag("independent_first_frame", self.independent_first_frame)
         check_choice("sampler", self.sampler, SAMPLERS)
-        if self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}")
-        if self.shift <= 0:
-            raise ValueError(f"shift must be positive, got {self.shift}")
-        if not 0 <= self.context_noise <= 1000:
-            raise ValueError(f"context_noise is a timestep from 0 to 1000, got {self.context_noise}")
-        for steps in (self.denoising_steps, self.first_chunk_steps or self.denoising_steps):
-            if not steps or any(not 0 < s <= 1000 for s in steps) or list(steps) != sorted(set(steps), reverse=True):
-                raise ValueError(f"denoising steps must fall from at most 1000 to above 0, got {list(steps)}")
+        check_whole("num_inference_steps", self.num_inference_steps, 1, MOST_STEPS)
+        check_real("guidance_scale", self.guidance_scale, 0, 1000)
+        if isinstance(self.shift, (int, float)) and self.shift <= 0:
+            raise ValueError(f"shift must be positive, got {shown(self.shift)}")
+        check_real("shift", self.shift, 0, 1000)
+        if not _is_timestep(self.context_noise, 0):
+            raise ValueError(f"context_noise is a timestep from 0 to 1000, got {shown(self.context_noise)}")
+        object.__setattr__(self, "denoising_steps", _falling(self.denoising_steps))
+        if self.first_chunk_steps is not None:
+            object.__setattr__(self, "first_chunk_steps", _falling(self.first_chunk_steps))
 
     @property
     def few_step(self) -> bool:
@@ -175,6 +207,22 @@ class SamplingConfig:
     def chunk_sizes(self, chunks: int, start_frame: int = 0) -> list[int]:
         """Latent frames of each of `chunks` chunks from absolute latent frame `start_frame` on."""
         return [self.chunk_size(start_frame), *[self.chunk] * (chunks - 1)] if chunks else []
+
+
+def _is_timestep(value: object, low: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= 1000
+
+
+def _falling(steps: Sequence[float]) -> tuple[float, ...]:
+    """Denoising steps as a tuple. Raises ValueError unless they are timesteps that fall."""
+    if isinstance(steps, str) or not isinstance(steps, Sequence):
+        raise ValueError(f"denoising steps must be a list of timesteps, got {shown(steps)}")
+    steps = tuple(steps)
+    numbers = 0 < len(steps) <= MOST_STEPS and all(_is_timestep(step, 0) and step > 0 for step in steps)
+    if not numbers or list(steps) != sorted(set(steps), reverse=True):
+        got = f"[{', '.join(map(shown, steps[:9]))}{', …' if len(steps) > 9 else ''}]"
+        raise ValueError(f"denoising steps must fall from at most 1000 to above 0, got {shortened(got, 200)}")
+    return steps
 
 
 @dataclass(frozen=True)

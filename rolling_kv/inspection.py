@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .cache.sizes import CacheShape
-from .checkpoints.detect import detect_preset
+from .checkpoints.detect import assumption, detect_preset
 from .checkpoints.dtypes import dtype_name, stored_dtypes
 from .checkpoints.gguf import gguf_types
 from .checkpoints.readers import open_checkpoint, telling
@@ -25,6 +25,7 @@ class CheckpointInfo:
     dtypes: of the stored weights, the one with the most values first; the packings of a GGUF file before the rest.
     config: layers, dim, heads, ffn.
     preset: name of the detected preset, None where neither the file nor its name tells.
+    note: what is then assumed, and what to do; empty otherwise.
     geometry: how pixels, latents and seconds follow from each other.
     kv_bytes_per_frame: keys and values of one latent frame in bfloat16 at `height` x `width` pixels.
     """
@@ -36,6 +37,7 @@ class CheckpointInfo:
     config: dict[str, int]
     parameters: int
     preset: str | None
+    note: str
     height: int
     width: int
     kv_bytes_per_frame: int
@@ -49,7 +51,7 @@ def inspect_checkpoint(path: str | Path, height: int = 480, width: int = 832) ->
         checkpoint = open_checkpoint(transformer_path(path), values=False)
         weights, _, config, naming = prepare(checkpoint.tensors, settings_of(checkpoint))
         transformer = empty_transformer(weights, config)
-        preset = detect_preset(path, checkpoint)
+        preset, note = detect_preset(path, checkpoint), assumption(path, checkpoint)
     packings = gguf_types(checkpoint.tensors)
     shape = CacheShape.of(transformer, 1, *Geometry.of(transformer).latent_size(height, width), torch.bfloat16)
     return CheckpointInfo(
@@ -65,6 +67,7 @@ def inspect_checkpoint(path: str | Path, height: int = 480, width: int = 832) ->
         },
         parameters=sum(weight.numel() for weight in weights.values()),
         preset=preset and preset.name,
+        note=note,
         height=height,
         width=width,
         kv_bytes_per_frame=shape.bytes_per_frame(),

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field, fields, replace
 
 from .config import CacheConfig, SamplingConfig
+from .messages import NAME_LENGTH, listed, shown
 
 _CACHE_FIELDS = ("window", "sink", "sink_phase")
 """What a family was trained with; storage and offload are the user's choice."""
@@ -67,14 +68,22 @@ class ModelPreset:
 
     @classmethod
     def from_dict(cls, values: dict) -> ModelPreset:
-        """Read what `to_dict` wrote; absent entries keep their defaults. Raises ValueError for unknown entries."""
+        """Read what `to_dict` wrote; absent entries keep their defaults.
+
+        Raises ValueError for unknown entries, and for values that are no settings.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"a preset is an object with names and values, not {shown(values)}")
         known = {f.name for f in fields(SamplingConfig)}
-        unknown = sorted(set(values) - known - {"name", *_CACHE_FIELDS})
+        unknown = [name for name in values if name not in known | {"name", *_CACHE_FIELDS}]
         if unknown:
-            raise ValueError(f"unknown preset entries: {', '.join(unknown)}")
+            raise ValueError(f"unknown preset entries: {listed(sorted(unknown))}")
+        name = values.get("name", "custom")
+        if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= NAME_LENGTH:
+            raise ValueError(f"the name of a preset is a text of at most {NAME_LENGTH} characters, got {shown(name)}")
         sampling = SamplingConfig(**{k: v for k, v in values.items() if k in known})
         cache = CacheConfig(**{k: v for k, v in values.items() if k in _CACHE_FIELDS})
-        return cls(values.get("name", "custom"), sampling, cache)
+        return cls(name, sampling, cache)
 
 
 _CHUNKWISE = SamplingConfig()

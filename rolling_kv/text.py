@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
@@ -23,14 +24,21 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from .checkpoints.dtypes import choose_dtype
 from .checkpoints.float8 import load_tensor, split_scales
-from .checkpoints.names import UMT5, check_fit, kind_of
-from .checkpoints.readers import Checkpoint, CheckpointError, open_checkpoint, telling
+from .checkpoints.gguf import TOKENIZER_TENSOR, unpack, unpacked_shapes
+from .checkpoints.names import UMT5, check_fit, count_layers, kind_of
+from .checkpoints.readers import Checkpoint, CheckpointError, known_fields, open_checkpoint, telling
+from .config import check_choice, check_real, check_whole
 from .geometry import TEXT_LENGTH
+from .messages import listed, printable, shortened
 
 _FILES = "umt5_xxl_fp16.safetensors or umt5_xxl_fp8_e4m3fn_scaled.safetensors"
-_TOKENIZER_TENSOR = "spiece_model"
-_NOT_IN_SHAPES = ("relative_attention_max_distance", "layer_norm_epsilon", "eos_token_id", "feed_forward_proj")
-_ORIGINAL_NAMES = (  # the original Wan release's names, and transformers'
+_NOT_IN_SHAPES = {
+    "relative_attention_max_distance": partial(check_whole, low=2, high=2**20),
+    "layer_norm_epsilon": partial(check_real, low=0, high=1),
+    "eos_token_id": partial(check_whole, low=0, high=2**31),
+    "feed_forward_proj": partial(check_choice, choices=("gated-gelu", "gated-gelu_new", "gated-silu", "gated-relu")),
+}
+_OTHER_NAMES = (  # those of the original Wan release and of llama.cpp (GGUF files), and transformers'
     (r"^token_embedding\.", "shared."),
     (r"^norm\.", "encoder.final_layer_norm."),
     (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
@@ -40,6 +48,15 @@ _ORIGINAL_NAMES = (  # the original Wan release's names, and transformers'
     (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
     (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
     (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+    (r"^token_embd\.", "shared."),
+    (r"^enc\.output_norm\.", "encoder.final_layer_norm."),
+    (r"^enc\.blk\.(\d+)\.attn_norm\.", r"encoder.block.\1.layer.0.layer_norm."),
+    (r"^enc\.blk\.(\d+)\.ffn_norm\.", r"encoder.block.\1.layer.1.layer_norm."),
+    (r"^enc\.blk\.(\d+)\.attn_([qkvo])\.", r"encoder.block.\1.layer.0.SelfAttention.\2."),
+    (r"^enc\.blk\.(\d+)\.attn_rel_b\.", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
+    (r"^enc\.blk\.(\d+)\.ffn_gate\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
+    (r"^enc\.blk\.(\d+)\.ffn_up\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
+    (r"^enc\.blk\.(\d+)\.ffn_down\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
 )
 
 logger = logging.getLogger(__name__)
@@ -91,12 +108,18 @@ class TextEncoder(nn.Module):
         """Embed prompts: float32 [B, 512, dim] on the encoder's device, zero after each prompt's EOS.
 
         A prompt is encoded alone and unpadded: padding is invisible to the encoder, and so a prompt's embedding does
-        not depend on its neighbours, nor cost more than its own length.
+        not depend on its neighbours, nor cost more than its own length. Raises ValueError when the weights make values
+        that are no numbers.
         """
         embeddings = torch.zeros(len(prompts), TEXT_LENGTH, self.dim, device=self.compute_device())
         for row, prompt in zip(embeddings, prompts):
             ids = torch.tensor([self.tokens(prompt)], device=row.device)
             row[: ids.shape[1]] = self.encoder(ids).last_hidden_state[0]
+        if not embeddings.isfinite().all():
+            raise ValueError(
+                "the text encoder makes values that are no numbers (NaN or infinity): its weights are damaged. Download "
+                "its file again, or use another one."
+            )
         return embeddings
 
 
@@ -117,7 +140,8 @@ def load_text_encoder(
     """Load UMT5 and its tokenizer.
 
     path: a diffusers folder (with text_encoder/ in it, or that folder itself), or a single file: ComfyUI's
-        umt5_xxl_*.safetensors, scaled float8 too, or the original models_t5_umt5-xxl-enc-bf16.pth.
+        umt5_xxl_*.safetensors, scaled float8 too, the original models_t5_umt5-xxl-enc-bf16.pth, or a .gguf file, whose
+        weights are unpacked: it is small on disk, not in memory.
     tokenizer: spiece.model or tokenizer.json, or a folder with one of them. By default the one inside the file, else
         one beside it: in tokenizer/, google/umt5-xxl/ or the same folder.
     dtype: what the weights are stored in: "float32", "float16", "bfloat16", a torch dtype, or "auto": the file's own,
@@ -130,12 +154,25 @@ def load_text_encoder(
     with telling(path):
         source = path / "text_encoder" if (path / "text_encoder").is_dir() else path
         checkpoint = open_checkpoint(source)
-        pieces = checkpoint.tensors.get(_TOKENIZER_TENSOR)
+        pieces = checkpoint.tensors.get(TOKENIZER_TENSOR)
         weights, scales = _weights(checkpoint)
-        encoder = _build(weights, scales, _config(weights, checkpoint.config), dtype, device, runs_on or device)
+        shapes = unpacked_shapes(weights)
+        config = _config(shapes, checkpoint.config)
+        dtype = choose_dtype(dtype, shapes, runs_on or device)
+        encoder = _empty_encoder(shapes, config)
+        needed = [name for name in encoder.state_dict() if name != "encoder.embed_tokens.weight"]
+        loaded = {name: load_tensor(unpack(weights[name]), scales.get(name), dtype, device) for name in needed}
+        encoder.load_state_dict(loaded, assign=True, strict=False)
+        encoder.set_input_embeddings(encoder.shared)
+        encoder.eval().requires_grad_(False)
         if tokenizer is not None:
             found = _read_tokenizer(Path(tokenizer))
         elif pieces is not None:
+            if pieces.dtype != torch.uint8 or pieces.ndim != 1:
+                raise CheckpointError(
+                    f"{TOKENIZER_TENSOR}, the tokenizer inside the file, is {pieces.dtype} of {pieces.ndim} dimensions "
+                    "instead of bytes. Download the file again."
+                )
             found = _sentencepiece(pieces.numpy().tobytes())
         else:
             found = _read_tokenizer(_tokenizer_beside(source))
@@ -148,20 +185,21 @@ def load_text_encoder(
 
 
 def _weights(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name != _TOKENIZER_TENSOR}
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name != TOKENIZER_TENSOR}
     kind = kind_of(tensors)
     if kind != UMT5:
         raise CheckpointError(f"this is {kind}, not a UMT5 text encoder. Wan models need {_FILES}.")
-    for pattern, name in _ORIGINAL_NAMES:
+    for pattern, name in _OTHER_NAMES:
         tensors = {re.sub(pattern, name, key): tensor for key, tensor in tensors.items()}
-    weights, scales = split_scales(tensors)
+    shapes, scales = split_scales(unpacked_shapes(tensors))
+    weights = {name: tensors[name] for name in shapes}
     weights.pop("encoder.embed_tokens.weight", None)  # the same as shared.weight
     return {name: weight for name, weight in weights.items() if not name.startswith(("decoder.", "lm_head."))}, scales
 
 
 def _config(weights: dict[str, Tensor], given: dict) -> UMT5Config:
     attention, feed_forward = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense"
-    layers = 1 + max(int(number[1]) for name in weights if (number := re.match(r"encoder\.block\.(\d+)\.", name)))
+    layers = count_layers(weights, r"encoder\.block\.")
     if layers > 1 and "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" not in weights:
         raise CheckpointError(f"this is the T5 of another family (as for Flux or SD3). Wan models need {_FILES}.")
     needed = (
@@ -173,7 +211,20 @@ def _config(weights: dict[str, Tensor], given: dict) -> UMT5Config:
     missing = [name for name in needed if name not in weights]
     if missing:
         raise CheckpointError(f"{missing[0]} is missing. The file is incomplete, or no UMT5; Wan models need {_FILES}.")
+    flat = [name for name in needed if weights[name].ndim != 2]
+    if flat:
+        raise CheckpointError(
+            f"{flat[0]} has the shape {list(weights[flat[0]].shape)[:8]}; a UMT5 has 2 dimensions there."
+        )
     (vocabulary, dim), (inner, _), (buckets, heads), (ffn, _) = (weights[name].shape for name in needed)
+    known = known_fields(given, _NOT_IN_SHAPES)
+    if known.get("eos_token_id", 1) >= vocabulary:
+        raise CheckpointError(
+            f"its eos_token_id is {known.get('eos_token_id', 1)}, and the vocabulary has {vocabulary} tokens."
+        )
+    distance = known.get("relative_attention_max_distance", 128)
+    if buckets < 4 or distance <= buckets // 4:
+        raise CheckpointError(f"{buckets} buckets for distances up to {distance} are no position bias of a UMT5.")
     return UMT5Config(
         vocab_size=vocabulary,
         d_model=dim,
@@ -182,27 +233,17 @@ def _config(weights: dict[str, Tensor], given: dict) -> UMT5Config:
         num_layers=layers,
         num_heads=heads,
         relative_attention_num_buckets=buckets,
-        **{name: given[name] for name in _NOT_IN_SHAPES if name in given},
+        **known,
     )
 
 
-def _build(
-    weights: dict[str, Tensor],
-    scales: dict[str, Tensor],
-    config: UMT5Config,
-    dtype: str | torch.dtype,
-    device: str | torch.device,
-    runs_on: str | torch.device,
-) -> UMT5EncoderModel:
+def _empty_encoder(weights: dict[str, Tensor], config: UMT5Config) -> UMT5EncoderModel:
+    """The encoder on the meta device; raises CheckpointError unless the weights are exactly those it needs."""
     with torch.device("meta"):
         encoder = UMT5EncoderModel(config)
     needed = {name: value for name, value in encoder.state_dict().items() if name != "encoder.embed_tokens.weight"}
     check_fit(weights, needed, f"a UMT5 of {config.num_layers} layers")
-    dtype = choose_dtype(dtype, weights, runs_on)
-    loaded = {name: load_tensor(weights[name], scales.get(name), dtype, device) for name in needed}
-    encoder.load_state_dict(loaded, assign=True, strict=False)
-    encoder.set_input_embeddings(encoder.shared)
-    return encoder.eval().requires_grad_(False)
+    return encoder
 
 
 def _tokenizer_beside(source: Path) -> Path:
@@ -213,7 +254,7 @@ def _tokenizer_beside(source: Path) -> Path:
             return place
     raise CheckpointError(
         "the tokenizer is missing: the file does not contain it, and there is no spiece.model or tokenizer.json in "
-        f"{', '.join(map(str, places))}. Put one there, or use {_FILES}, which contain it."
+        f"{listed(list(map(str, places)))}. Put one there, or use {_FILES}, which contain it."
     )
 
 
@@ -228,7 +269,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower class
-        raise CheckpointError(f"the tokenizer {path} is damaged ({error}). Download it again.") from error
+        raise CheckpointError(f"the tokenizer {path} is damaged ({_said(error)}). Download it again.") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return Tokenizer(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.get_vocab_size())
@@ -238,5 +279,11 @@ def _sentencepiece(model: bytes) -> Tokenizer:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
-        raise CheckpointError(f"the SentencePiece tokenizer is damaged ({error}). Download it again.") from error
+        raise CheckpointError(f"the SentencePiece tokenizer is damaged ({_said(error)}). Download it again.") from error
+    if not processor.get_piece_size():
+        raise CheckpointError("the SentencePiece tokenizer is empty. Download it again.")
     return Tokenizer(processor.encode, processor.get_piece_size())
+
+
+def _said(error: Exception) -> str:
+    return shortened(printable(str(error)), 160)

@@ -6,7 +6,8 @@ and writes (and ComfyUI's LATENT carries); *model* latents are normalised per ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +16,15 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor, nn
 
-from .checkpoints.dtypes import choose_dtype
+from .checkpoints.dtypes import check_floating, choose_dtype
+from .checkpoints.fingerprint import check_finite
+from .checkpoints.float8 import load_tensor
+from .checkpoints.gguf import unpack
 from .checkpoints.names import VAE, check_fit, kind_of, strip_prefixes
-from .checkpoints.readers import CheckpointError, open_checkpoint, telling
+from .checkpoints.readers import CheckpointError, known_fields, open_checkpoint, telling
+from .config import check_flag, check_real, check_whole
 from .geometry import WAN_21
+from .messages import shown
 
 LATENTS_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -144,11 +150,17 @@ class StreamingDecoder(_CausalStream):
     def decode_frames(self, latents: Tensor) -> Iterator[Tensor]:
         """Like `decode`, one latent frame at a time: yields [B, 3, 1 or 4, 8h, 8w].
 
-        A caller may stop after any yield; the stream then continues with the next latent frame.
+        A caller may stop after any yield; the stream then continues with the next latent frame. Raises ValueError for
+        frames with values that are no numbers.
         """
         self._check(latents, WAN_21.channels, "latents")
         for frame in latents.split(1, dim=2):
             x = self._step(self._vae.post_quant_conv(self._to_weights(frame)))
+            if not x.isfinite().all():
+                raise ValueError(
+                    "decoding gives values that are no numbers (NaN or infinity). Load the VAE in bfloat16 or float32: "
+                    "float16 is too small for it."
+                )
             yield x.clamp(-1.0, 1.0).float()
 
 
@@ -197,6 +209,24 @@ _MIDDLE_WIDTH = 4
 """Channels of the VAE's middle block in units of its base width."""
 
 
+def _check_list(name: str, value: object, check: Callable[[str, object], None]) -> None:
+    if not isinstance(value, list) or len(value) > 8:
+        raise ValueError(f"{name} must be a list of at most 8 entries, got {shown(value)}")
+    for entry in value:
+        check(f"each entry of {name}", entry)
+
+
+_CHECKS = {  # what config.json may tell of another architecture; a Wan 2.1 VAE is that of diffusers' defaults
+    "base_dim": partial(check_whole, low=1, high=1024),
+    "decoder_base_dim": partial(check_whole, low=1, high=1024),
+    "z_dim": partial(check_whole, low=WAN_21.channels, high=WAN_21.channels),
+    "num_res_blocks": partial(check_whole, low=0, high=16),
+    "dim_mult": partial(_check_list, check=partial(check_whole, low=1, high=16)),
+    "temperal_downsample": partial(_check_list, check=check_flag),
+    "attn_scales": partial(_check_list, check=partial(check_real, low=0, high=16)),
+}
+
+
 @torch.inference_mode(False)
 def load_vae(
     path: str | Path,
@@ -217,15 +247,21 @@ def load_vae(
     with telling(path):
         checkpoint = open_checkpoint(path / "vae" if (path / "vae").is_dir() else path)
         tensors, _ = strip_prefixes(checkpoint.tensors)
-        config = _widths(tensors) | checkpoint.config
-        _check_statistics(config)
+        tensors = {name: unpack(tensor) for name, tensor in tensors.items()}
+        _check_statistics(checkpoint.config)
+        config = _widths(tensors) | known_fields(checkpoint.config, _CHECKS)
+        if len(config.get("temperal_downsample", "123")) != len(config.get("dim_mult", "1234")) - 1:
+            raise CheckpointError("its temperal_downsample in config.json needs one entry less than its dim_mult.")
         if _ORIGINAL_MARKS[0] in tensors:
             tensors = convert_wan_vae_to_diffusers(tensors)
         with torch.device("meta"):
             vae = AutoencoderKLWan.from_config(config)
         check_fit(tensors, vae.state_dict(), "the Wan 2.1 VAE")
-    dtype = choose_dtype(dtype, tensors, runs_on or device)
-    vae.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
+        check_floating(tensors)
+        dtype = choose_dtype(dtype, tensors, runs_on or device)
+        loaded = {name: load_tensor(tensor, None, dtype, device) for name, tensor in tensors.items()}
+        check_finite(loaded)
+        vae.load_state_dict(loaded, assign=True)
     return WanVAE(vae).eval().requires_grad_(False)
 
 
@@ -250,8 +286,10 @@ def _widths(tensors: dict[str, Tensor]) -> dict[str, int]:
 def _check_statistics(config: dict) -> None:
     """A folder's config.json may name other statistics than those that LATENT has in ComfyUI."""
     for name, known in (("latents_mean", LATENTS_MEAN), ("latents_std", LATENTS_STD)):
-        if list(config.get(name, known)) != list(known):
+        given = config.get(name) or known
+        if not isinstance(given, (list, tuple)) or list(given) != list(known):
+            said = f"[{', '.join(map(shown, given[:4]))}, …]" if isinstance(given, list) else shown(given)
             raise CheckpointError(
                 f"its {name} in config.json is not that of Wan 2.1, which the models here are trained on: "
-                f"{config[name]}. Use the Wan 2.1 VAE."
+                f"{said}. Use the Wan 2.1 VAE."
             )

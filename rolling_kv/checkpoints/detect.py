@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from ..presets import CAUSAL_MARK_PRESET, DEFAULT_PRESET, PRESETS, ModelPreset, preset_for_name
@@ -10,6 +11,23 @@ from .readers import Checkpoint, CheckpointError, read_json
 
 PRESET_FILE = "rolling_kv.json"
 METADATA_KEY = "rolling_kv"
+_CHOOSE = "Choose the preset that it was trained for, if it is another"
+_NOT_CAUSAL = (  # names of files that people have, and what is wrong with them here; the first that matches
+    (
+        r"rolling.?forcing",
+        "Rolling-Forcing models are sampled by other rules (several noise levels in one window), which are not "
+        "implemented here",
+    ),
+    (
+        r"^(?!.*caus).*(wan.?(2[._-]?[12]|video|[ti]2v)|[ti]2v.?(1[._]3|14|5)b|vace)",
+        "by its name this is an ordinary Wan model, in which every frame was trained to see all others: it is not "
+        "causal, and its videos will fall apart here",
+    ),
+    (
+        r"(^|[/_.-])(ode|ode.?init|teacher|undistilled|ar.?diffusion)([/_.-]|$)",
+        "by its name this is a model from before its distillation, which needs many steps with guidance",
+    ),
+)
 
 
 def choose_preset(preset: str | ModelPreset, path: Path, checkpoint: Checkpoint) -> ModelPreset:
@@ -44,13 +62,23 @@ def detect_preset(path: Path, checkpoint: Checkpoint) -> ModelPreset | None:
     return None
 
 
+def assumption(path: Path, checkpoint: Checkpoint) -> str:
+    """What is assumed of a checkpoint that does not tell whether it is causal, and what to do; empty where it tells."""
+    if detect_preset(path, checkpoint) is not None:
+        return ""
+    name = f"{path.absolute().parent.name}/{path.name}" if path.is_file() else path.absolute().name
+    reason = next((reason for pattern, reason in _NOT_CAUSAL if re.search(pattern, name, re.IGNORECASE)), None)
+    reason = reason or "nothing in the file or its name tells which causal model this is"
+    return f"{reason}. It is treated as {DEFAULT_PRESET.name} ({DEFAULT_PRESET.trained_for()}). {_CHOOSE}."
+
+
 def _parse(source: str, content: dict) -> ModelPreset:
     try:
         return ModelPreset.from_dict(content["preset"])
     except KeyError:
         raise CheckpointError(f'{source} has no entry "preset".') from None
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the preset in {source} is not usable: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"the preset in {source} is not usable: {error}.") from error
 
 
 def transformer_metadata(checkpoint: Checkpoint) -> dict:
@@ -63,6 +91,6 @@ def metadata_json(checkpoint: Checkpoint, key: str) -> dict:
     """The JSON object in a metadata entry, {} when it is absent or something else: anyone may write metadata."""
     try:
         content = json.loads(checkpoint.metadata.get(key, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

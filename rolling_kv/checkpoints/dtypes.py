@@ -7,6 +7,9 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from ..messages import shortened
+from .readers import CheckpointError
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -17,6 +20,18 @@ def stored_dtypes(tensors: dict[str, Tensor]) -> list[torch.dtype]:
         if tensor.is_floating_point():
             sizes[tensor.dtype] += tensor.numel()
     return [dtype for dtype, _ in sizes.most_common()]
+
+
+def check_floating(tensors: dict[str, Tensor]) -> None:
+    """Raise CheckpointError unless all tensors hold floating-point values, at least one each."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"the weights are quantised in a way that is not read here: {shortened(name)} is "
+                f"{dtype_name(tensor.dtype)}. Use the bf16, fp16 or fp8 version."
+            )
+        if not tensor.numel():
+            raise CheckpointError(f"{shortened(name)} has the shape {list(tensor.shape)[:8]}, and so no values.")
 
 
 def choose_dtype(dtype: str | torch.dtype, tensors: dict[str, Tensor], device: torch.device | str) -> torch.dtype:

@@ -6,7 +6,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from .dtypes import dtype_name
+from ..messages import shortened
+from .dtypes import check_floating
+from .gguf import is_packed, plain
 from .readers import CheckpointError
 
 
@@ -32,17 +34,30 @@ def split_scales(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
             scales[f"{owner}.weight"] = tensor
         elif last not in ("scaled_fp8", "scale_input", "input_scale", "comfy_quant"):
             weights[name] = tensor
-    strange = [name for name, tensor in weights.items() if not tensor.is_floating_point()]
-    if strange:
-        raise CheckpointError(
-            f"the weights are quantised in a way that is not read here: {strange[0]} is "
-            f"{dtype_name(weights[strange[0]].dtype)}. Use the bf16, fp16 or fp8 version."
-        )
+    check_floating(weights)
+    for name, scale in scales.items():
+        if name in weights and not _fits(scale, weights[name]):
+            raise CheckpointError(
+                f"the scale of {shortened(name)} has the shape {list(scale.shape)[:8]}, which does not go with the "
+                f"weight's {list(weights[name].shape)[:8]}."
+            )
     return weights, scales
 
 
+def _fits(scale: Tensor, weight: Tensor) -> bool:
+    try:
+        return torch.broadcast_shapes(scale.shape, weight.shape) == weight.shape
+    except RuntimeError:
+        return False
+
+
 def load_tensor(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """The tensor in `dtype` on `device`, with the scale of a float8 weight multiplied in."""
+    """A copy of the tensor in `dtype` on `device`, with the scale of a float8 weight multiplied in.
+
+    Always a copy, so that nothing stays mapped to a file that somebody may change. A packed tensor stays as it is packed.
+    """
+    if is_packed(tensor):
+        return type(tensor)(plain(tensor).to(device, copy=True), quant_type=tensor.quant_type)
     if scale is None:
-        return tensor.to(device, dtype)
+        return tensor.to(device, dtype, copy=True)
     return (tensor.to(device, torch.float32) * scale.to(device, torch.float32)).to(dtype)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,16 @@ from torch import nn
 
 from ..config import ExecutionConfig
 from ..geometry import Geometry
+from ..messages import printable
 from ..presets import DEFAULT_PRESET, ModelPreset
-from .detect import choose_preset
+from .detect import assumption, choose_preset
+from .fingerprint import fingerprint
 from .float8 import store_float8
-from .gguf import gguf_types, plain
+from .gguf import gguf_types
 from .readers import open_checkpoint, telling
 from .transformer import build_transformer, settings_of, transformer_path
+
+logger = logging.getLogger(__name__)
 
 
 class CausalModel(nn.Module):
@@ -26,14 +29,17 @@ class CausalModel(nn.Module):
 
     transformer: the stock diffusers model.
     preset: the sampling and cache settings that the weights were trained for.
+    note: what was assumed of a checkpoint that does not tell whether it is causal, and how to choose; empty otherwise.
     identity: 16 hex digits that tell these weights from others, the same for every file layout they are read from.
     """
 
-    def __init__(self, transformer: WanTransformer3DModel, preset: ModelPreset = DEFAULT_PRESET):
+    def __init__(self, transformer: WanTransformer3DModel, preset: ModelPreset = DEFAULT_PRESET, note: str = ""):
         super().__init__()
         self.transformer = transformer
         self.preset = preset
-        self.identity = fingerprint(transformer)
+        self.note = note
+        about = {"heads": transformer.config.num_attention_heads, "patch": list(transformer.config.patch_size)}
+        self.identity = fingerprint(transformer.state_dict(), about)
         self.train(transformer.training)
 
     @property
@@ -56,21 +62,6 @@ class CausalModel(nn.Module):
         return self.transformer.patch_embedding.weight.device
 
 
-def fingerprint(transformer: WanTransformer3DModel) -> str:
-    """16 hex digits over the model's shape, dtype and a sample of each tensor's values."""
-    config = transformer.config
-    tensors = [(name, plain(tensor)) for name, tensor in sorted(transformer.state_dict().items())]
-    shape = {
-        "heads": config.num_attention_heads,
-        "patch": list(config.patch_size),
-        "tensors": [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors],
-    }
-    sample = torch.cat([tensor.flatten()[:: max(1, tensor.numel() // 16)].float() for _, tensor in tensors])
-    digest = hashlib.sha256(json.dumps(shape).encode())
-    digest.update(sample.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 @torch.inference_mode(False)
 def load_model(
     path: str | Path,
@@ -89,7 +80,8 @@ def load_model(
         stay packed in memory.
     dtype: "float32", "float16", "bfloat16", a torch dtype, or "auto": the file's own, float8 as bfloat16, and on CUDA
         float32 as bfloat16. In half precision the norms and the time embedding stay float32, as diffusers does.
-    preset: a preset, the name of one, or "auto": detected, self-forcing where nothing tells.
+    preset: a preset, the name of one, or "auto": detected, self-forcing where nothing tells. The log then says so, and
+        `CausalModel.note`.
     runs_on: the device that "auto" chooses for, where the model is loaded to another one first.
     config: settings that shapes cannot tell and the file does not, such as `num_attention_heads`.
     storage: "model" keeps the weights in `dtype`; "float8" keeps the blocks' Linear layers in one byte per value, and
@@ -101,11 +93,15 @@ def load_model(
     with telling(path):
         checkpoint = open_checkpoint(transformer_path(path))
         chosen = choose_preset(preset, path, checkpoint)
+        note = assumption(path, checkpoint) if preset == "auto" else ""
         settings = settings_of(checkpoint) | (config or {})
         ExecutionConfig().check(weight_storage=storage, packings=gguf_types(checkpoint.tensors))
         if storage == "model":
-            return CausalModel(build_transformer(checkpoint.tensors, settings, dtype, device, runs_on), chosen)
-        # In float8 before it moves: the device may be too small for more.
-        transformer = build_transformer(checkpoint.tensors, settings, dtype, runs_on=runs_on or device)
-        store_float8(transformer)
-        return CausalModel(transformer.to(device), chosen)
+            transformer = build_transformer(checkpoint.tensors, settings, dtype, device, runs_on)
+        else:  # in float8 before it moves: the device may be too small for more
+            transformer = build_transformer(checkpoint.tensors, settings, dtype, runs_on=runs_on or device)
+            store_float8(transformer)
+            transformer.to(device)
+    if note:
+        logger.warning("%s: %s", printable(path.name), note)
+    return CausalModel(transformer, chosen, note)

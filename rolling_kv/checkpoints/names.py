@@ -7,6 +7,7 @@ import re
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from torch import Tensor
 
+from ..messages import shortened
 from .readers import CheckpointError
 
 WAN = "a Wan video model"
@@ -15,10 +16,12 @@ LORA = "a LoRA"
 VAE = "a VAE"
 _SHARDING_PARTS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
 _PREFIX_PARTS = _SHARDING_PARTS | {"model", "diffusion_model"}
+MOST_LAYERS = 200
+"""Blocks of a model; Wan's 14B has 40. A thousand take ten seconds to set up, even without weights."""
 _SIGNS = (  # the first that matches any tensor name; LoRA names contain those of the model they belong to
     (r"\.lora_(A|B|down|up)\.|\.lora[AB]\.|(^|\.)lora_unet_", LORA),
     (r"(^|\.)blocks\.0\.(self_attn|attn1)\.", WAN),
-    (r"(^|\.)encoder\.block\.0\.layer\.|^token_embedding\.weight$|^blocks\.0\.attn\.q\.weight$", UMT5),
+    (r"(^|\.)encoder\.block\.0\.layer\.|^token_embedding\.weight$|^enc\.blk\.0\.|^blocks\.0\.attn\.q\.weight$", UMT5),
     (r"(^|\.)decoder\.(conv1|conv_in|conv_out|mid_block|middle)\.|(^|\.)(post_)?quant_conv\.", VAE),
     (r"(^|\.)(text_model|vision_model|visual)\.", "a CLIP model"),
     (
@@ -38,8 +41,23 @@ def kind_of(tensors: dict[str, Tensor]) -> str:
 
 def named(tensors: dict[str, Tensor], names: list[str]) -> str:
     """The names with shapes, for messages: at most three, then how many more."""
-    listed = ", ".join(f"{name} {list(tensors[name].shape)}" for name in names[:3])
+    listed = ", ".join(f"{shortened(name)} {list(tensors[name].shape)[:8]}" for name in names[:3])
     return listed + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def count_layers(weights: dict[str, Tensor], block: str) -> int:
+    """Layers that the names tell of: one more than the highest number after `block`, a regular expression.
+
+    Raises CheckpointError for more than MOST_LAYERS, before anything is built after such a number.
+    """
+    numbers = {number[1]: name for name in weights if (number := re.match(rf"{block}([0-9]+)\.", name))}
+    highest = max(numbers, key=lambda number: (len(number), number), default="0")
+    if len(highest) > 4 or int(highest) >= MOST_LAYERS:
+        raise CheckpointError(
+            f"{shortened(numbers[highest])} belongs to a model of more than {MOST_LAYERS} layers, and the file holds "
+            f"{len(numbers)}. It is damaged, or no Wan model."
+        )
+    return 1 + int(highest)
 
 
 def check_fit(weights: dict[str, Tensor], needed: dict[str, Tensor], model: str) -> None:
@@ -76,7 +94,7 @@ def strip_prefixes(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
         prefixes[".".join(parts[:start])] = True
         key = ".".join(part for part in parts[start:] if part not in _SHARDING_PARTS)
         if key in stripped:
-            raise CheckpointError(f"the file holds {key} twice, under different prefixes.")
+            raise CheckpointError(f"the file holds {shortened(key)} twice, under different prefixes.")
         stripped[key] = tensor
     return stripped, max(prefixes, key=len)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,13 +11,26 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor
 
+from ..config import check_real, check_whole
 from ..geometry import WAN_21
 from .detect import transformer_metadata
 from .dtypes import choose_dtype
+from .fingerprint import check_finite
 from .float8 import load_tensor, split_scales
 from .gguf import is_packed, pack_linears, unpack, unpacked_shapes
-from .names import LORA, UMT5, VAE, WAN, check_fit, kind_of, strip_prefixes, to_diffusers_names
-from .readers import Checkpoint, CheckpointError
+from .names import (
+    LORA,
+    MOST_LAYERS,
+    UMT5,
+    VAE,
+    WAN,
+    check_fit,
+    count_layers,
+    kind_of,
+    strip_prefixes,
+    to_diffusers_names,
+)
+from .readers import Checkpoint, CheckpointError, known_fields
 
 HEAD_DIM = 128
 """Width of an attention head in every published Wan model; shapes do not tell it."""
@@ -26,13 +39,13 @@ _ADVICE = {
     UMT5: "Give it where the text encoder is asked for.",
     VAE: "Give it where the VAE is asked for.",
 }
-_CONFIG_NAMES = {  # settings that shapes do not tell (or, for layers, cannot vouch for), by their names in config files
-    "num_attention_heads": "num_attention_heads",
-    "num_heads": "num_attention_heads",
-    "attention_head_dim": "attention_head_dim",
-    "num_layers": "num_layers",
-    "eps": "eps",
-    "rope_max_seq_len": "rope_max_seq_len",
+_CONFIG_NAMES = {"num_heads": "num_attention_heads"}  # what config files call a setting, where it has another name
+_CHECKS = {  # settings that shapes do not tell (or, for layers, cannot vouch for)
+    "num_attention_heads": partial(check_whole, low=1, high=1024),
+    "attention_head_dim": partial(check_whole, low=2, high=1024),
+    "num_layers": partial(check_whole, low=1, high=MOST_LAYERS),
+    "eps": partial(check_real, low=0, high=1),
+    "rope_max_seq_len": partial(check_whole, low=1, high=2**15),
 }
 
 
@@ -49,7 +62,7 @@ def build_transformer(
     config: overrides what shapes cannot tell: num_attention_heads (or num_heads), attention_head_dim, num_layers, eps,
         rope_max_seq_len; other entries are ignored. Heads of 128 are assumed.
 
-    Tensors that already have the dtype and device are used as they are, not copied. Raises CheckpointError.
+    The model's tensors are copies: the given ones may be mapped from a file. Raises CheckpointError.
     """
     weights, scales, config, _ = prepare(state_dict, config or {})
     packed = _packed(state_dict)
@@ -57,10 +70,12 @@ def build_transformer(
     dtype = choose_dtype(dtype, weights, runs_on or device)
     float32_parts = set(WanTransformer3DModel._keep_in_fp32_modules) if dtype.itemsize < 4 else set()
     weights |= packed
-    loaded = {name: weights.pop(name).to(device) for name in pack_linears(transformer, packed, dtype, float32_parts)}
+    stay_packed = pack_linears(transformer, packed, dtype, float32_parts)
+    loaded = {name: load_tensor(weights.pop(name), None, dtype, device) for name in stay_packed}
     for name in list(weights):
         target = torch.float32 if float32_parts.intersection(name.split(".")) else dtype
         loaded[name] = load_tensor(unpack(weights.pop(name)), scales.get(name), target, device)
+    check_finite(loaded)
     transformer.load_state_dict(loaded, assign=True)
     # Its tables are no part of any checkpoint, and are still on the meta device.
     rope = WanRotaryPosEmbed(config["attention_head_dim"], config["patch_size"], transformer.config.rope_max_seq_len)
@@ -83,7 +98,7 @@ def prepare(tensors: dict[str, Tensor], settings: dict) -> tuple[dict[str, Tenso
     if kind != WAN:
         raise CheckpointError(f"this is {kind}, not a Wan video model. {_ADVICE.get(kind, '')}".rstrip())
     renamed, naming = to_diffusers_names(stripped)
-    weights, scales = split_scales(renamed)
+    weights, scales = split_scales(_unfolded(renamed))
     return weights, scales, _config(weights, settings), f"{naming}, prefix {prefix}." if prefix else naming
 
 
@@ -91,6 +106,15 @@ def _packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those of the tensors that a GGUF file packs, under diffusers' names."""
     packed = {name: tensor for name, tensor in tensors.items() if is_packed(tensor)}
     return to_diffusers_names(strip_prefixes(packed)[0])[0] if packed else {}
+
+
+def _unfolded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, with the dimensions that GGUF has no room for: its converters fold the first two into one."""
+    patch, bias = (weights.get(f"patch_embedding.{part}") for part in ("weight", "bias"))
+    folded = (
+        patch is not None and bias is not None and patch.ndim == 4 and bias.numel() and len(patch) % bias.numel() == 0
+    )
+    return weights | {"patch_embedding.weight": patch.unflatten(0, (bias.numel(), -1))} if folded else weights
 
 
 def _config(weights: dict[str, Tensor], settings: dict) -> dict:
@@ -103,6 +127,8 @@ def _config(weights: dict[str, Tensor], settings: dict) -> dict:
         return size
 
     dim, channels, *patch = shape("patch_embedding.weight", 5)
+    if tuple(patch) != WAN_21.patch:
+        raise CheckpointError(f"this model has patches of {patch}; those of a Wan model are {list(WAN_21.patch)}.")
     out_channels = shape("proj_out.weight")[0] // math.prod(patch)
     latent_channels = WAN_21.channels
     if out_channels == 48:
@@ -118,7 +144,7 @@ def _config(weights: dict[str, Tensor], settings: dict) -> dict:
     ffn_dim = shape("blocks.0.ffn.net.0.proj.weight")[0]
     text_dim = shape("condition_embedder.text_embedder.linear_1.weight")[1]
     freq_dim = shape("condition_embedder.time_embedder.linear_1.weight")[1]
-    numbers = (re.match(r"blocks\.(\d+)\.", name) for name in weights)
+    given = _renamed(settings)
     config = {
         "patch_size": tuple(patch),
         "in_channels": channels,
@@ -126,16 +152,19 @@ def _config(weights: dict[str, Tensor], settings: dict) -> dict:
         "text_dim": text_dim,
         "freq_dim": freq_dim,
         "ffn_dim": ffn_dim,
-        "num_layers": 1 + max(int(number[1]) for number in numbers if number),
+        "num_layers": count_layers(weights, r"blocks\."),
         "cross_attn_norm": "blocks.0.norm2.weight" in weights,
     }
-    given = {_CONFIG_NAMES[name]: value for name, value in settings.items() if name in _CONFIG_NAMES}
     return config | given | _heads(dim, given)
 
 
+def _renamed(settings: dict) -> dict:
+    return known_fields({_CONFIG_NAMES.get(name, name): value for name, value in settings.items()}, _CHECKS)
+
+
 def _heads(dim: int, given: dict) -> dict:
-    head_dim = given.get("attention_head_dim") or HEAD_DIM
-    heads = given.get("num_attention_heads") or dim // head_dim
+    head_dim = given.get("attention_head_dim", HEAD_DIM)
+    heads = given.get("num_attention_heads", dim // head_dim)
     if "attention_head_dim" not in given and "num_attention_heads" in given:
         head_dim = dim // heads
     if heads * head_dim != dim or not heads:
@@ -143,6 +172,8 @@ def _heads(dim: int, given: dict) -> dict:
             f"the width of this model is {dim}, which is not {heads or 'any number of'} heads of {head_dim}. A model "
             "with other heads has to say how many: `num_attention_heads` in its config.json, or in the config argument."
         )
+    if head_dim % 2:
+        raise CheckpointError(f"heads of {head_dim} have no pairs of values that positions could rotate.")
     return {"num_attention_heads": heads, "attention_head_dim": head_dim}
 
 

@@ -13,6 +13,12 @@ import torch
 
 from ..geometry import geometry_of
 
+_NOT_FINITE = (
+    "the {} latents from latent frame {} on hold values that are no numbers (NaN or infinity), so the video ends before "
+    "them. Likely causes: weights or a LoRA that are damaged, float16 where the model needs bfloat16, or a LoRA "
+    "strength, guidance or shift far from what the model was trained for."
+)
+
 
 class Chunk(NamedTuple):
     """A finished chunk: its first absolute latent frame and its clean latents [B, C, f, h, w] in model space."""
@@ -83,8 +89,13 @@ class CacheState(NamedTuple):
         negative: torch.Tensor | None,
         seed: int | None,
     ) -> CacheState:
-        """This video with one more chunk, [B, C, f, h, w]. The prompts are kept as they are: nobody may change them."""
+        """This video with one more chunk, [B, C, f, h, w]. The prompts are kept as they are: nobody may change them.
+
+        Raises ValueError for a chunk with values that are no numbers, so that none is decoded or continued.
+        """
         chunk = chunk.detach().to("cpu", copy=True)  # whoever made it may go on to write into it
+        if not chunk.isfinite().all():
+            raise ValueError(_NOT_FINITE.format("sampled" if seed is not None else "given", self.frames))
         prompts = self.prompts
         prompts, prompt_index = _with_prompt(prompts, prompt)
         prompts, negative_index = _with_prompt(prompts, negative)
