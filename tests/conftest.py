@@ -8,6 +8,10 @@ KINDS = ("engine", "pack", "live", "browser")
 OUTCOMES = ("passed", "failed", "error", "skipped")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, metavar="N", help="try N damaged and hostile inputs instead of a few")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "live" in item.path.relative_to(Path(__file__).parent).parts:
