@@ -3,14 +3,16 @@
     python -m tools.object_info [URL]
 
 Run it after a node has changed. It writes tests/data/object_info.json (the pack's nodes and the core nodes of the
-example workflows, as /object_info describes them, without what differs from one machine to the next) and
-locales/en/nodeDefs.json (the same texts, as the frontend's translations name them).
+example workflows, as /object_info describes them, without what differs from one machine to the next),
+locales/en/nodeDefs.json (the same texts, as the frontend's translations name them), and the list of step caches in the
+help pages of Benchmark Step Caches.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from .comfyui.client import ComfyClient, load_prompt
@@ -18,6 +20,8 @@ from .comfyui.env import PACK
 
 RECORD = PACK / "tests" / "data" / "object_info.json"
 ENGLISH = PACK / "locales" / "en" / "nodeDefs.json"
+
+BENCHMARK_PAGES = sorted((PACK / "web" / "docs" / "RollingKVBenchmark").glob("*.md"))
 
 PREFIX = "RollingKV"
 """What the ids of the pack's own nodes begin with."""
@@ -113,6 +117,13 @@ def _texts(schema: dict) -> dict:
     return {key: schema[key] for key in ("display_name", "description")} | {"inputs": inputs, "outputs": outputs}
 
 
+def with_switches(page: str, schemas: dict[str, dict]) -> str:
+    """A help page of Benchmark Step Caches, with the list of the switches that its choice brings along."""
+    settings = settings_of(inputs_of(schemas["RollingKVBenchmark"])["methods"])
+    lines = [f"- `{name.partition('.')[2]}`: {spec[1]['display_name']}\n" for name, spec in settings.items()]
+    return re.sub(r"(?<=\n\n)(- `\w+`: .*\n)+", "".join(lines), page, count=1)
+
+
 def write(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -127,6 +138,8 @@ def main() -> None:
     schemas = record(ComfyClient(parser.parse_args().url))
     write(RECORD, schemas)
     write(ENGLISH, english(schemas))
+    for path in BENCHMARK_PAGES:
+        path.write_text(with_switches(path.read_text(encoding="utf-8"), schemas), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,17 @@ import re
 import pytest
 
 from tools.comfyui.env import PACK
-from tools.object_info import ENGLISH, FILE_INPUTS, PREFIX, english, inputs_of, recorded, settings_of
+from tools.object_info import (
+    BENCHMARK_PAGES,
+    ENGLISH,
+    FILE_INPUTS,
+    PREFIX,
+    english,
+    inputs_of,
+    recorded,
+    settings_of,
+    with_switches,
+)
 
 OURS = {name: schema for name, schema in recorded().items() if name.startswith(PREFIX)}
 LANGUAGES = ("en", "zh")
@@ -143,3 +153,11 @@ def test_translated_texts_name_nodes_as_the_translation_does():
 def test_the_record_and_the_english_texts_are_as_the_tool_writes_them():
     content = ENGLISH.read_text(encoding="utf-8")
     assert content == json.dumps(json.loads(content), indent=2, ensure_ascii=False) + "\n"
+
+
+def test_the_help_pages_list_the_switches_of_the_benchmark():
+    assert len(BENCHMARK_PAGES) == len(LANGUAGES)
+    for path in BENCHMARK_PAGES:
+        page = path.read_text(encoding="utf-8")
+        assert with_switches(page, recorded()) == page, "run python -m tools.object_info"
+        assert with_switches(page.replace("- `pab`: Pyramid Attention Broadcast\n", ""), recorded()) == page
