@@ -68,7 +68,13 @@ class Offloaded(Resident):
     """Every layer's parts in CPU memory (see `pinned`), two layers' worth on the device.
 
     While one layer computes, the next one is copied in; what a pass writes is copied back. Layers are best opened in
-    order, 0 to the last, over and over: another order costs a wait. Raises ValueError when there is too little RAM.
+    order, 0 to the last, over and over: another order costs a wait.
+
+    layers: number of transformer layers.
+    sizes: shape and dtype of each part of a layer.
+    device: where the model computes.
+
+    Raises ValueError when there is too little RAM.
     """
 
     def __init__(self, layers: int, sizes: Sizes, device: torch.device):
@@ -102,7 +108,7 @@ class Offloaded(Resident):
         self.staging.resize(sizes, 0)
         self._forget_staging()
 
-    def aside(self, parts: Parts) -> Parts:
+    def copied(self, parts: Parts) -> Parts:
         copies = self._allocate([(part.shape, part.dtype) for part in parts])
         for copy, part in zip(copies, parts):
             copy.copy_(part, non_blocking=True)

@@ -25,9 +25,13 @@ from .window import FrameWindow
 class RollingKVCache:
     """Keys and values of the latent frames in the window, for one guidance branch.
 
-    shape: sizes. config: window and sink in latent frames, and how bytes are kept. capacity: frames to allocate when the
-    window is unlimited, where `reserve` adds more at once and `begin` adds by halves of what there is; with a window,
-    capacity is the window.
+    shape: everything that decides the bytes of one latent frame.
+    config: window and sink in latent frames, and how bytes are kept.
+    device: where the model computes.
+    capacity: latent frames to allocate where the window is unlimited; `reserve` adds more at once, `begin` adds by halves
+        of what there is. With a window, the capacity is the window.
+
+    Raises ValueError for an unlimited window without a capacity.
     """
 
     def __init__(self, shape: CacheShape, config: CacheConfig, device: torch.device | str, capacity: int | None = None):
@@ -130,8 +134,11 @@ class RollingKVCache:
     def update(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the open chunk's keys and values of one layer, and return everything it attends to.
 
-        key, value: [B, S, H, D] with S tokens of the open chunk, the key after RoPE. Returns [B, used tokens, H, D]
-        each, valid until the next update: views of the buffer, or copies where the storage has another dtype.
+        layer: index of the transformer block.
+        key, value: [B, S, H, D] with S tokens of the open chunk, the key after RoPE.
+
+        Returns keys and values, [B, used tokens, H, D] each, valid until the next update: views of the buffer, or copies
+        where the storage has another dtype.
         """
         parts = self.write(layer, key, value)
         keys, values = (tuple(part[kind, :, : self._used] for part in parts) for kind in (0, 1))
@@ -158,7 +165,7 @@ class RollingKVCache:
         tokens = self.config.sink * self.shape.tokens_per_frame
         if layer not in self._sink_keys:
             # Turned from the keys as they were written, every time: rounding does not add up.
-            self._sink_keys[layer] = self.store.aside(tuple(part[0, :, :tokens] for part in parts))
+            self._sink_keys[layer] = self.store.copied(tuple(part[0, :, :tokens] for part in parts))
         keys = self.codec.unpack(tuple(part.to(self.device, non_blocking=True) for part in self._sink_keys[layer]))
         if self._sink_turn is None:
             turn = rotations(time_shift_angles(self.shape.head_dim, shift)).to(torch.complex64)

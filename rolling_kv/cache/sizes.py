@@ -13,7 +13,14 @@ from .codecs import CODECS
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Everything that decides how many bytes a cache takes. One latent frame is `tokens_per_frame` tokens."""
+    """Everything that decides how many bytes a cache takes.
+
+    layers: transformer blocks.
+    batch: videos side by side.
+    tokens_per_frame: tokens of one latent frame.
+    heads, head_dim: of the attention.
+    dtype: that the model computes in.
+    """
 
     layers: int
     batch: int
@@ -36,7 +43,11 @@ class CacheShape:
 
 
 class CacheBytes(NamedTuple):
-    """device: where the model computes. host: in CPU memory, beside it."""
+    """Bytes by where they lie.
+
+    device: where the model computes.
+    host: in CPU memory, beside it.
+    """
 
     device: int
     host: int

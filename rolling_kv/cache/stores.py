@@ -11,7 +11,12 @@ Sizes = list[tuple[tuple[int, ...], torch.dtype]]
 
 
 class Resident:
-    """Every layer's parts on one device."""
+    """Every layer's parts on one device.
+
+    layers: number of transformer layers.
+    sizes: shape and dtype of each part of a layer.
+    device: where the parts are allocated, filled with zeros.
+    """
 
     def __init__(self, layers: int, sizes: Sizes, device: torch.device):
         self.device = device
@@ -31,7 +36,11 @@ class Resident:
         return 0
 
     def resize(self, sizes: Sizes, used: int) -> None:
-        """Move to parts of other sizes, keeping the first `used` tokens. Old and new coexist for one layer at a time."""
+        """Move to parts of other sizes. Old and new coexist for one layer at a time.
+
+        sizes: of the new parts.
+        used: tokens to keep, from the first one on.
+        """
         for index, old in enumerate(self.layers):
             new = self._allocate(sizes)
             for source, target in zip(old, new):
@@ -45,7 +54,7 @@ class Resident:
     def close(self, layer: int, written: list[tuple[int, int]]) -> None:
         """What was written in the opened parts: (first token, count) each."""
 
-    def aside(self, parts: Parts) -> Parts:
+    def copied(self, parts: Parts) -> Parts:
         """A copy of parts of an open layer, for as long as the caller wants it, where this store keeps its own."""
         return tuple(part.clone() for part in parts)
 
@@ -58,4 +67,5 @@ class Resident:
 
 
 def nbytes_of(layers: list[Parts]) -> int:
+    """Bytes of all parts of some layers."""
     return sum(part.nbytes for parts in layers for part in parts)

@@ -18,6 +18,9 @@ class FrameWindow:
 
     A chunk is opened with `begin`, may be written any number of times (once per denoising step), and becomes part of
     the past with `commit`.
+
+    capacity: slots, one for each latent frame of the window.
+    sink: the first latent frames of the video, which keep their slots for ever.
     """
 
     def __init__(self, capacity: int, sink: int = 0):
@@ -38,6 +41,7 @@ class FrameWindow:
         self.open = frames
 
     def commit(self) -> None:
+        """The open chunk becomes part of the past."""
         self.end += self.open
         self.open = 0
 
@@ -47,6 +51,7 @@ class FrameWindow:
         return min(self.end + self.open, self.capacity)
 
     def slot(self, frame: int) -> int:
+        """The slot that an absolute latent frame is written to: a sink frame's own, for others a place in the ring."""
         if frame < self.sink:
             return frame
         return self.sink + (frame - self.sink) % (self.capacity - self.sink)

@@ -21,11 +21,19 @@ class BidirectionalClip:
     The mode of ordinary Wan models, and what step caches were made for. A causal model can be run so as well, for as
     many frames as it was trained to see at once.
 
-    prompt, negative: text embeddings [B or 1, L, D], zero-padded; negative is needed with guidance only.
-    height, width: pixels, multiples of 16. sampling: by default the model's preset; its chunk settings are not read.
-    step_cache: a method of `step_cache.METHODS`. execution: only its attention backend is read.
+    model: restored when the clip is done.
+    prompt: text embeddings [B or 1, L, D], zero-padded.
+    height, width: pixels, multiples of what the model's geometry asks for.
+    frames: latent frames of the clip.
+    negative: embeddings of the negative prompt; needed with guidance only.
+    batch: clips made side by side.
+    sampling: by default the model's preset; its chunk settings are not read.
+    step_cache: a method of `step_cache.METHODS`.
+    execution: only its attention backend is read.
     on_pass: called as on_pass(done, total) before every model pass, a guided pair counting as one; whatever it raises
-    cancels.
+        cancels.
+
+    Raises ValueError for sizes, settings and prompts that cannot work.
     """
 
     def __init__(

@@ -106,7 +106,10 @@ def make_scheduler(config: SamplingConfig) -> Any:
 
 
 def sample_chunk(predict: Predict, noise: Noise, config: SamplingConfig, start_frame: int) -> torch.Tensor:
-    """The clean chunk that starts at absolute latent frame `start_frame`. [B, C, f, h, w] in model space."""
+    """The clean chunk that starts at absolute latent frame `start_frame`, [B, C, f, h, w] in model space.
+
+    predict: the model. noise: the chunk's draws. config: how its frames are made.
+    """
     if config.few_step:
         return renoise_chunk(predict, noise, warp_steps(config.steps_at(start_frame), config.shift))
     return integrate_chunk(predict, noise, config)

@@ -21,20 +21,31 @@ _NOT_FINITE = (
 
 
 class Chunk(NamedTuple):
-    """A finished chunk: its first absolute latent frame and its clean latents [B, C, f, h, w] in model space."""
+    """A finished chunk.
+
+    start_frame: its first absolute latent frame.
+    latents: clean, [B, C, f, h, w], in model space.
+    """
 
     start_frame: int
     latents: torch.Tensor
 
 
 class ChunkRecord(NamedTuple):
-    """How one chunk came about and entered the cache."""
+    """How one chunk came about and entered the cache.
 
-    frames: int  # latent frames
-    timestep: float  # of its context pass
-    prompt: int  # index into CacheState.prompts
-    negative: int  # likewise, or -1 without guidance
-    seed: int | None  # None: the frames were given, not generated
+    frames: latent frames.
+    timestep: of its context pass.
+    prompt: index into `CacheState.prompts`.
+    negative: likewise, or -1 without guidance.
+    seed: None where the frames were given, not generated.
+    """
+
+    frames: int
+    timestep: float
+    prompt: int
+    negative: int
+    seed: int | None
 
 
 class CacheState(NamedTuple):
@@ -42,7 +53,9 @@ class CacheState(NamedTuple):
 
     chunks: clean latents per chunk, [B, C, f, h, w], in model space and the model's dtype, in CPU memory.
     prompts: the distinct prompt embeddings that the log refers to, [B, L, D] each, in CPU memory.
-    model: identity of the model that made it. key: digest of everything above; equal keys mean equal videos.
+    records: the log, one record per chunk.
+    model: identity of the model that made it.
+    key: digest of everything above; equal keys mean equal videos.
     """
 
     chunks: tuple[torch.Tensor, ...] = ()
@@ -89,7 +102,12 @@ class CacheState(NamedTuple):
         negative: torch.Tensor | None,
         seed: int | None,
     ) -> CacheState:
-        """This video with one more chunk, [B, C, f, h, w]. The prompts are kept as they are: nobody may change them.
+        """This video with one more chunk. The prompts are kept as they are: nobody may change them.
+
+        chunk: clean latents, [B, C, f, h, w], in model space; copied.
+        timestep: of the context pass that will write it to a cache.
+        prompt, negative: embeddings [B, L, D]; negative is None without guidance.
+        seed: None where the frames were given, not generated.
 
         Raises ValueError for a chunk with values that are no numbers, so that none is decoded or continued.
         """

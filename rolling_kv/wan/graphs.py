@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..cache.prompt import PromptCache
+from ..cache.rolling import RollingKVCache
+
 Forward = Callable[..., Tensor | None]
 """A pass as a function of tensors alone; all else that it reads is the same whenever its key is."""
 
@@ -20,8 +23,8 @@ Forward = Callable[..., Tensor | None]
 class PassKey(NamedTuple):
     """What the CPU decides about a pass. Passes with equal keys differ in their tensors only."""
 
-    cache: object  # the RollingKVCache, and its prompt's PromptCache: graphs write and read their memory
-    prompt: object
+    cache: RollingKVCache  # graphs write and read its memory, and that of the prompt's cache
+    prompt: PromptCache
     layout: tuple
     shape: torch.Size
     time_rows: int
@@ -29,6 +32,8 @@ class PassKey(NamedTuple):
 
 
 class Recorded(NamedTuple):
+    """A recorded pass: how to repeat it, and where its inputs and its result lie."""
+
     replay: Callable[[], None]
     inputs: tuple[Tensor, ...]
     output: Tensor | None
