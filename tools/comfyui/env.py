@@ -87,20 +87,21 @@ def _normal(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
+def requirements_of(path: Path) -> list[str]:
+    """The lines of a requirements file, without the torch family."""
+    lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line and _normal(Requirement(line).name) not in TORCH_FAMILY]
+
+
 def missing_requirements(install: ComfyInstall, requirements: Path = PACK / "requirements.txt") -> list[str]:
     """The lines of a requirements file that an installation does not satisfy, without the torch family."""
-    missing = []
-    for line in requirements.read_text(encoding="utf-8").splitlines():
-        line = line.partition("#")[0].strip()
-        if not line:
-            continue
+
+    def satisfied(line: str) -> bool:
         requirement = Requirement(line)
-        name = _normal(requirement.name)
-        version = install.versions.get(name)
-        satisfied = version is not None and requirement.specifier.contains(version, prereleases=True)
-        if not satisfied and name not in TORCH_FAMILY:
-            missing.append(line)
-    return missing
+        version = install.versions.get(_normal(requirement.name))
+        return version is not None and requirement.specifier.contains(version, prereleases=True)
+
+    return [line for line in requirements_of(requirements) if not satisfied(line)]
 
 
 def install_missing(install: ComfyInstall, say=print) -> None:
@@ -116,7 +117,9 @@ def install_missing(install: ComfyInstall, say=print) -> None:
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
         constraints.write_text("\n".join(pins), encoding="utf-8")
-        command = [install.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *missing]
+        # All lines at once, so that pip looks for what goes with the packages that are there.
+        lines = requirements_of(PACK / "requirements.txt")
+        command = [install.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *lines]
         result = subprocess.run([*command, "-c", constraints], stdin=subprocess.DEVNULL)
     if result.returncode:
         raise ComfyError(

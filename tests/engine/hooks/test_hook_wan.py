@@ -1,6 +1,7 @@
 """The hook API on Wan's transformer: the engine's results, positions without end, bounded memory."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -119,21 +120,22 @@ def test_the_passes_of_a_sampling_session(transformer, hooked, monkeypatch):
     assert len(contexts) == 2 and compared == 2 * 4 * 2 and len(passes) == compared + 2 * 3
 
 
-def test_the_example_of_the_docs_makes_the_video_of_a_session(transformer):
+def test_the_example_of_the_docs_makes_the_video_of_a_session(transformer, tmp_path):
     text = Path(__file__).parents[3].joinpath("docs", "hook-api.md").read_text(encoding="utf-8")
-    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    example = tmp_path / "example.py"
+    example.write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], encoding="utf-8")
     height, width = SIZE
     prompt = noise(1, 6, transformer.config.text_dim)
     given = dict(transformer=transformer, prompt=prompt, chunks=5, height=height, width=width, seed=7)
     try:
-        exec(example, given)
+        video = runpy.run_path(str(example), given)["video"]
     finally:
         remove_rolling_kv_cache(transformer)
 
     model = CausalModel(transformer, ModelPreset("test", SamplingConfig(chunk=3), CacheConfig(12, sink=3)))
     with RollingSession(model, prompt, height=8 * height, width=8 * width) as session:
         expected = [chunk.latents for chunk in session.generate(5, seed=7)]
-    torch.testing.assert_close(torch.cat(given["video"]), torch.cat(expected), atol=5e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(video), torch.cat(expected), atol=5e-5, rtol=0)
 
 
 def test_positions_beyond_the_table_of_the_stock_model(transformer, hooked):
