@@ -1,0 +1,163 @@
+"""What keeps one run from taking over another's working cache, and which facts of a video are in its key."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from builders import tiny_transformer
+from videos import SAMPLING, WINDOW, prompt, sample, small_model
+
+from rolling_kv.checkpoints.model import CausalModel
+from rolling_kv.config import ALL_FRAMES, CacheConfig, ExecutionConfig, SamplingConfig
+from rolling_kv.presets import ModelPreset
+from rolling_kv.sampling.session import RollingSession
+from rolling_kv.sampling.state import CacheState
+from rolling_kv.sampling.workspace import CacheSpec, Workspace
+
+GUIDED = replace(SAMPLING, guidance_scale=2.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+def passes_of(model, state, workspace, **settings):
+    """Passes that one more chunk takes: with a replay, one more for every chunk of the state but one."""
+    counted = []
+    sample(model, 1, state=state, workspace=workspace, on_pass=lambda *pair: counted.append(pair), **settings)
+    return len(counted)
+
+
+CACHES = {
+    "window": replace(WINDOW, window=6),
+    "all frames": CacheConfig(ALL_FRAMES),
+    "sink": replace(WINDOW, sink=2),
+    "sink_phase": replace(WINDOW, sink=1, sink_phase="rebased"),
+    "storage": replace(WINDOW, storage="int8"),
+    "offload": replace(WINDOW, offload=True),
+}
+OTHERS = {
+    **{name: dict(cache=cache) for name, cache in CACHES.items()},
+    "guidance": dict(sampling=GUIDED),
+    "exact": dict(execution=ExecutionConfig(exact=True)),
+    "backend": dict(execution=ExecutionConfig(backend="native")),
+}
+
+
+def test_every_setting_of_a_cache_is_tried():
+    assert {field.name for field in fields(CacheConfig)} <= CACHES.keys()
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_a_cache_with_another_setting_is_not_taken_over(model, other):
+    """The video is what it would be on a fresh start, and the passes are those of a replay."""
+    negative = dict(negative=prompt(model, 5)) if "sampling" in other else {}
+    workspace = Workspace()
+    state = sample(model, 3, workspace=workspace)
+    before = passes_of(model, state, None, **other, **negative)
+    assert passes_of(model, state, workspace, **other, **negative) == before
+    workspace = Workspace()
+    sample(model, 3, workspace=workspace)
+    taken = sample(model, 1, state=state, workspace=workspace, **other, **negative)
+    fresh = sample(model, 1, state=state, **other, **negative)
+    assert torch.equal(taken.latents(), fresh.latents())
+
+
+def test_guided_and_unguided_runs_take_turns(model):
+    """A cache without the negative branch would silently turn guidance off."""
+    negative, workspace = prompt(model, 5), Workspace()
+    plain = sample(model, 2, workspace=workspace)
+    guided = sample(model, 1, state=plain, workspace=workspace, sampling=GUIDED, negative=negative)
+    assert torch.equal(guided.latents(), sample(model, 1, state=plain, sampling=GUIDED, negative=negative).latents())
+    unguided = sample(model, 1, state=plain, workspace=workspace)
+    assert not torch.equal(guided.latents(), unguided.latents())
+    assert torch.equal(unguided.latents(), sample(model, 1, state=plain).latents())
+
+
+def test_another_models_cache_is_not_taken_over(model):
+    transformer = tiny_transformer(num_attention_heads=2, attention_head_dim=12)
+    transformer.blocks[0].attn1.to_k.weight.mul_(1.5)
+    other = CausalModel(transformer, ModelPreset("test", SAMPLING, WINDOW))
+    workspace = Workspace()
+    state = sample(model, 3, workspace=workspace)
+    taken = sample(other, 1, state=state, workspace=workspace)
+    assert torch.equal(taken.latents(), sample(other, 1, state=state).latents())
+
+
+def test_another_dtypes_cache_is_not_taken_over():
+    model, workspace = small_model(), Workspace()
+    state = sample(model, 3, workspace=workspace)
+    identity = model.identity
+    model.transformer.to(torch.bfloat16)
+    model.identity = identity  # whatever else tells them apart
+    taken = sample(model, 1, state=state, workspace=workspace)
+    assert torch.equal(taken.chunks[-1], sample(model, 1, state=state).chunks[-1])
+
+
+def test_cuda_graphs_are_no_reason_to_replay(model):
+    """Recorded or not, keys and values are the same."""
+    specs = [
+        CacheSpec.of(model, 1, (4, 6), WINDOW, ExecutionConfig(cuda_graphs=recorded), 1) for recorded in (True, False)
+    ]
+    assert specs[0] == specs[1]
+
+
+FACTS = {
+    "chunk": dict(chunk=torch.ones(1, 16, 2, 4, 6)),
+    "timestep": dict(timestep=1.0),
+    "prompt": dict(prompt=torch.ones(1, 3, 8)),
+    "negative": dict(negative=torch.ones(1, 3, 8)),
+    "another negative": dict(negative=torch.full((1, 3, 8), 2.0)),
+    "seed": dict(seed=1),
+    "given": dict(seed=None),
+    "dtype": dict(chunk=torch.zeros(1, 16, 2, 4, 6, dtype=torch.bfloat16)),
+    "shape": dict(chunk=torch.zeros(1, 16, 2, 6, 4)),
+}
+
+
+def test_each_fact_of_a_chunk_changes_the_key():
+    facts = dict(chunk=torch.zeros(1, 16, 2, 4, 6), timestep=0.0, prompt=torch.zeros(1, 3, 8), negative=None, seed=0)
+
+    def key(model="one", **changes):
+        values = facts | changes
+        return CacheState(model=model).extended(values.pop("chunk"), **values).key
+
+    keys = [key(), key(model="another"), *(key(**changes) for changes in FACTS.values())]
+    assert len(set(keys)) == len(keys)
+    assert key() == key()
+
+
+def test_the_order_of_chunks_changes_the_key():
+    first, second = torch.zeros(1, 16, 1, 4, 6), torch.ones(1, 16, 1, 4, 6)
+    log = dict(timestep=0.0, prompt=torch.zeros(1, 3, 8), negative=None, seed=0)
+    one, two = CacheState().extended(first, **log), CacheState().extended(second, **log)
+    assert one.extended(second, **log).key != two.extended(first, **log).key
+
+
+def test_given_frames_enter_the_cache_clean(model):
+    """At timestep 0, whatever noise the model's own chunks get in their context passes."""
+    noisy = SamplingConfig(chunk=2, denoising_steps=(1000, 500), context_noise=300.0)
+    with RollingSession(model, prompt(model), height=32, width=48, sampling=noisy) as session:
+        session.prefill(torch.zeros(1, 16, 2, 4, 6))
+        list(session.generate(2))
+    assert [record.timestep for record in session.state.records] == [0.0, 300.0, 300.0]
+
+
+def test_every_chunk_is_replayed_with_its_own_negative_prompt(model):
+    """Three segments, a negative prompt each: a replay equals the chain that took over."""
+    workspace, state = Workspace(), None
+    for words in (5, 6, 7):
+        state = sample(model, 1, state=state, workspace=workspace, sampling=GUIDED, negative=prompt(model, words))
+    last = dict(sampling=GUIDED, negative=prompt(model, 7))
+    taken = sample(model, 1, state=state, workspace=workspace, **last)
+    replayed = sample(model, 1, state=state, **last)
+    assert torch.equal(taken.latents(), replayed.latents())
+    assert len({record.negative for record in state.records}) == 3
+
+
+def test_progress_counts_the_steps_of_a_first_chunk_that_has_others(model):
+    sampling = SamplingConfig(chunk=2, denoising_steps=(1000,), first_chunk_steps=(1000, 750, 500))
+    counted = []
+    sample(model, 3, sampling=sampling, on_pass=lambda *pair: counted.append(pair))
+    assert counted == [(done, 7) for done in range(7)]  # 3 steps, then twice a context pass and a step
