@@ -10,7 +10,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..rolling_kv.lora.reader import Lora, load_lora
-from ..rolling_kv.lora.stack import LoraStack, check_lora
+from ..rolling_kv.lora.stack import LoraStack, fit_lora
 from ..rolling_kv.sampling.workspace import Workspace
 
 
@@ -47,12 +47,10 @@ class ManagedModel(ManagedModule):
         self._opened: dict[tuple[Path, int], Lora] = {}  # by file and time of its last change
 
     def open_lora(self, path: Path) -> Lora:
-        """The LoRA in a file, read once. Raises CheckpointError unless it is one, and fits the model."""
+        """What fits the model of the LoRA in a file, read once. Raises CheckpointError where nothing does."""
         key = path, path.stat().st_mtime_ns
         if key not in self._opened:
-            lora = load_lora(path)
-            check_lora(lora, self.model)
-            self._opened[key] = lora
+            self._opened[key] = fit_lora(load_lora(path), self.model)
         return self._opened[key]
 
     def lora_bytes(self, loras: tuple[tuple[Path, float], ...]) -> int:

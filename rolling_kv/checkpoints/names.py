@@ -19,7 +19,11 @@ _PREFIX_PARTS = _SHARDING_PARTS | {"model", "diffusion_model"}
 MOST_LAYERS = 200
 """Blocks of a model; Wan's 14B has 40. A thousand take ten seconds to set up, even without weights."""
 _SIGNS = (  # the first that matches any tensor name; LoRA names contain those of the model they belong to
-    (r"\.lora_(A|B|down|up)\.|\.lora[AB]\.|(^|\.)lora_unet_", LORA),
+    (
+        r"\.lora_(A|B|down|up)(\.|$)|\.lora[AB]\.|\.lora\.(down|up)\.|(^|\.)lora_unet_|\.(lokr|hada|oft)_"
+        r"|\.(dora_scale|lora_magnitude_vector|diff|diff_b|diff_m)$",
+        LORA,
+    ),
     (r"(^|\.)blocks\.0\.(self_attn|attn1)\.", WAN),
     (r"(^|\.)encoder\.block\.0\.layer\.|^token_embedding\.weight$|^enc\.blk\.0\.|^blocks\.0\.attn\.q\.weight$", UMT5),
     (r"(^|\.)decoder\.(conv1|conv_in|conv_out|mid_block|middle)\.|(^|\.)(post_)?quant_conv\.", VAE),

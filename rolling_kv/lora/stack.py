@@ -4,61 +4,110 @@ Two ways, with the same result up to rounding. *Fused*: the change is added to t
 per step; what the weights were is kept in CPU memory and put back bit for bit. *At run time*: each layer adds its
 low-rank product as it runs. That needs no second copy and works on weights that cannot take a sum (float8, GGUF), but a
 rank of 256, LongLive's, adds a third to the arithmetic of a 1536-wide layer. So: fused where the weights are plain
-numbers, at run time where they are not. Both go through peft, by diffusers' `PeftAdapterMixin`.
+numbers, at run time where they are not. Both go through peft, by diffusers' `PeftAdapterMixin`. Changes of whole
+parameters, and the kinds of adapter that `formulas` knows, are always fused.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoints.model import CausalModel
 from ..checkpoints.readers import CheckpointError
+from .formulas import Change, difference, shape_of
 from .reader import Lora
+
+logger = logging.getLogger(__name__)
 
 _SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B"}
 _PEFT_TRACES = ("_hf_peft_config_loaded", "lora_scale", "_safe_fusing")
 
 
-def check_lora(lora: Lora, model: CausalModel) -> None:
-    """Raise CheckpointError unless every part of the LoRA has its place in the model, and fits there."""
+def fit_lora(lora: Lora, model: CausalModel) -> Lora:
+    """The LoRA without the parts that have no place in the model; its `left_out` names them, and so does the log.
+
+    Raises CheckpointError when it is for another size of the model, when no part has a place, or when it changes whole
+    weights that the model keeps in float8 or packed.
+    """
     modules = dict(model.transformer.named_modules())
-    places = {}  # of each part: the shape it has to have, None where the model has no such part
+    shapes = {}  # of each part: the one it has, and the one it needs, None where the model has no such part
     for name, layer in lora.layers.items():
-        weight = getattr(modules.get(name), "weight", None)
-        places[name] = (layer.up.shape[0], *layer.down.shape[1:]), weight is not None and _shape(modules[name])
-    for name, diff in lora.diffs.items():
-        owner, _, last = name.rpartition(".")
-        parameter = getattr(modules.get(owner), last, None)
-        places[name] = tuple(diff.shape), parameter is not None and tuple(parameter.shape)
-    wrong = [name for name, (shape, needed) in places.items() if needed and shape != needed]
+        shapes[name] = (layer.up.shape[0], *layer.down.shape[1:]), _needed(modules, f"{name}.weight")
+    for name, change in lora.changes.items():
+        needed = _needed(modules, name)
+        shape = shape_of(change, needed or (1, 1))
+        flat = needed and shape[:1] == needed[:1] and math.prod(shape) == math.prod(needed)  # as convolutions may be
+        shapes[name] = needed if flat else shape, needed
+    wrong = [name for name, (shape, needed) in shapes.items() if needed and shape != needed]
     wrong.sort(key=lambda name: ".attn" not in name)  # a feed-forward layer has two widths
-    if wrong:
-        shape, needed = places[wrong[0]]
+    for name in wrong:
+        shape, needed = shapes[name]
+        if name.startswith("blocks.") or shape[:1] != needed[:1]:
+            raise CheckpointError(
+                f"the LoRA {lora.name} was made for another model. At {name} it is {_size(shape)}, this model is "
+                f"{_size(needed)}. Choose the LoRA for this size of the model."
+            )
+    absent = [name for name, (_, needed) in shapes.items() if not needed]
+    unfit = [f"{name}, which is {_size(shapes[name][0])} instead of {_size(shapes[name][1])}" for name in wrong]
+    if absent or unfit:
+        lora = _without(lora, {*absent, *wrong}, (*unfit, *absent))
+    packed = [name for name, change in lora.changes.items() if not _takes_sums(modules, name)]
+    if packed:
         raise CheckpointError(
-            f"the LoRA {lora.name} was made for another model. At {wrong[0]} it is {_size(shape)}, this model is "
-            f"{_size(needed)}. Choose the LoRA for this size of the model."
+            f"the LoRA {lora.name} changes {len(packed)} weights as a whole ({', '.join(packed[:3])}), which float8 and "
+            "GGUF cannot take. Use the model in bf16."
         )
-    absent = [name for name, (_, needed) in places.items() if not needed]
-    if absent:
-        names = ", ".join(absent[:3]) + (" and others" if len(absent) > 3 else "")
-        raise CheckpointError(
-            f"the LoRA {lora.name} was made for another model: {len(absent)} of its {len(places)} parts have no place "
-            f"in this one ({names})."
-        )
+    return lora
 
 
-def _shape(layer) -> tuple[int, ...]:
-    """Of a layer's weight when unpacked."""
-    return (layer.out_features, layer.in_features) if hasattr(layer, "in_features") else tuple(layer.weight.shape)
+def _without(lora: Lora, names: set[str], said: tuple[str, ...]) -> Lora:
+    """The LoRA without the parts of these names. said: how they are told of."""
+    layers = {name: layer for name, layer in lora.layers.items() if name not in names}
+    changes = {name: change for name, change in lora.changes.items() if name not in names}
+    left_out = (*said, *lora.left_out)
+    count = len(layers) + len(changes) + len(left_out)
+    told = f"{len(left_out)} of its {count} parts have no place in this one ({_listed(left_out)})"
+    if not layers and not changes:
+        raise CheckpointError(f"the LoRA {lora.name} was made for another model: {told}.")
+    logger.warning("The LoRA %s was made for another model: %s and are left out.", lora.name, told)
+    return replace(lora, layers=layers, changes=changes, left_out=left_out)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
+
+
+def _needed(modules: dict[str, nn.Module], name: str) -> tuple[int, ...] | None:
+    """Shape of a parameter when unpacked; None where there is none."""
+    owner, _, last = name.rpartition(".")
+    layer = modules.get(owner)
+    parameter = getattr(layer, last, None)
+    if not isinstance(parameter, Tensor):
+        return None
+    if last == "weight" and hasattr(layer, "in_features"):
+        return layer.out_features, layer.in_features
+    return tuple(parameter.shape)
+
+
+def _takes_sums(modules: dict[str, nn.Module], name: str) -> bool:
+    """Whether a parameter is of plain numbers; vectors in float8 are taken for such, as they hardly lose by it."""
+    owner, _, last = name.rpartition(".")
+    parameter = getattr(modules[owner], last)
+    return parameter.is_floating_point() and (parameter.dtype.itemsize > 1 or parameter.ndim == 1)
 
 
 def _size(shape: tuple[int, ...]) -> str:
+    if len(shape) == 5:
+        return f"{list(shape)}, {shape[1]} channels"
     width = shape[-1]
     return f"{list(shape)}, width {width}" + (f" (Wan {_SIZES[width]})" if width in _SIZES else "")
 
@@ -82,6 +131,7 @@ class LoraStack:
     def set(self, loras: Iterable[tuple[Lora, float]]) -> bool:
         """Make these the applied LoRAs, each with its strength; strength 0 is none. False if they were already.
 
+        Parts that have no place in the model are left out: `fit_lora` tells which.
         Raises CheckpointError for one that does not fit; the stack then stays as it was. If anything else goes wrong
         on the way, the model is left without LoRAs.
         """
@@ -89,8 +139,7 @@ class LoraStack:
         wanted = tuple((lora.identity, strength) for lora, strength in loras)
         if wanted == self.applied:
             return False
-        for lora, _ in loras:
-            check_lora(lora, self.model)
+        loras = [(fit_lora(lora, self.model), strength) for lora, strength in loras]
         self.clear()
         try:
             self._apply(loras)
@@ -123,8 +172,8 @@ class LoraStack:
     def _apply(self, loras: Sequence[tuple[Lora, float]]) -> None:
         transformer = self.model.transformer
         for lora, strength in loras:
-            for name, diff in lora.diffs.items():
-                self._add(name, diff, strength)
+            for name, change in lora.changes.items():
+                self._add(name, change, strength)
         layered = {f"lora_{index}": (lora, strength) for index, (lora, strength) in enumerate(loras) if lora.layers}
         if not layered:
             return
@@ -160,12 +209,11 @@ class LoraStack:
     def _keep(self, name: str, parameter: Tensor) -> None:
         self._originals.setdefault(name, parameter.data.to("cpu"))
 
-    def _add(self, name: str, diff: Tensor, strength: float) -> None:
+    def _add(self, name: str, change: Change, strength: float) -> None:
         parameter = self.model.transformer.get_parameter(name)
-        if not parameter.is_floating_point():
-            raise CheckpointError(f"a LoRA changes {name} as a whole, which a GGUF file packs. Use the model in bf16.")
+        original = self._originals.get(name, parameter.data).to(parameter.device, torch.float32)
         self._keep(name, parameter)
-        parameter.data = (parameter.float() + strength * diff.to(parameter.device, torch.float32)).to(parameter.dtype)
+        parameter.data = (parameter.float() + strength * difference(change, original)).to(parameter.dtype)
 
 
 def _is_plain(layer) -> bool:

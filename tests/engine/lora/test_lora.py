@@ -6,17 +6,16 @@ import pytest
 import torch
 from builders import changed, close, original_names, tiny_transformer, write_weights
 from diffusers.loaders import lora_conversion_utils
+from lora_files import RANK, fsdp, kohya, matrices, original, peft, underscored
 from safetensors.torch import save_file
-from torch import nn
 
 from rolling_kv.checkpoints.model import CausalModel
 from rolling_kv.checkpoints.readers import CheckpointError
 from rolling_kv.config import CacheConfig, SamplingConfig
 from rolling_kv.lora.reader import load_lora, read_lora
-from rolling_kv.lora.stack import LoraStack, applied_loras, check_lora
+from rolling_kv.lora.stack import LoraStack, applied_loras, fit_lora
 from rolling_kv.sampling.session import RollingSession
 
-RANK = 4
 INPUTS = dict(
     hidden_states=torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(1)),
     timestep=torch.tensor([500.0]),
@@ -30,49 +29,9 @@ def model():
     return CausalModel(tiny_transformer())
 
 
-def matrices(rank=RANK, seed=3, only="blocks", **size):
-    """Matrices (down, up) by diffusers' module name, for every Linear of the blocks of a tiny model."""
-    generator = torch.Generator().manual_seed(seed)
-    layers = {n: m for n, m in tiny_transformer(**size).named_modules() if isinstance(m, nn.Linear) and only in n}
-    return {
-        name: (
-            torch.randn(rank, layer.in_features, generator=generator) / 8,
-            torch.randn(layer.out_features, rank, generator=generator) / 8,
-        )
-        for name, layer in layers.items()
-    }
-
-
-def original(module):
-    return next(iter(original_names({f"{module}.weight": None}))).removesuffix(".weight")
-
-
-def peft(pairs, prefix="transformer.", rename=lambda module: module, adapter=""):
-    return {
-        f"{prefix}{rename(module)}.lora_{half}{adapter}.weight": tensor
-        for module, pair in pairs.items()
-        for half, tensor in zip("AB", pair)
-    }
-
-
-def kohya(pairs, prefix, rename, alpha):
-    tensors = {}
-    for module, (down, up) in pairs.items():
-        name = prefix + rename(module)
-        tensors |= {
-            f"{name}.lora_down.weight": down,
-            f"{name}.lora_up.weight": up,
-            f"{name}.alpha": torch.tensor(alpha),
-        }
-    return tensors
-
-
-def underscored(module):
-    return original(module).replace(".", "_")
-
-
-def fsdp(module):
-    return original(module).replace("blocks.1.", "blocks.1._fsdp_wrapped_module.")
+def old_names(pairs, prefix):
+    halves = {"lora_A": "lora.down", "lora_B": "lora.up"}
+    return {name.replace(n := name.split(".")[-2], halves[n]): tensor for name, tensor in peft(pairs, prefix).items()}
 
 
 FILES = {  # what the file holds, and the scale (alpha / rank) that it asks for
@@ -95,6 +54,21 @@ FILES = {  # what the file holds, and the scale (alpha / rank) that it asks for
     ),
     "diffusers.safetensors": lambda p: (peft(p), 1.0),
     "diffusers_bare.pt": lambda p: (peft(p, ""), 1.0),
+    "diffsynth.safetensors": lambda p: (peft(p, "", original, ".default"), 1.0),
+    "diffsynth_pipe.safetensors": lambda p: (peft(p, "pipe.dit.", original, ".default"), 1.0),
+    "unet.safetensors": lambda p: (peft(p, "unet.", original), 1.0),
+    "diffusers_old.safetensors": lambda p: (old_names(p, "transformer."), 1.0),
+    "diffusers_old_peft.safetensors": lambda p: (old_names(p, "transformer.base_model.model."), 1.0),
+    "onetrainer.safetensors": lambda p: (kohya(p, "lora_transformer_", underscored, 2.0), 0.5),
+    "simpletuner.safetensors": lambda p: (
+        kohya(p, "lycoris_", lambda module: module.replace(".", "_"), 2.0),
+        0.5,
+    ),
+    "fun.safetensors": lambda p: (kohya(p, "lora_unet__", underscored, 2.0), 0.5),
+    "as_convolutions.safetensors": lambda p: (
+        {name: tensor[..., None, None] for name, tensor in peft(p, "diffusion_model.", original).items()},
+        1.0,
+    ),
 }
 
 
@@ -272,7 +246,7 @@ def test_parts_for_an_image_encoder_are_left_out(model):
     }
     lora = read_lora(peft(pairs, "diffusion_model.", original) | extra)
     assert lora.identity == read_lora(peft(pairs)).identity
-    check_lora(lora, model)
+    fit_lora(lora, model)
 
 
 # With the rolling cache
@@ -315,9 +289,9 @@ def test_what_is_no_lora_is_named(tmp_path):
     refused(original_names(tiny_transformer().state_dict()), "a Wan video model, not a LoRA", tmp_path)
     refused({"decoder.conv1.weight": torch.zeros(2, 2)}, "a VAE, not a LoRA", tmp_path)
     name = "diffusion_model.blocks.0.self_attn.q"
-    refused({f"{name}.lokr_w1": torch.zeros(2, 2)}, r"another kind than LoRA .*lokr_w1 \[2, 2\]", tmp_path)
-    magnitudes = {f"{name}.dora_scale": torch.zeros(128)}
-    refused(kohya(matrices(), "lora_unet_", underscored, 1.0) | magnitudes, "dora_scale", tmp_path)
+    refused({f"{name}.oft_R.weight": torch.zeros(2, 2)}, r"another kind than LoRA .*oft_R.weight \[2, 2\]", tmp_path)
+    butterflies = {f"{name}.oft_blocks": torch.zeros(2, 8, 16, 16)}
+    refused(kohya(matrices(), "lora_unet_", underscored, 1.0) | butterflies, "oft_blocks", tmp_path)
     with pytest.raises(CheckpointError, match="no such file"):
         load_lora(tmp_path / "absent.safetensors")
 
@@ -342,8 +316,8 @@ def test_a_lora_of_another_size_is_refused_with_both_sizes(model):
     wide = read_lora(peft(matrices(num_attention_heads=2)), "big_lora")
     with pytest.raises(CheckpointError, match=r"big_lora .*blocks.0.attn1.to_q .*width 256, .*width 128.* this size"):
         stack.set([(fitting, 1.0), (wide, 1.0)])
-    deep = read_lora(peft(matrices(num_layers=3)), "deep_lora")
-    with pytest.raises(CheckpointError, match=r"deep_lora .*10 of its 30 parts .*blocks.2.attn1.to_q, .* and others"):
+    deep = read_lora(peft({name: pair for name, pair in matrices(num_layers=3).items() if ".2." in name}), "deep_lora")
+    with pytest.raises(CheckpointError, match=r"deep_lora .*10 of its 10 parts .*blocks.2.attn1.to_q, .* and others"):
         stack.set([(deep, 1.0)])
     assert stack.applied == applied and torch.equal(outputs(model), now)
 
@@ -351,4 +325,4 @@ def test_a_lora_of_another_size_is_refused_with_both_sizes(model):
 def test_the_published_sizes_are_named(model):
     pair = {"diffusion_model.blocks.0.self_attn.q": (torch.zeros(4, 5120), torch.zeros(5120, 4))}
     with pytest.raises(CheckpointError, match=r"width 5120 \(Wan 14B\), this model is \[128, 128\], width 128"):
-        check_lora(read_lora(peft(pair, "")), model)
+        fit_lora(read_lora(peft(pair, "")), model)
