@@ -62,7 +62,7 @@ def _low_rank(tensors: dict[str, Tensor], _) -> Tensor:
 
 def _kronecker(tensors: dict[str, Tensor], _) -> Tensor:
     small, large = _factor(tensors, "lokr_w1"), _factor(tensors, "lokr_w2", "lokr_t2")
-    return torch.kron(small.reshape(*small.shape, *[1] * (large.ndim - small.ndim)), large)
+    return torch.kron(small.reshape(*small.shape, *[1] * (large.ndim - small.ndim)), large.contiguous())
 
 
 def _hadamard(tensors: dict[str, Tensor], _) -> Tensor:

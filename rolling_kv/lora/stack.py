@@ -106,10 +106,10 @@ def _takes_sums(modules: dict[str, nn.Module], name: str) -> bool:
 
 
 def _size(shape: tuple[int, ...]) -> str:
-    if len(shape) == 5:
-        return f"{list(shape)}, {shape[1]} channels"
-    width = shape[-1]
-    return f"{list(shape)}, width {width}" + (f" (Wan {_SIZES[width]})" if width in _SIZES else "")
+    convolution = len(shape) == 5
+    width = shape[0] if convolution else shape[-1]
+    size = f" (Wan {_SIZES[width]})" if width in _SIZES else ""
+    return f"{list(shape)}, width {width}{size}" + (f", {shape[1]} channels" if convolution else "")
 
 
 class LoraStack:
