@@ -82,6 +82,9 @@ def test_another_width_is_refused_though_other_parts_would_be_left_out(model):
     wide = peft(matrices(num_attention_heads=2), "diffusion_model.", original) | IMAGE_TO_VIDEO
     with pytest.raises(CheckpointError, match="width 256, this model is .*width 128. Choose the LoRA for this size"):
         fit_lora(read_lora(wide), model)
+    deep = {name: pair for name, pair in matrices(ffn_dim=64).items() if "net.2" in name}
+    with pytest.raises(CheckpointError, match="blocks.0.ffn.net.2 .*width 64, this model is .*width 96"):
+        fit_lora(read_lora(peft(deep) | peft(matrices(only="attn"))), model)
     patch = {"diffusion_model.patch_embedding.diff": torch.ones(256, 16, 1, 2, 2)}
     with pytest.raises(CheckpointError, match=r"\[256, 16, 1, 2, 2\], width 256, .*, width 128, 16 channels"):
         fit_lora(read_lora(patch), model)
