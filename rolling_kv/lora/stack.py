@@ -29,6 +29,7 @@ from .reader import Lora
 logger = logging.getLogger(__name__)
 
 _SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B"}
+_CHANNELS = {36: " (image-to-video)"}
 _PEFT_TRACES = ("_hf_peft_config_loaded", "lora_scale", "_safe_fusing")
 
 
@@ -109,7 +110,8 @@ def _size(shape: tuple[int, ...]) -> str:
     convolution = len(shape) == 5
     width = shape[0] if convolution else shape[-1]
     size = f" (Wan {_SIZES[width]})" if width in _SIZES else ""
-    return f"{list(shape)}, width {width}{size}" + (f", {shape[1]} channels" if convolution else "")
+    channels = f", {shape[1]} channels{_CHANNELS.get(shape[1], '')}" if convolution else ""
+    return f"{list(shape)}, width {width}{size}{channels}"
 
 
 class LoraStack:

@@ -36,7 +36,7 @@ IMAGE_TO_VIDEO = {
     "diffusion_model.img_emb.proj.1.diff": torch.ones(9, 4),
 }
 LEFT_OUT = {  # what is added to a file that fits, and what is told of it
-    "image-to-video": (IMAGE_TO_VIDEO, [r"patch_embedding, which is .*36 channels.*16 channels", "add_k_proj", "image_embedder"]),
+    "image-to-video": (IMAGE_TO_VIDEO, [r"patch_embedding, which is .*36 channels \(image-to-video\).*16 channels", "add_k_proj", "image_embedder"]),
     "more blocks": (
         peft({n: p for n, p in matrices(num_layers=3).items() if "blocks.2.attn1" in n}, "diffusion_model.", original),
         ["blocks.2.attn1.to_q", "blocks.2.attn1.to_k", "blocks.2.attn1.to_v", "blocks.2.attn1.to_out.0"],
