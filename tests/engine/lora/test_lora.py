@@ -83,6 +83,16 @@ def test_every_file_layout_changes_the_same_weights(name, model, tmp_path):
     assert lora.identity == read_lora(same).identity
 
 
+@pytest.mark.parametrize(
+    "rename", [underscored, lambda module: module.replace(".", "_")], ids=["original", "diffusers"]
+)
+def test_underscored_names_of_every_layer_are_understood(rename, model):
+    pairs = matrices(only="")
+    before = dict(model.transformer.state_dict())
+    with applied_loras(model, [(read_lora(kohya(pairs, "lora_unet_", rename, 2.0)), 1.0)]):
+        assert close(model.transformer.state_dict(), changed(before, pairs, 0.5))
+
+
 @pytest.mark.parametrize("settings, scale", [({"lora_alpha": 2}, 0.5), ({"lora_alpha": 2, "use_rslora": True}, 1.0),
                                              ({"lora_alpha": 2, "alpha_pattern": {"ffn.0": 8}}, None)])  # fmt: skip
 def test_the_alpha_of_an_adapter_config_is_used(settings, scale, tmp_path):
