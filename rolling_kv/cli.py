@@ -159,7 +159,6 @@ def _lora(file: str, *strength: str) -> tuple[Path, float]:
 def _inspect(args: argparse.Namespace) -> None:
     info = inspect_checkpoint(args.file, args.height, args.width)
     config = info.config
-    preset = PRESETS.get(info.preset)
     print(f"file       {printable(str(info.path))}")
     print(f"layout     {info.layout}")
     print(f"size       {_size(info.file_bytes)}, {info.parameters / 1e6:,.1f} million parameters")
@@ -170,11 +169,16 @@ def _inspect(args: argparse.Namespace) -> None:
         print(f"note       {info.note}")
     per_frame = info.kv_bytes_per_frame
     print(f"KV cache   {_size(per_frame)} per latent frame in bfloat16 at {info.width}x{info.height}")
-    if preset and (window := preset.cache.limit):
+    if window := info.settings.cache.limit:
         print(
             f"           {_size(per_frame * window)} for its window of {window} latent frames "
             f"({info.geometry.pixel_frames(window)} video frames)"
         )
+    run = info.run
+    print(
+        f"a run      {_size(run.device)} beside the weights: cache {_size(run.cache)}, prompts {_size(run.prompts)}, "
+        f"activations {_size(run.activations)}"
+    )
 
 
 def _size(count: int) -> str:

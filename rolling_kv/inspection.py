@@ -14,6 +14,8 @@ from .checkpoints.gguf import gguf_types
 from .checkpoints.readers import open_checkpoint, telling
 from .checkpoints.transformer import empty_transformer, prepare, settings_of, transformer_path
 from .geometry import Geometry
+from .presets import DEFAULT_PRESET, ModelPreset
+from .sampling.memory import Estimate, estimate
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class CheckpointInfo:
     note: what is then assumed, and what to do; empty otherwise.
     geometry: how pixels, latents and seconds follow from each other.
     kv_bytes_per_frame: keys and values of one latent frame in bfloat16 at `height` x `width` pixels.
+    settings: the preset that a load chooses on its own.
+    run: what a run with these settings takes beside the weights, in bfloat16 at that size.
     """
 
     path: Path
@@ -42,6 +46,8 @@ class CheckpointInfo:
     width: int
     kv_bytes_per_frame: int
     geometry: Geometry
+    settings: ModelPreset
+    run: Estimate
 
 
 def inspect_checkpoint(path: str | Path, height: int = 480, width: int = 832) -> CheckpointInfo:
@@ -52,6 +58,7 @@ def inspect_checkpoint(path: str | Path, height: int = 480, width: int = 832) ->
         weights, _, config, naming = prepare(checkpoint.tensors, settings_of(checkpoint))
         transformer = empty_transformer(weights, config)
         preset, note = detect_preset(path, checkpoint), assumption(path, checkpoint)
+    settings = preset or DEFAULT_PRESET
     packings = gguf_types(checkpoint.tensors)
     shape = CacheShape.of(transformer, 1, *Geometry.of(transformer).latent_size(height, width), torch.bfloat16)
     return CheckpointInfo(
@@ -72,4 +79,14 @@ def inspect_checkpoint(path: str | Path, height: int = 480, width: int = 832) ->
         width=width,
         kv_bytes_per_frame=shape.bytes_per_frame(),
         geometry=Geometry.of(transformer),
+        settings=settings,
+        run=estimate(
+            transformer,
+            height,
+            width,
+            sampling=settings.sampling,
+            cache=settings.cache,
+            dtype=torch.bfloat16,
+            frames=settings.sampling.chunk,
+        ),
     )

@@ -11,6 +11,7 @@ from rolling_kv.checkpoints.model import load_model
 from rolling_kv.checkpoints.readers import CheckpointError, open_checkpoint
 from rolling_kv.checkpoints.transformer import build_transformer
 from rolling_kv.inspection import inspect_checkpoint
+from rolling_kv.presets import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,7 @@ def test_inspection_tells_what_a_file_is(weights, tmp_path):
     assert info.file_bytes == path.stat().st_size
     # 2 (keys and values) x 2 layers x 2x3 tokens x 128 values x 2 bytes
     assert (info.preset, info.kv_bytes_per_frame) == ("longlive", 6144)
+    assert info.settings == PRESETS["longlive"] and info.run.cache == 12 * 6144
     with pytest.raises(ValueError, match="height must be a multiple of 16 pixels, got 30"):
         inspect_checkpoint(path, height=30, width=48)
 
