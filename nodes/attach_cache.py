@@ -2,7 +2,9 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..rolling_kv.config import ALL_FRAMES, CACHE_STORAGES, SINK_PHASES
+from ..rolling_kv.config import CACHE_STORAGES, SINK_PHASES
+from . import inputs
+from .guard import guarded
 from .types import CATEGORY, Model
 
 
@@ -20,29 +22,15 @@ class RollingKVAttachCache(io.ComfyNode):
             search_aliases=["kv cache", "rolling cache", "window", "attention sink", "local attention", "memory"],
             inputs=[
                 Model.Input("model", tooltip="From Load Causal Video Model."),
-                io.Int.Input(
-                    "window",
-                    default=0,
-                    min=-1,
-                    max=4096,
-                    tooltip="Latent frames that a chunk attends to, counting the sink and the chunk itself (4 video frames "
-                    "each). 0: what the model was trained with. -1: everything; memory then grows with the video.",
-                ),
-                io.Int.Input(
-                    "sink",
-                    default=-1,
-                    min=-1,
-                    max=64,
-                    tooltip="The first latent frames of the video, which never leave the window. Avoids the flicker when "
-                    "frame 0 would leave. -1: what the model was trained with.",
-                ),
+                inputs.window(),
+                inputs.sink(),
                 io.Combo.Input(
                     "sink_phase",
-                    options=list(SINK_PHASES),
+                    options=[inputs.OWN, *SINK_PHASES],
                     optional=True,
                     advanced=True,
-                    tooltip="Absolute: as the models were trained. Rebased: the sink always counts as just before the "
-                    "window; try it when a very long video drifts.",
+                    tooltip="Where the sink counts as being. Absolute: where its frames were made. Rebased: always just before "
+                    "the window; try it when a very long video drifts.",
                 ),
                 io.Combo.Input(
                     "storage",
@@ -62,14 +50,17 @@ class RollingKVAttachCache(io.ComfyNode):
                 ),
             ],
             outputs=[Model.Output(display_name="model", tooltip="The model with these cache settings.")],
+            accept_all_inputs=True,
         )
 
     @classmethod
-    def execute(cls, model, window, sink, sink_phase="absolute", storage="model", offload=False) -> io.NodeOutput:
-        cache = replace(model.cache, sink_phase=sink_phase, storage=storage, offload=offload)
-        if window != 0:
-            cache = replace(cache, window=ALL_FRAMES if window == -1 else window)
-        if sink != -1:
-            cache = replace(cache, sink=sink)
+    @guarded
+    def execute(
+        cls, model, window, sink, sink_phase="the model's own", storage="model", offload=False
+    ) -> io.NodeOutput:
+        cache = inputs.with_sink(inputs.with_window(model.cache, window), sink)
+        if sink_phase != inputs.OWN:
+            cache = replace(cache, sink_phase=sink_phase)
+        cache = replace(cache, storage=storage, offload=offload)
         cache.check_chunk(model.sampling.chunk)
         return io.NodeOutput(model._replace(cache=cache))

@@ -1,12 +1,12 @@
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import comfy.model_management as mm
 import numpy as np
 import torch
-from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 from PIL import Image
-from server import PromptServer
 
 from ..rolling_kv.bench.step_caches.experiment import (
     Candidate,
@@ -20,9 +20,9 @@ from ..rolling_kv.bench.step_caches.run import compare, decode_video, measure, s
 from ..rolling_kv.bench.step_caches.similarity import Similarity
 from ..rolling_kv.config import SamplingConfig
 from ..rolling_kv.step_cache import METHODS, StepCacheMethod
-from .managed import check_cancelled, free_memory_of
-from .sample import embedding
-from .types import CATEGORY, VAE, Model, ModelHandle
+from . import borders, inputs, run
+from .guard import guarded
+from .types import CATEGORY, VAE, Model
 
 
 class RollingKVBenchmark(io.ComfyNode):
@@ -52,14 +52,7 @@ class RollingKVBenchmark(io.ComfyNode):
                     tooltip="Which step caches to measure. All: every one that can run here. The settings of a Step Cache "
                     "node before this one are measured as well.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=0,
-                    min=0,
-                    max=1000,
-                    tooltip="Denoising steps per chunk. 0: as the model's preset has it, which must be many; a few-step "
-                    "model is refused, with the reason measured.",
-                ),
+                _steps(),
                 io.Int.Input(
                     "chunks",
                     default=2,
@@ -70,8 +63,8 @@ class RollingKVBenchmark(io.ComfyNode):
                 io.Int.Input(
                     "first_seed", default=0, min=0, max=0xFFFFFFFF, tooltip="Of the noise of the first video."
                 ),
-                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
-                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
+                inputs.side("width", "Pixels, a multiple of 16."),
+                inputs.side("height", "Pixels, a multiple of 16."),
                 VAE.Input(
                     "vae",
                     optional=True,
@@ -80,16 +73,7 @@ class RollingKVBenchmark(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="What to avoid. Only read when there is guidance."
                 ),
-                io.Float.Input(
-                    "guidance",
-                    default=0.0,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    optional=True,
-                    tooltip="Classifier-free guidance. 0: what the model was trained for. 1: off. More needs a negative "
-                    "prompt and twice the time.",
-                ),
+                inputs.guidance(advanced=False),
                 io.Combo.Input(
                     "strengths",
                     options=["all", "defaults"],
@@ -134,68 +118,58 @@ class RollingKVBenchmark(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
+            accept_all_inputs=True,
         )
 
     @classmethod
     def validate_inputs(cls, model, methods=None) -> bool | str:
-        # ComfyUI leaves out a dynamic combo whose value is none of its choices.
-        return True if methods is not None else "methods must be all or chosen"
+        # ComfyUI leaves out a dynamic combo whose value is none of its choices, or gives the bare value.
+        return True if isinstance(methods, dict) else "methods must be all or chosen"
 
     @classmethod
+    @guarded
     def execute(
-        cls, model, positive, methods, steps, chunks, first_seed, width, height, vae=None, negative=None, guidance=0.0,
+        cls, model, positive, methods, steps, chunks, first_seed, width, height, vae=None, negative=None, guidance=None,
         strengths="all", mode="multi-step", videos=1, memory=True,
     ) -> io.NodeOutput:  # fmt: skip
         names, notes = applicable(_chosen(methods))
         model.execution.check(step_cache=True)
         experiment = StepCacheExperiment(
-            model.patcher.model, embedding(positive, "positive"),
-            None if negative is None else embedding(negative, "negative"), mode,
-            _sampling(model.sampling, steps, guidance), model.cache, height, width, chunks,
+            model.engine, borders.embedding(positive, "positive"),
+            None if negative is None else borders.embedding(negative, "negative"), mode,
+            _with_steps(inputs.with_guidance(model.sampling, guidance), steps), model.cache, height, width, chunks,
             tuple(range(first_seed, first_seed + videos)), memory, model.execution,
         )  # fmt: skip
         own = (
             [] if model.step_cache is None else [Candidate("Step Cache node", model.step_cache.title, model.step_cache)]
         )
         check(experiment, own)
-        node_id = cls.hidden.unique_id
-        progress = ProgressBar(1, node_id=node_id)
-
-        def say(text: str) -> None:
-            PromptServer.instance.send_progress_text(text, node_id)
-
-        def on_pass(done: int, total: int) -> None:
-            check_cancelled()
-            progress.update_absolute(done, total)
-
-        def on_run(done: int, total: int, what: str) -> None:
-            say(f"{done + 1} of {total}: {what}")
-
-        try:
-            _bring_to_device(model, bytes_needed(experiment, names, own))
+        say = partial(run.say, node_id=cls.hidden.unique_id)
+        with run.progress(cls.hidden.unique_id) as on_pass:
+            model.patcher.workspace.clear()  # of an earlier Sample Video: in the way here, and only a matter of time there
+            run.bring_to_device(model, bytes_needed(experiment, names, own))
             if experiment.sampling.few_step:
                 raise ValueError(_why_not(replace(experiment, chunks=1), on_pass))
             results, constants = measure(
-                experiment, names, defaults_only=strengths == "defaults", more=own, on_run=on_run, on_pass=on_pass
-            )
-            if vae is not None:
-                say("Comparing the videos")
-                vae.bring_to_device(vae.model.decode_bytes(height, width))
-                similarity = Similarity()
-                compare(results, lambda latents: decode_video(vae.model, latents, check_cancelled), similarity)
-                notes += similarity.notes
-            else:
-                notes.append("No quality: connect a VAE to compare the videos.")
-        except BaseException as error:
-            free_memory_of(error)
-            raise
+                experiment, names, defaults_only=strengths == "defaults", more=own, on_pass=on_pass,
+                on_run=lambda done, total, what: say(f"{done + 1} of {total}: {what}"),
+            )  # fmt: skip
+            notes += _compare(results, vae, height, width, say)
         mm.soft_empty_cache()
-        progress.update_absolute(progress.total)
         say(f"{len(results) - 1} settings measured")
         notes = constants_notes(constants) + notes
         text = "\n\n".join([describe(experiment).replace("\n", "  \n"), table(results), *notes])
         picture = _to_image(plot(experiment, results))
         return io.NodeOutput(text, picture, ui=ui.PreviewImage(picture).as_dict() | {"text": (text,)})
+
+
+def _steps() -> io.DynamicCombo.Input:
+    count = io.Int.Input("count", default=50, min=1, max=1000, tooltip="Denoising steps per chunk.")
+    return inputs.choice(
+        "steps",
+        {inputs.OWN: [], inputs.SO_MANY: [count]},
+        "Denoising steps per chunk. The model's own must be many: a few-step model is refused, with the reason measured.",
+    )
 
 
 def _switch(method: type[StepCacheMethod]) -> io.Boolean.Input:
@@ -214,18 +188,23 @@ def _chosen(methods: dict) -> list[str] | None:
     return names
 
 
-def _sampling(trained: SamplingConfig, steps: int, guidance: float) -> SamplingConfig:
-    sampling = replace(trained, guidance_scale=guidance) if guidance else trained
-    if not steps:
+def _with_steps(sampling: SamplingConfig, chosen: dict) -> SamplingConfig:
+    """The sampling settings with what `_steps` gives; more steps than a distilled model has are a solver's."""
+    if chosen["steps"] == inputs.OWN:
         return sampling
-    sampler = "unipc" if trained.few_step else trained.sampler
-    return replace(sampling, sampler=sampler, num_inference_steps=steps)
+    sampler = "unipc" if sampling.few_step else sampling.sampler
+    return replace(sampling, sampler=sampler, num_inference_steps=chosen["count"])
 
 
-def _bring_to_device(model: ModelHandle, memory_required: int) -> None:
-    model.patcher.workspace.clear()  # of an earlier Sample Video: in the way here, and only a matter of time there
-    model.patcher.bring_to_device(memory_required + model.patcher.lora_bytes(model.loras))
-    model.patcher.use_loras(model.loras)
+def _compare(results: list, vae, height: int, width: int, say: Callable[[str], None]) -> list[str]:
+    """Compare the videos with those made without a step cache; returns what is to be said of the figures."""
+    if vae is None:
+        return ["No quality: connect a VAE to compare the videos."]
+    say("Comparing the videos")
+    vae.bring_to_device(vae.model.decode_bytes(height, width))
+    similarity = Similarity()
+    compare(results, lambda latents: decode_video(vae.model, latents, run.check_cancelled), similarity)
+    return similarity.notes
 
 
 def _why_not(experiment: StepCacheExperiment, on_pass) -> str:

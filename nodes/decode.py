@@ -4,12 +4,12 @@ from pathlib import Path
 import comfy.model_management as mm
 import folder_paths
 import torch
-from comfy.utils import ProgressBar
 from comfy_api.latest import InputImpl, io
 
 from ..rolling_kv.geometry import WAN_21
 from ..rolling_kv.video import VideoWriter
-from .managed import check_cancelled
+from . import borders, run
+from .guard import guarded
 from .types import CATEGORY, VAE
 
 
@@ -53,11 +53,12 @@ class RollingKVDecodeVideo(io.ComfyNode):
         )
 
     @classmethod
+    @guarded
     def execute(cls, vae, latent, fps=WAN_21.fps, enlarge=1) -> io.NodeOutput:
-        samples = _check(latent)
+        samples = borders.latents_to_decode(latent, vae.model.geometry)
         if samples.shape[0] != 1:
             raise ValueError(f"A video file holds one video, but the latent is a batch of {samples.shape[0]}.")
-        height, width = WAN_21.pixel_size(*samples.shape[-2:])
+        height, width = vae.model.geometry.pixel_size(*samples.shape[-2:])
         path = Path(folder_paths.get_temp_directory()) / f"rolling_kv_{uuid.uuid4().hex}.mp4"
         with VideoWriter(path, width, height, fps=fps, scale=enlarge) as writer:
             for frames in _decode(vae, samples, cls.hidden.unique_id):
@@ -86,31 +87,21 @@ class RollingKVDecodeImages(io.ComfyNode):
         )
 
     @classmethod
+    @guarded
     def execute(cls, vae, latent) -> io.NodeOutput:
         images = [
             (frames[0] * 0.5 + 0.5).permute(1, 2, 3, 0).to(mm.intermediate_device())  # [T, H, W, 3]
-            for video in _check(latent).split(1)
+            for video in borders.latents_to_decode(latent, vae.model.geometry).split(1)
             for frames in _decode(vae, video, cls.hidden.unique_id)
         ]
         return io.NodeOutput(torch.cat(images))
 
 
-def _check(latent: dict) -> torch.Tensor:
-    samples = latent["samples"]
-    if samples.ndim != 5 or samples.shape[1] != WAN_21.channels:
-        raise ValueError(
-            f"This decodes Wan 2.1 video latents [batch, {WAN_21.channels}, frames, height, width], got "
-            f"{list(samples.shape)}. Connect the latent of Sample Video."
-        )
-    return samples
-
-
 def _decode(vae, samples: torch.Tensor, node_id: str):
     """Yields float32 frames [1, 3, 1 or 4, H, W] in [-1, 1], one latent frame at a time."""
     count, height, width = samples.shape[2:]
-    vae.bring_to_device(vae.model.decode_bytes(*WAN_21.pixel_size(height, width)))
-    progress = ProgressBar(count, node_id=node_id)
-    for done, frames in enumerate(vae.model.decoder().decode_frames(samples), start=1):
-        check_cancelled()
-        yield frames
-        progress.update_absolute(done)
+    vae.bring_to_device(vae.model.decode_bytes(*vae.model.geometry.pixel_size(height, width)))
+    with run.progress(node_id) as on_frame:
+        for done, frames in enumerate(vae.model.decoder().decode_frames(samples)):
+            on_frame(done, count)
+            yield frames

@@ -1,6 +1,7 @@
 import comfy.model_management as mm
 from comfy_api.latest import io
 
+from .guard import guarded
 from .types import CATEGORY, TextEncoder
 
 
@@ -34,6 +35,7 @@ class RollingKVEncodePrompt(io.ComfyNode):
         )
 
     @classmethod
+    @guarded
     def execute(cls, text_encoder, text) -> io.NodeOutput:
         text_encoder.bring_to_device()
         embedding = text_encoder.model.encode([text]).to(mm.intermediate_device())

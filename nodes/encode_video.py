@@ -1,11 +1,13 @@
 import comfy.model_management as mm
 import torch
-from comfy.utils import ProgressBar, common_upscale
+from comfy.utils import common_upscale
 from comfy_api.latest import io
 
-from ..rolling_kv.geometry import WAN_21
-from .managed import check_cancelled
+from . import inputs, run
+from .guard import guarded
 from .types import CATEGORY, VAE
+
+SIZE = "Pixels, a multiple of 16. The picture is scaled to fill it, and what sticks out is cut off."
 
 
 class RollingKVEncodeVideo(io.ComfyNode):
@@ -27,39 +29,36 @@ class RollingKVEncodeVideo(io.ComfyNode):
                     tooltip="One image, or the frames of a video in order (16 per second). Of a video, the last "
                     "frames beyond 1 + 4n are left out.",
                 ),
-                io.Int.Input(
-                    "width",
-                    default=832,
-                    min=16,
-                    max=8192,
-                    step=16,
-                    tooltip="Pixels, a multiple of 16. The picture is scaled to fill it, and what sticks out is cut off.",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=480,
-                    min=16,
-                    max=8192,
-                    step=16,
-                    tooltip="Pixels, a multiple of 16. The picture is scaled to fill it, and what sticks out is cut off.",
-                ),
+                inputs.side("width", SIZE),
+                inputs.side("height", SIZE),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For the initial latent of Sample Video.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
+    @guarded
     def execute(cls, vae, images, width, height) -> io.NodeOutput:
-        WAN_21.latent_size(height, width)
+        geometry = vae.model.geometry
+        geometry.latent_size(height, width)
+        count = geometry.whole_frames(images.shape[0])
         vae.bring_to_device(vae.model.encode_bytes(height, width))
-        progress = ProgressBar(1 + (images.shape[0] - 1) // WAN_21.temporal, node_id=cls.hidden.unique_id)
         encoder, latents = vae.model.encoder(), []
-        frames = images[: images.shape[0] - (images.shape[0] - 1) % WAN_21.temporal]
-        pieces = [frames[:1], *frames[1:].split(WAN_21.temporal)] if len(frames) > 1 else [frames]
-        for piece in pieces:
-            check_cancelled()
-            pixels = common_upscale(piece[..., :3].movedim(-1, 1), width, height, "bicubic", "center")
-            pixels = pixels.clamp(0, 1).movedim(0, 1).unsqueeze(0) * 2 - 1  # [1, 3, T, H, W]
-            latents.append(encoder.encode(pixels).to(mm.intermediate_device()))
-            progress.update_absolute(len(latents))
+        pieces = images[:count].split([1] + [geometry.temporal] * (count // geometry.temporal))
+        with run.progress(cls.hidden.unique_id) as on_piece:
+            for piece in pieces:
+                on_piece(len(latents), len(pieces))
+                pixels = _fill(piece[..., :3], width, height)
+                latents.append(encoder.encode(pixels).to(mm.intermediate_device()))
         return io.NodeOutput({"samples": torch.cat(latents, dim=2)})
+
+
+def _fill(images: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """Images [T, H, W, 3] in [0, 1], scaled and cropped to a size: [1, 3, T, height, width] in [-1, 1]."""
+    rows, columns = images.shape[1:3]
+    if rows * width <= height:  # less than a column would be left of it
+        images = images.narrow(2, columns // 2, 1)
+    elif columns * height <= width:
+        images = images.narrow(1, rows // 2, 1)
+    pixels = common_upscale(images.movedim(-1, 1), width, height, "bicubic", "center")
+    return pixels.clamp(0, 1).movedim(0, 1).unsqueeze(0) * 2 - 1

@@ -1,11 +1,8 @@
-from pathlib import Path
-
-import folder_paths
 from comfy_api.latest import io
 
+from . import model_files
+from .guard import guarded
 from .types import CATEGORY, Model
-
-FOLDER = "loras"
 
 
 class RollingKVLoadLoRA(io.ComfyNode):
@@ -25,7 +22,7 @@ class RollingKVLoadLoRA(io.ComfyNode):
                 Model.Input("model", tooltip="From Load Causal Video Model, or another Load LoRA."),
                 io.Combo.Input(
                     "lora_name",
-                    options=folder_paths.get_filename_list(FOLDER),
+                    options=model_files.choices(model_files.LORA),
                     tooltip="A file from models/loras: .safetensors or .pt, in original Wan, diffusers, kohya or PEFT names.",
                 ),
                 io.Float.Input(
@@ -41,23 +38,12 @@ class RollingKVLoadLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name):
-        if find(lora_name) is not None:
-            return True
-        places = " or ".join(folder_paths.get_folder_paths(FOLDER))
-        return f"The LoRA {lora_name!r} was not found. Put the file into {places}, then press R to refresh."
+    def validate_inputs(cls, lora_name=None):
+        return model_files.check(model_files.LORA, lora_name)
 
     @classmethod
+    @guarded
     def execute(cls, model, lora_name, strength) -> io.NodeOutput:
-        path = find(lora_name)
+        path = model_files.get(model_files.LORA, lora_name)
         model.patcher.open_lora(path)  # one that does not fit is refused here, not in the sampler
         return io.NodeOutput(model._replace(loras=(*model.loras, (path, strength))))
-
-
-def find(name: str) -> Path | None:
-    """The file that a combo's `name` stands for, with either kind of slash; None if there is none."""
-    parts = name.replace("\\", "/").split("/")
-    if ".." in parts or Path(name).is_absolute():
-        return None
-    path = folder_paths.get_full_path(FOLDER, str(Path(*parts)))
-    return None if path is None else Path(path)

@@ -4,8 +4,9 @@ from comfy_api.latest import io
 from ..rolling_kv.checkpoints.model import load_model
 from ..rolling_kv.config import ATTENTION_BACKENDS, WEIGHT_STORAGES, ExecutionConfig
 from ..rolling_kv.presets import PRESETS
-from . import model_files
-from .managed import ManagedModel
+from . import inputs, model_files
+from .guard import guarded
+from .patchers import ManagedModel
 from .types import CATEGORY, Model, ModelHandle
 
 
@@ -41,13 +42,9 @@ class RollingKVLoadModel(io.ComfyNode):
                     tooltip="What the model was trained for: chunk size, window, denoising steps, shift. Auto reads it from "
                     "the file or its name, and assumes self-forcing where nothing tells.",
                 ),
-                io.Combo.Input(
-                    "dtype",
-                    options=["auto", "bfloat16", "float16", "float32"],
-                    optional=True,
-                    advanced=True,
-                    tooltip="Precision of the weights and of the cache. Auto: the file's own, bfloat16 for float32 files on "
-                    "a GPU.",
+                inputs.dtype(
+                    "Precision of the weights and of the cache. Auto: the file's own, bfloat16 for float32 files on "
+                    "a GPU."
                 ),
                 io.Combo.Input(
                     "storage",
@@ -77,17 +74,18 @@ class RollingKVLoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name):
+    def validate_inputs(cls, model_name=None):
         return model_files.check(model_files.MODEL, model_name)
 
     @classmethod
+    @guarded
     def execute(
         cls, model_name, preset, dtype="auto", storage="model", attention="auto", compile=False
     ) -> io.NodeOutput:
         device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
         execution = ExecutionConfig(backend=None if attention == "auto" else attention, compile=compile)
         execution.check(device, weight_storage=storage)
-        path = model_files.find(model_files.MODEL, model_name)
+        path = model_files.get(model_files.MODEL, model_name)
         model = load_model(path, dtype=dtype, preset=preset, storage=storage, device=offload_device, runs_on=device)
         patcher = ManagedModel(model, load_device=device, offload_device=offload_device)
         return io.NodeOutput(ModelHandle(patcher, model.preset.sampling, model.preset.cache, execution=execution))

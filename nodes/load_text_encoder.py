@@ -2,8 +2,9 @@ import comfy.model_management as mm
 from comfy_api.latest import io
 
 from ..rolling_kv.text import load_text_encoder
-from . import model_files
-from .managed import ManagedModule
+from . import inputs, model_files
+from .guard import guarded
+from .patchers import ManagedModule
 from .types import CATEGORY, TextEncoder
 
 
@@ -25,24 +26,19 @@ class RollingKVLoadTextEncoder(io.ComfyNode):
                     options=model_files.choices(model_files.TEXT_ENCODER),
                     tooltip="A UMT5 file from models/text_encoders, or a diffusers folder from models/diffusers.",
                 ),
-                io.Combo.Input(
-                    "dtype",
-                    options=["auto", "bfloat16", "float16", "float32"],
-                    optional=True,
-                    advanced=True,
-                    tooltip="Precision in which the weights are kept in memory. Auto: the file's own.",
-                ),
+                inputs.dtype("Precision in which the weights are kept in memory. Auto: the file's own."),
             ],
             outputs=[TextEncoder.Output(display_name="text_encoder", tooltip="For Encode Prompt.")],
         )
 
     @classmethod
-    def validate_inputs(cls, text_encoder_name):
+    def validate_inputs(cls, text_encoder_name=None):
         return model_files.check(model_files.TEXT_ENCODER, text_encoder_name)
 
     @classmethod
+    @guarded
     def execute(cls, text_encoder_name, dtype="auto") -> io.NodeOutput:
         device, offload_device = mm.text_encoder_device(), mm.text_encoder_offload_device()
-        path = model_files.find(model_files.TEXT_ENCODER, text_encoder_name)
+        path = model_files.get(model_files.TEXT_ENCODER, text_encoder_name)
         encoder = load_text_encoder(path, dtype=dtype, device=offload_device, runs_on=device)
         return io.NodeOutput(ManagedModule(encoder, load_device=device, offload_device=offload_device))

@@ -2,8 +2,9 @@ import comfy.model_management as mm
 from comfy_api.latest import io
 
 from ..rolling_kv.vae import load_vae
-from . import model_files
-from .managed import ManagedModule
+from . import inputs, model_files
+from .guard import guarded
+from .patchers import ManagedModule
 from .types import CATEGORY, VAE
 
 
@@ -25,24 +26,19 @@ class RollingKVLoadVAE(io.ComfyNode):
                     options=model_files.choices(model_files.VAE),
                     tooltip="wan_2.1_vae.safetensors from models/vae, or a diffusers folder from models/diffusers.",
                 ),
-                io.Combo.Input(
-                    "dtype",
-                    options=["auto", "bfloat16", "float16", "float32"],
-                    optional=True,
-                    advanced=True,
-                    tooltip="Precision of the VAE. Auto: the file's own, bfloat16 for float32 files on a GPU.",
-                ),
+                inputs.dtype("Precision of the VAE. Auto: the file's own, bfloat16 for float32 files on a GPU."),
             ],
             outputs=[VAE.Output(display_name="vae", tooltip="For Encode Video, Decode Video and Decode Images.")],
         )
 
     @classmethod
-    def validate_inputs(cls, vae_name):
+    def validate_inputs(cls, vae_name=None):
         return model_files.check(model_files.VAE, vae_name)
 
     @classmethod
+    @guarded
     def execute(cls, vae_name, dtype="auto") -> io.NodeOutput:
         device, offload_device = mm.vae_device(), mm.vae_offload_device()
-        path = model_files.find(model_files.VAE, vae_name)
+        path = model_files.get(model_files.VAE, vae_name)
         vae = load_vae(path, dtype=dtype, device=offload_device, runs_on=device)
         return io.NodeOutput(ManagedModule(vae, load_device=device, offload_device=offload_device))

@@ -2,80 +2,127 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+from functools import cache
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import folder_paths
 
 from ..rolling_kv.bundled import BUNDLED
+from ..rolling_kv.messages import shown
+from ..rolling_kv.presets import DEFAULT_PRESET, TEXT_ENCODER_FILES, VAE_FILE
 
 BUNDLED_NAME = "tiny (bundled)"
+SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
+LONGEST, LONGEST_PART = 4096, 255
+"""Characters of a path, and of a name in it, that a file system may have."""
 
 
 class Kind(NamedTuple):
-    """One kind of model file: ComfyUI's folder for it, its place in a diffusers folder, and where to get it."""
+    """One kind of model file.
+
+    title: in messages.
+    folder: ComfyUI's name of the folder for single files.
+    subfolder: its place in a diffusers folder, "" where it is in none.
+    link: where to get one.
+    """
 
     title: str
     folder: str
-    subfolder: str
-    link: str
+    subfolder: str = ""
+    link: str = ""
 
 
-MODEL = Kind(
-    "model",
-    "diffusion_models",
-    "transformer",
-    "https://huggingface.co/gdhe17/Self-Forcing/resolve/main/checkpoints/self_forcing_dmd.pt",
-)
-TEXT_ENCODER = Kind(
-    "text encoder",
-    "text_encoders",
-    "text_encoder",
-    "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/text_encoders/"
-    "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
-)
-VAE = Kind(
-    "VAE",
-    "vae",
-    "vae",
-    "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/vae/wan_2.1_vae.safetensors",
-)
-SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
+MODEL = Kind("model", "diffusion_models", "transformer", DEFAULT_PRESET.files[0].url)
+TEXT_ENCODER = Kind("text encoder", "text_encoders", "text_encoder", TEXT_ENCODER_FILES[0].url)
+VAE = Kind("VAE", "vae", "vae", VAE_FILE.url)
+LORA = Kind("LoRA", "loras")
 
 
 def choices(kind: Kind) -> list[str]:
     """Names for a combo: the bundled model, single files, then diffusers folders in models/diffusers."""
+    if not kind.subfolder:
+        return folder_paths.get_filename_list(kind.folder)
     names = [BUNDLED_NAME] if (BUNDLED / kind.subfolder).is_dir() else []
     names += [name for name in folder_paths.get_filename_list(kind.folder) if name.lower().endswith(SUFFIXES)]
     if kind is MODEL:  # ComfyUI does not list these
-        files = (folder_paths.recursive_search(root)[0] for root in folder_paths.get_folder_paths(kind.folder))
-        names += sorted(name for found in files for name in found if name.lower().endswith(".gguf"))
-    for root in map(Path, folder_paths.get_folder_paths("diffusers")):
-        if root.is_dir():
-            names += sorted(path.name for path in root.iterdir() if (path / kind.subfolder).is_dir())
-    return names
+        names += sorted(name for name in _files(kind.folder) if name.lower().endswith(".gguf"))
+    return names + sorted(_diffusers_folders(kind.subfolder))
 
 
-def find(kind: Kind, name: str) -> Path | None:
-    """The file or folder that a combo's `name` stands for, with either kind of slash; None if there is none."""
-    if name == BUNDLED_NAME:
+def find(kind: Kind, name: object) -> Path | None:
+    """The file or folder that a combo's `name` stands for, with either kind of slash; None if there is none.
+
+    A name never leads out of the folders.
+    """
+    if not isinstance(name, str) or not name:
+        return None
+    if name == BUNDLED_NAME and kind.subfolder:
         return BUNDLED if (BUNDLED / kind.subfolder).is_dir() else None
     parts = name.replace("\\", "/").split("/")
-    if ".." in parts or Path(name).is_absolute():
+    outside = ".." in parts or PureWindowsPath(name).anchor  # a drive, a share, or a root on any system
+    if outside or len(name) > LONGEST or max(map(len, parts)) > LONGEST_PART:
         return None
     single = folder_paths.get_full_path(kind.folder, str(Path(*parts)))
     if single is not None:
         return Path(single)
-    folders = (Path(root, *parts) for root in folder_paths.get_folder_paths("diffusers"))
-    return next((folder for folder in folders if (folder / kind.subfolder).is_dir()), None)
+    folders = (Path(root, *parts) for root in folder_paths.get_folder_paths("diffusers") if kind.subfolder)
+    return next((folder for folder in folders if os.path.isdir(folder / kind.subfolder)), None)
 
 
-def check(kind: Kind, name: str) -> bool | str:
-    """For `validate_inputs`: True, or what to do about a missing file."""
-    if find(kind, name) is not None:
-        return True
+def get(kind: Kind, name: object) -> Path:
+    """What `find` finds. Raises ValueError, with what to do, where that is nothing."""
+    path = find(kind, name)
+    if path is None:
+        raise ValueError(missing(kind, name))
+    return path
+
+
+def check(kind: Kind, name: object) -> bool | str:
+    """For `validate_inputs`: True, or what to do about a missing file. A name that comes over a link is not known yet."""
+    return True if name is None or find(kind, name) is not None else missing(kind, name)
+
+
+def missing(kind: Kind, name: object) -> str:
+    """What is said of a file that is not there."""
+    said = f"The {kind.title} {shown(name)} was not found." if name else f"No {kind.title} is chosen."
     places = " or ".join(folder_paths.get_folder_paths(kind.folder))
-    return (
-        f"The {kind.title} {name!r} was not found. Put the file into {places} (or a diffusers folder into "
-        f"models/diffusers), then press R to refresh. One that works: {kind.link}"
-    )
+    folders = " (or a diffusers folder into models/diffusers)" if kind.subfolder else ""
+    link = f" One that works: {kind.link}" if kind.link else ""
+    return f"{said} Put the file into {places}{folders}, then press R to refresh.{link}"
+
+
+def _diffusers_folders(subfolder: str) -> set[str]:
+    """The diffusers folders that have such a part, by their names below models/diffusers."""
+    inside = [Path(name).parents for name in _files("diffusers")]
+    return {str(above[1]) for above in inside if len(above) > 2 and above[0].name == subfolder}
+
+
+def _files(folder: str) -> list[str]:
+    """Names of all files in ComfyUI's folders of one kind."""
+    return [name for root in folder_paths.get_folder_paths(folder) for name in _listing(root).names()]
+
+
+class Listing:
+    """The files below a folder. It is walked again only when it or a folder in it has changed, as in `folder_paths`."""
+
+    def __init__(self, root: str):
+        self.root = root
+        self.files: list[str] = []
+        self.times: dict[str, float] = {}  # when each folder was last changed
+
+    def names(self) -> list[str]:
+        """Names of the files, relative to the folder."""
+        if not self.times or any(_changed(folder) != time for folder, time in self.times.items()):
+            self.files, self.times = folder_paths.recursive_search(self.root, [".git"])
+        return self.files
+
+
+def _changed(folder: str) -> float | None:
+    return os.path.getmtime(folder) if os.path.isdir(folder) else None
+
+
+@cache
+def _listing(root: str) -> Listing:
+    return Listing(root)

@@ -1,6 +1,7 @@
 from comfy_api.latest import io
 
 from ..rolling_kv.step_cache import METHODS, Knob, StepCacheMethod
+from .guard import guarded
 from .types import CATEGORY, Model
 
 FIRST = ("firstblock", "taylorseer")
@@ -39,14 +40,16 @@ class RollingKVStepCache(io.ComfyNode):
                 ),
             ],
             outputs=[Model.Output(display_name="model", tooltip="The model with this step cache, for Sample Video.")],
+            accept_all_inputs=True,
         )
 
     @classmethod
     def validate_inputs(cls, model, method=None) -> bool | str:
-        # ComfyUI leaves out a dynamic combo whose value is none of its choices.
-        return True if method is not None else f"method must be one of {', '.join(BY_TITLE)}"
+        # ComfyUI leaves out a dynamic combo whose value is none of its choices, or gives the bare value.
+        return True if isinstance(method, dict) else f"method must be one of {', '.join(BY_TITLE)}"
 
     @classmethod
+    @guarded
     def execute(cls, model, method) -> io.NodeOutput:
         return io.NodeOutput(model._replace(step_cache=to_method(method)))
 

@@ -5,17 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from comfy_api.latest import io
 
+from ..rolling_kv.checkpoints.model import CausalModel
 from ..rolling_kv.config import CacheConfig, ExecutionConfig, SamplingConfig
-from .managed import ManagedModel
+from ..rolling_kv.geometry import Geometry
+from ..rolling_kv.sampling.state import CacheState
+from ..rolling_kv.text import TextEncoder as Umt5
+from ..rolling_kv.vae import WanVAE
+from .patchers import ManagedModel, ManagedModule
 
 CATEGORY = "RollingKV"
 
 Model = io.Custom("ROLLING_KV_MODEL")  # ModelHandle
-TextEncoder = io.Custom("ROLLING_KV_TEXT_ENCODER")  # managed.ManagedModule around rolling_kv.text.TextEncoder
-VAE = io.Custom("ROLLING_KV_VAE")  # managed.ManagedModule around rolling_kv.vae.WanVAE
-State = io.Custom("ROLLING_KV_STATE")  # rolling_kv.state.CacheState
+TextEncoder = io.Custom("ROLLING_KV_TEXT_ENCODER")  # patchers.ManagedModule around rolling_kv.text.TextEncoder
+VAE = io.Custom("ROLLING_KV_VAE")  # patchers.ManagedModule around rolling_kv.vae.WanVAE
+State = io.Custom("ROLLING_KV_STATE")  # rolling_kv.sampling.state.CacheState
 
 
 class ModelHandle(NamedTuple):
@@ -28,6 +34,37 @@ class ModelHandle(NamedTuple):
     execution: ExecutionConfig = ExecutionConfig()
     step_cache: object | None = None  # a method of rolling_kv.step_cache
 
+    @property
+    def engine(self) -> CausalModel:
+        return self.patcher.model
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.engine.geometry
+
     def __repr__(self) -> str:  # error messages print their inputs
         loras = "".join(f", {path.stem} {strength:g}" for path, strength in self.loras)
-        return f"ModelHandle({self.patcher.model.preset.name}, chunk {self.sampling.chunk}, {self.cache}{loras})"
+        return f"ModelHandle({self.engine.preset.name}, chunk {self.sampling.chunk}, {self.cache}{loras})"
+
+
+def _holds(engine_type: type):
+    return lambda value: isinstance(value, ManagedModule) and isinstance(value.model, engine_type)
+
+
+def _is_conditioning(value) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(part, (list, tuple)) and part and isinstance(part[0], torch.Tensor) and part[0].ndim == 3
+        for part in value
+    )
+
+
+EDGES = {
+    Model.io_type: lambda value: isinstance(value, ModelHandle),
+    TextEncoder.io_type: _holds(Umt5),
+    VAE.io_type: _holds(WanVAE),
+    State.io_type: lambda value: isinstance(value, CacheState),
+    io.Conditioning.io_type: _is_conditioning,
+    io.Latent.io_type: lambda value: isinstance(value, dict) and isinstance(value.get("samples"), torch.Tensor),
+    io.Image.io_type: lambda value: isinstance(value, torch.Tensor) and value.ndim == 4 and 0 not in value.shape,
+}
+"""Whether a value is what an edge of that type carries: ComfyUI lets literals through."""

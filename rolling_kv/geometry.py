@@ -79,6 +79,10 @@ class Geometry:
         """The fewest latent frames that decode to at least `pixel_frames` pixel frames, from the start of the video."""
         return 0 if pixel_frames == 0 else math.ceil((pixel_frames - 1) / self.temporal) + 1
 
+    def whole_frames(self, pixel_frames: int) -> int:
+        """The most of so many pixel frames, from the start of a video, that make whole latent frames."""
+        return pixel_frames - (pixel_frames - 1) % self.temporal
+
     def seconds(self, latent_frames: int) -> float:
         """Length of a video of `latent_frames` latent frames."""
         return self.pixel_frames(latent_frames) / self.fps

@@ -206,6 +206,14 @@ PRESETS: dict[str, ModelPreset] = {
 DEFAULT_PRESET = PRESETS["self-forcing"]
 """What is assumed of a checkpoint that does not tell."""
 
+_REPACKAGED = f"{_HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
+TEXT_ENCODER_FILES = tuple(
+    ModelFile(name, f"{_REPACKAGED}/text_encoders/{name}")
+    for name in ("umt5_xxl_fp8_e4m3fn_scaled.safetensors", "umt5_xxl_fp16.safetensors")
+)
+VAE_FILE = ModelFile("wan_2.1_vae.safetensors", f"{_REPACKAGED}/vae/wan_2.1_vae.safetensors")
+"""What every family reads prompts and writes pictures with."""
+
 CAUSAL_MARK_PRESET = PRESETS["causal-forcing-framewise"]
 """Of files that carry ComfyUI's mark for causal models: the one family that it has repackaged."""
 

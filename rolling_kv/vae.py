@@ -23,7 +23,7 @@ from .checkpoints.gguf import unpack
 from .checkpoints.names import VAE, check_fit, kind_of, strip_prefixes
 from .checkpoints.readers import CheckpointError, known_fields, open_checkpoint, telling
 from .config import check_flag, check_real, check_whole
-from .geometry import WAN_21
+from .geometry import WAN_21, Geometry, geometry_of
 from .messages import shown
 
 LATENTS_MEAN = (
@@ -61,6 +61,11 @@ class WanVAE(nn.Module):
     def __init__(self, vae: AutoencoderKLWan):
         super().__init__()
         self.vae = vae
+
+    @property
+    def geometry(self) -> Geometry:
+        """How pixels, frames and latents follow from each other for this VAE."""
+        return geometry_of(self.vae.config.z_dim)
 
     def decoder(self) -> StreamingDecoder:
         """A fresh decoding stream, which starts at the first frame of a video."""

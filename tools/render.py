@@ -73,9 +73,9 @@ def engine_arguments(prompt: dict) -> list[str]:
         "seed": sample["seed"],
         "width": sample["width"],
         "height": sample["height"],
-        "guidance": sample["guidance"] or None,
-        "window": cache["window"] or None,
-        "sink": None if cache["sink"] == -1 else cache["sink"],
+        "guidance": sample.get("guidance.strength", 1 if sample["guidance"] == "off" else None),
+        "window": cache.get("window.frames", "all" if cache["window"] == "all frames" else None),
+        "sink": cache.get("sink.frames"),
         "scale": inputs["RollingKVDecodeVideo"]["enlarge"],
     }
     given = {name: value for name, value in request.items() if value is not None}

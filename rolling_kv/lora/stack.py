@@ -70,6 +70,16 @@ def fit_lora(lora: Lora, model: CausalModel) -> Lora:
     return lora
 
 
+def _names(loras: Iterable[tuple[Lora, float]]) -> tuple[tuple[str, float], ...]:
+    """What tells a stack of LoRAs from others; strength 0 is none."""
+    return tuple((lora.identity, float(strength)) for lora, strength in loras if strength)
+
+
+def _shape(layer) -> tuple[int, ...]:
+    """Of a layer's weight when unpacked."""
+    return (layer.out_features, layer.in_features) if hasattr(layer, "in_features") else tuple(layer.weight.shape)
+
+
 def _without(lora: Lora, names: set[str], said: tuple[str, ...]) -> Lora:
     """The LoRA without the parts of these names. said: how they are told of."""
     layers = {name: layer for name, layer in lora.layers.items() if name not in names}
@@ -130,6 +140,10 @@ class LoraStack:
         self._bare_identity = model.identity
         self._originals: dict[str, Tensor] = {}
 
+    def holds(self, loras: Iterable[tuple[Lora, float]]) -> bool:
+        """Whether these are the applied LoRAs, at these strengths."""
+        return _names(loras) == self.applied
+
     def set(self, loras: Iterable[tuple[Lora, float]]) -> bool:
         """Make these the applied LoRAs, each with its strength; strength 0 is none. False if they were already.
 
@@ -138,7 +152,7 @@ class LoraStack:
         on the way, the model is left without LoRAs.
         """
         loras = [(lora, float(strength)) for lora, strength in loras if strength]
-        wanted = tuple((lora.identity, strength) for lora, strength in loras)
+        wanted = _names(loras)
         if wanted == self.applied:
             return False
         loras = [(fit_lora(lora, self.model), strength) for lora, strength in loras]

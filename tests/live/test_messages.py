@@ -1,7 +1,7 @@
 """What a user is told: the file that is missing and its folder, the size that does not fit, the input that is wrong."""
 
 import pytest
-from graphs import loaders, node, one_sampler, sample, save_latent
+from graphs import chosen, loaders, node, one_sampler, sample, save_latent
 
 from tools.comfyui.client import PromptFailed, PromptRejected
 
@@ -63,6 +63,7 @@ def test_a_state_and_an_initial_latent_at_once_are_refused(client):
 @pytest.mark.traceback_expected
 def test_a_window_that_holds_no_chunk_is_refused(client):
     graph = one_sampler(1, model=["cache", 0])
-    graph["cache"] = node("RollingKVAttachCache", model=["model", 0], window=2, sink=0)
+    window = chosen("window", "this many frames", frames=2)
+    graph["cache"] = node("RollingKVAttachCache", model=["model", 0], **window, **chosen("sink", "this many frames", frames=0))
     with pytest.raises(PromptFailed, match="at least 3"):
         client.run(graph)

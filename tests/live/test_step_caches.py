@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from graphs import loaders, node, one_sampler, prompt, save_images, saved_images, saved_latent
+from graphs import chosen, loaders, node, one_sampler, prompt, save_images, saved_images, saved_latent
 from PIL import Image
 
 from rolling_kv.step_cache import METHODS
@@ -24,12 +24,16 @@ def many_steps(seed=1, **step_cache):
     return graph
 
 
+def steps(count):
+    return chosen("steps", "this many", count=count)
+
+
 def benchmark(model="model", **inputs):
     """A benchmark of two step caches with their defaults, small enough for a test."""
-    chosen = {f"methods.{name}": name in ("firstblock", "taylorseer") for name in METHODS}
+    methods = chosen("methods", "chosen", **{name: name in ("firstblock", "taylorseer") for name in METHODS})
     values = {
-        "model": [model, 0], "positive": ["positive", 0], "vae": ["vae", 0], "methods": "chosen", **chosen,
-        "steps": 8, "chunks": 1, "first_seed": 0, "width": 64, "height": 64, "strengths": "defaults", "memory": False,
+        "model": [model, 0], "positive": ["positive", 0], "vae": ["vae", 0], **methods,
+        **steps(8), "chunks": 1, "first_seed": 0, "width": 64, "height": 64, "strengths": "defaults", "memory": False,
     }  # fmt: skip
     return {
         **loaders(), "positive": prompt("a red circle moving right"), "negative": prompt(""),
@@ -110,7 +114,8 @@ def test_a_benchmark_shows_and_puts_out_table_and_plot(client):
 
 def test_all_methods_in_both_modes(client):
     """All of them, MagCache's calibration and the quality left out among them."""
-    inputs = {"methods": "all", "negative": ["negative", 0], "guidance": 3.0, "steps": 6}
+    guidance = chosen("guidance", "this strength", strength=3.0)
+    inputs = {"methods": "all", "negative": ["negative", 0], **guidance, **steps(6)}
     for mode in ("multi-step", "bidirectional"):
         graph = benchmark(**inputs, mode=mode)
         if mode == "bidirectional":
@@ -127,16 +132,16 @@ def test_a_benchmark_cancelled_midway_leaves_the_model_as_it_was(client):
     client.free()
     seen = []
 
-    def cancel(node_id, step, steps):
+    def cancel(node_id, step, total):
         if node_id == "benchmark":
-            seen.append((step, steps))
-            if len(seen) > 1 and step > steps / 2 and not cancel.done:
+            seen.append((step, total))
+            if len(seen) > 1 and step > total / 2 and not cancel.done:
                 cancel.done = True
                 client.interrupt()
 
     cancel.done = False
     with pytest.raises(PromptInterrupted, match="RollingKVBenchmark"):
-        client.run(benchmark(steps=40, chunks=3), cancel)
+        client.run(benchmark(**steps(40), chunks=3), cancel)
     assert seen[-1][0] < seen[-1][1]
     # The loaded model is still in ComfyUI's cache: these runs use it.
     video = saved_latent(client, client.run(one_sampler(2, seed=31)))
@@ -149,9 +154,9 @@ def test_a_benchmark_cancelled_midway_leaves_the_model_as_it_was(client):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"steps": 0}, r"few steps.*From one of the 4 steps .* changes by \d+ %.*set steps to"),
+        ({"steps": "the model's own"}, r"few steps.*From one of the 4 steps .* changes by \d+ %.*set steps to"),
         ({"methods": "chosen"} | {f"methods.{name}": False for name in METHODS}, "Switch on at least one"),
-        ({"guidance": 3.0}, "needs a negative prompt"),
+        (chosen("guidance", "this strength", strength=3.0), "needs a negative prompt"),
     ],
 )
 def test_what_cannot_work_is_told(client, inputs, message):
@@ -165,7 +170,7 @@ def test_a_step_cache_without_its_constants_is_told_before_anything_runs(client)
     settings = {"threshold": 0.06, "max_skip_steps": 3, "retention_ratio": 0.2, "mag_ratios": ""}
     settings = {f"method.{name}": value for name, value in settings.items()}
     graph["cache"] = node("RollingKVStepCache", model=["model", 0], method="MagCache", **settings)
-    steps = []
+    done = []
     with pytest.raises(PromptFailed, match="Benchmark Step Caches"):
-        client.run(graph, lambda name, step, total: steps.append(step) if name == "benchmark" else None)
-    assert not any(steps)
+        client.run(graph, lambda name, step, total: done.append(step) if name == "benchmark" else None)
+    assert not any(done)

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import torch
-from graphs import node, one_sampler, saved_latent
+from graphs import chosen, node, one_sampler, saved_latent
 from safetensors.torch import load_file, save_file
 from tests.engine.builders import original_names, sentencepiece_model, tiny_transformer, tiny_umt5
 from transformers import T5TokenizerFast
@@ -99,7 +99,8 @@ def folder(default_server, embedding):
 def test_a_conditioning_of_clip_text_encode_is_sampled_with(client, folder, embedding, install):
     """ComfyUI pads a T5 prompt to 128 tokens, the model wants 512. With guidance, so the negative one comes so as well."""
     words = {"positive": "a red circle moving right", "negative": "blurry"}
-    graph = one_sampler(1, model=["model", 0], negative=["negative", 0], guidance=2.0)
+    guided = chosen("guidance", "this strength", strength=2.0)
+    graph = one_sampler(1, model=["model", 0], negative=["negative", 0], **guided)
     graph["model"]["inputs"]["model_name"] = "random_768.safetensors"
     graph["clip"] = node("CLIPLoader", clip_name="random_t5.safetensors", type="wan")
     graph |= {name: node("CLIPTextEncode", clip=["clip", 0], text=text) for name, text in words.items()}

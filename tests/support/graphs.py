@@ -21,6 +21,11 @@ def node(class_type: str, **inputs) -> dict:
     return {"class_type": class_type, "inputs": inputs}
 
 
+def chosen(name: str, choice: str, **brought) -> dict:
+    """A dynamic combo at that choice, with the inputs that it brings."""
+    return {name: choice} | {f"{name}.{key}": value for key, value in brought.items()}
+
+
 def loaders(model=TINY, text_encoder=TINY, vae=TINY) -> dict:
     """The nodes "model", "text_encoder" and "vae"."""
     return {
@@ -37,7 +42,7 @@ def prompt(text: str) -> dict:
 def sample(chunks: int, seed: int = 1, positive: str = "positive", size: int = 64, **inputs) -> dict:
     """A sampler of `chunks` chunks that reads the node "model"; `inputs` override or add."""
     values = {"model": ["model", 0], "positive": [positive, 0], "length": chunks, "length_unit": "chunks", "seed": seed}
-    return node("RollingKVSample", **{**values, "width": size, "height": size, "guidance": 0.0, **inputs})
+    return node("RollingKVSample", **{**values, "width": size, "height": size, **inputs})
 
 
 def save_latent(source: str) -> dict:

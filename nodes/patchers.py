@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from pathlib import Path
 
 import comfy.model_management as mm
@@ -54,7 +53,9 @@ class ManagedModel(ManagedModule):
         return self._opened[key]
 
     def lora_bytes(self, loras: tuple[tuple[Path, float], ...]) -> int:
-        """Bytes that applying these takes on the device, beside the weights."""
+        """Bytes that applying these takes on the device, beside the weights; none where they are applied already."""
+        if self.loras.holds(self._with_strengths(loras)):
+            return 0
         return sum(self.open_lora(path).nbytes(self.model.dtype) for path, _ in loras)
 
     def use_loras(self, loras: tuple[tuple[Path, float], ...]) -> None:
@@ -65,10 +66,13 @@ class ManagedModel(ManagedModule):
         """
         before = self.loras.applied
         try:
-            self.loras.set((self.open_lora(path), strength) for path, strength in loras)
+            self.loras.set(self._with_strengths(loras))
         finally:
             if self.loras.applied != before:
                 self.workspace.clear()
+
+    def _with_strengths(self, loras: tuple[tuple[Path, float], ...]) -> list[tuple[Lora, float]]:
+        return [(self.open_lora(path), strength) for path, strength in loras]
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
         freed = self.workspace.nbytes
@@ -83,14 +87,3 @@ class ManagedModel(ManagedModule):
         if unpatch_all:
             self.loras.clear()  # what the weights were is in CPU memory, where these are by now
         return model
-
-
-def check_cancelled() -> None:
-    """Raise ComfyUI's interrupt if the user has cancelled the run."""
-    mm.throw_exception_if_processing_interrupted()
-
-
-def free_memory_of(error: BaseException) -> None:
-    """Give back what a run that ended with `error` has held, now: the traceback still refers to its activations."""
-    traceback.clear_frames(error.__traceback__)
-    mm.soft_empty_cache()

@@ -1,0 +1,90 @@
+"""Where ComfyUI's CONDITIONING and LATENT become the engine's tensors, and back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import comfy.model_management as mm
+import torch
+
+from ..rolling_kv.geometry import TEXT_LENGTH, Geometry
+from ..rolling_kv.sampling.state import CacheState
+from ..rolling_kv.vae import to_model, to_raw
+
+
+def embedding(conditioning: list, name: str) -> torch.Tensor:
+    """The prompt embedding [1, 512, D] of a CONDITIONING. name: of the input. Raises ValueError for several prompts."""
+    if len(conditioning) != 1:
+        raise ValueError(
+            f"The {name} conditioning combines {len(conditioning)} prompts; causal video models read exactly one. Write one "
+            "prompt, or chain samplers to use several one after the other."
+        )
+    embedding = conditioning[0][0]
+    missing = TEXT_LENGTH - embedding.shape[1]
+    return torch.nn.functional.pad(embedding, (0, 0, 0, missing)) if missing > 0 else embedding
+
+
+class Start(NamedTuple):
+    """Where a run starts: videos side by side, latent frames that are there already, height and width in pixels."""
+
+    batch: int
+    frames: int
+    height: int
+    width: int
+
+
+def start_of(
+    initial_latent: dict | None, state: CacheState | None, geometry: Geometry, height: int, width: int
+) -> tuple[torch.Tensor | None, Start]:
+    """The frames to start from in model space, if there are any, and the start that they or a state make.
+
+    height, width: pixels of a video that starts from nothing. Raises ValueError for both at once, and for latents that
+    are none of the model's.
+    """
+    if initial_latent is not None and state is not None:
+        raise ValueError(
+            "Both an initial latent and a state are connected. Connect the initial latent to the first sampler of the "
+            "chain only, and the state to those that follow."
+        )
+    given = None if initial_latent is None else initial_latents(initial_latent, geometry)
+    before = state.chunks[0] if state is not None else given
+    if before is None:
+        return None, Start(1, 0, height, width)
+    frames = given.shape[2] if state is None else state.frames
+    return given, Start(before.shape[0], frames, *geometry.pixel_size(*before.shape[-2:]))
+
+
+def initial_latents(latent: dict, geometry: Geometry) -> torch.Tensor:
+    """Frames to start from, [B, C, F, h, w] in model space. Raises ValueError for latents of another kind, or empty ones."""
+    samples = latent["samples"]
+    if not _fits(samples, geometry):
+        raise ValueError(
+            f"The initial latent must be a Wan 2.1 video latent [batch, {geometry.channels}, frames, height, width], got "
+            f"{list(samples.shape)}. Encode the image or video with Encode Video, or VAE Encode with the Wan 2.1 VAE."
+        )
+    if not samples.any():
+        raise ValueError(
+            "The initial latent is empty: all of it is zero, which no picture is. Sample Video needs no empty latent: "
+            "leave the input unconnected, or connect frames to start from, encoded with Encode Video."
+        )
+    return to_model(samples.float())
+
+
+def latents_to_decode(latent: dict, geometry: Geometry) -> torch.Tensor:
+    """The raw latents [B, C, F, h, w] of a LATENT. Raises ValueError for latents that this VAE does not read."""
+    samples = latent["samples"]
+    if not _fits(samples, geometry):
+        raise ValueError(
+            f"This decodes Wan 2.1 video latents [batch, {geometry.channels}, frames, height, width], got "
+            f"{list(samples.shape)}. Connect the latent of Sample Video."
+        )
+    return samples
+
+
+def latent_of(state: CacheState) -> dict:
+    """The whole video so far as a LATENT."""
+    return {"samples": to_raw(state.latents().float()).to(mm.intermediate_device())}
+
+
+def _fits(samples: torch.Tensor, geometry: Geometry) -> bool:
+    return samples.ndim == 5 and samples.shape[1] == geometry.channels and 0 not in samples.shape

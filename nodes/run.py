@@ -1,0 +1,73 @@
+"""What the nodes that run a model share: room on the device, LoRAs, progress, cancel, memory given back."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import comfy.model_management as mm
+from comfy.utils import ProgressBar
+from server import PromptServer
+
+from ..rolling_kv.config import SamplingConfig
+from ..rolling_kv.sampling.memory import estimate
+from .types import ModelHandle
+
+
+def check_cancelled() -> None:
+    """Raise ComfyUI's interrupt if the user has cancelled the run."""
+    mm.throw_exception_if_processing_interrupted()
+
+
+def say(text: str, node_id: str) -> None:
+    """Show a line of text on the node."""
+    PromptServer.instance.send_progress_text(text, node_id)
+
+
+@contextmanager
+def progress(node_id: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives on_pass(done, total), which shows how far a run is and ends it when the user cancels.
+
+    A run that fails gives back what it has held at once: its traceback still refers to the activations.
+    """
+    bar = ProgressBar(1, node_id=node_id)
+
+    def on_pass(done: int, total: int) -> None:
+        check_cancelled()
+        bar.update_absolute(done, total)
+
+    try:
+        yield on_pass
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        mm.soft_empty_cache()
+        raise
+    bar.update_absolute(bar.total)
+
+
+def bring_to_device(model: ModelHandle, nbytes: int) -> None:
+    """Load the weights with their LoRAs, making room for a run of `nbytes` beside them."""
+    model.patcher.bring_to_device(nbytes + model.patcher.lora_bytes(model.loras))
+    model.patcher.use_loras(model.loras)
+
+
+def bytes_of_run(
+    model: ModelHandle, sampling: SamplingConfig, *, height: int, width: int, batch: int, frames: int
+) -> int:
+    """Bytes that a session takes on the device beyond those of the working cache that it may take over.
+
+    frames: latent frames of the whole video.
+    """
+    needed = estimate(
+        model.engine.transformer,
+        height,
+        width,
+        sampling=sampling,
+        cache=model.cache,
+        batch=batch,
+        frames=frames,
+        step_cache=model.step_cache,
+    )
+    held = needed.cache + needed.prompts
+    return max(held - model.patcher.workspace.nbytes, 0) + needed.device - held
