@@ -34,7 +34,7 @@ class RollingKVLoadModel(io.ComfyNode):
                     "model_name",
                     options=model_files.choices(model_files.MODEL),
                     tooltip="A file from models/diffusion_models (.safetensors, .gguf or .pt, original Wan or diffusers names), or "
-                    "a diffusers folder from models/diffusers.",
+                    f"a diffusers folder from models/diffusers. One that works: {model_files.MODEL.link}.",
                 ),
                 io.Combo.Input(
                     "preset",

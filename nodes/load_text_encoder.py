@@ -24,7 +24,8 @@ class RollingKVLoadTextEncoder(io.ComfyNode):
                 io.Combo.Input(
                     "text_encoder_name",
                     options=model_files.choices(model_files.TEXT_ENCODER),
-                    tooltip="A UMT5 file from models/text_encoders, or a diffusers folder from models/diffusers.",
+                    tooltip="A UMT5 file from models/text_encoders, or a diffusers folder from models/diffusers. "
+                    f"One that works: {model_files.TEXT_ENCODER.link}.",
                 ),
                 inputs.dtype("Precision in which the weights are kept in memory. Auto: the file's own."),
             ],

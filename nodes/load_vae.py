@@ -24,7 +24,8 @@ class RollingKVLoadVAE(io.ComfyNode):
                 io.Combo.Input(
                     "vae_name",
                     options=model_files.choices(model_files.VAE),
-                    tooltip="wan_2.1_vae.safetensors from models/vae, or a diffusers folder from models/diffusers.",
+                    tooltip="wan_2.1_vae.safetensors from models/vae, or a diffusers folder from models/diffusers. "
+                    f"It is at {model_files.VAE.link}.",
                 ),
                 inputs.dtype("Precision of the VAE. Auto: the file's own, bfloat16 for float32 files on a GPU."),
             ],

@@ -1,5 +1,7 @@
 """Each example workflow in the real frontend: nothing missing, no complaints, and it runs with the Run button."""
 
+import itertools
+
 import pytest
 from graphs import PACK, read_video
 
@@ -23,6 +25,28 @@ def test_a_workflow_opens_and_runs(frontend, path, tmp_path):
         (shown,) = outputs.values()
         check_table(frontend.page, shown["text"][0])
         assert frontend.client.view(first_file(outputs, ".png")).startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def advanced(client):
+    """Advanced inputs are shown on all nodes."""
+    client.post("/settings/Comfy.Node.AlwaysShowAdvancedWidgets", True)
+    yield
+    client.post("/settings/Comfy.Node.AlwaysShowAdvancedWidgets", False)
+
+
+def test_nodes_do_not_cover_each_other_and_have_their_colour(advanced, frontend, tmp_path):
+    for path in WORKFLOWS:
+        frontend.open_workflow(path)
+        frontend.screenshot(tmp_path / f"{path.stem}.png")
+        for one, other in itertools.combinations(frontend.rectangles(), 2):
+            apart = one["right"] <= other["left"] or other["right"] <= one["left"]
+            assert apart or one["bottom"] <= other["top"] or other["bottom"] <= one["top"], (
+                f"{path.stem}: {one} {other}"
+            )
+    colours = "() => window.app.graph.nodes.filter(n => n.type.startsWith('RollingKV')).map(n => [n.color, n.bgcolor])"
+    (pair,) = set(map(tuple, frontend.page.evaluate(colours)))
+    assert all(pair)
 
 
 def check_table(page, markdown):

@@ -64,6 +64,8 @@ def test_a_state_and_an_initial_latent_at_once_are_refused(client):
 def test_a_window_that_holds_no_chunk_is_refused(client):
     graph = one_sampler(1, model=["cache", 0])
     window = chosen("window", "this many frames", frames=2)
-    graph["cache"] = node("RollingKVAttachCache", model=["model", 0], **window, **chosen("sink", "this many frames", frames=0))
+    graph["cache"] = node(
+        "RollingKVAttachCache", model=["model", 0], **window, **chosen("sink", "this many frames", frames=0)
+    )
     with pytest.raises(PromptFailed, match="at least 3"):
         client.run(graph)

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from tools.comfyui.env import PACK
-from tools.object_info import (
+from tools.generate.schemas import (
     BENCHMARK_PAGES,
     ENGLISH,
     FILE_INPUTS,
@@ -123,7 +123,7 @@ def test_there_are_help_pages_for_no_other_nodes():
 
 
 def test_the_english_texts_are_those_of_the_schemas():
-    assert load_locale("en") == english(recorded()), "run python -m tools.object_info"
+    assert load_locale("en") == english(recorded()), "run python -m tools.generate"
 
 
 def test_each_language_translates_every_text_and_no_other():
@@ -159,5 +159,5 @@ def test_the_help_pages_list_the_switches_of_the_benchmark():
     assert len(BENCHMARK_PAGES) == len(LANGUAGES)
     for path in BENCHMARK_PAGES:
         page = path.read_text(encoding="utf-8")
-        assert with_switches(page, recorded()) == page, "run python -m tools.object_info"
+        assert with_switches(page, recorded()) == page, "run python -m tools.generate"
         assert with_switches(page.replace("- `pab`: Pyramid Attention Broadcast\n", ""), recorded()) == page

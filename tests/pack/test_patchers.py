@@ -31,7 +31,7 @@ class Loras:
 
 @pytest.fixture
 def managed(monkeypatch):
-    """nodes/managed.py as a module of a package whose own start, which registers nodes, is left out."""
+    """nodes/patchers.py as a module of a package whose own start, which registers nodes, is left out."""
     stubs = {name: ModuleType(name) for name in ("comfy", "comfy.model_management", "comfy.model_patcher", "pack")}
     stubs["pack.nodes"] = ModuleType("pack.nodes")
     stubs["comfy"].model_management = stubs["comfy.model_management"]
@@ -39,7 +39,7 @@ def managed(monkeypatch):
     stubs["pack"].__path__, stubs["pack.nodes"].__path__ = [str(PACK)], [str(PACK / "nodes")]
     for name, stub in stubs.items():
         monkeypatch.setitem(sys.modules, name, stub)
-    module = importlib.import_module("pack.nodes.managed")
+    module = importlib.import_module("pack.nodes.patchers")
     monkeypatch.setattr(module, "LoraStack", Loras)
     yield module
     for name in [name for name in sys.modules if name.startswith("pack.")]:

@@ -11,7 +11,7 @@ from rolling_kv.cli import _parser
 from rolling_kv.presets import PRESETS
 from rolling_kv.tiny import make_tiny
 from tools.comfyui.env import PACK
-from tools.object_info import PREFIX, recorded
+from tools.generate.schemas import PREFIX, recorded
 
 README = (PACK / "README.md").read_text(encoding="utf-8")
 

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from rolling_kv import config
+from rolling_kv import config, geometry
 from tools.comfyui.env import PACK
-from tools.object_info import PREFIX, inputs_of, recorded
+from tools.generate.schemas import PREFIX, inputs_of, recorded
 
 ENGINE = sorted((PACK / "rolling_kv").rglob("*.py"))
 NODES = sorted((PACK / "nodes").rglob("*.py"))
@@ -128,6 +128,8 @@ def test_execute_takes_the_inputs_of_the_recorded_schema():
 
 
 def value_of(default):
+    if isinstance(default, ast.Attribute):  # WAN_21.fps
+        return getattr(getattr(geometry, default.value.id), default.attr)
     return getattr(config, default.id) if isinstance(default, ast.Name) else ast.literal_eval(default)
 
 

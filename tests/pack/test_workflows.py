@@ -7,7 +7,7 @@ import math
 import pytest
 
 from tools.comfyui.env import PACK
-from tools.object_info import inputs_of, recorded, settings_of
+from tools.generate.schemas import inputs_of, recorded, settings_of
 
 SCHEMAS = recorded()
 NOTES = ("MarkdownNote", "Note")
@@ -126,7 +126,7 @@ def test_the_examples_are_there():
 @each_workflow
 def test_nodes_and_widgets_fit_the_schemas(path):
     for node in graph_nodes(load(path)):
-        assert node["type"] in SCHEMAS, f"{node['type']} is not recorded: python -m tools.object_info"
+        assert node["type"] in SCHEMAS, f"{node['type']} is not recorded: python -m tools.generate"
         schema = SCHEMAS[node["type"]]
         values = node["widgets_values"]
         widgets = widgets_of(schema, values)

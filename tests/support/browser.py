@@ -40,6 +40,17 @@ LIST_NODES = """() => {
        || ['Note', 'MarkdownNote', 'Reroute', 'PrimitiveNode'].includes(type) }))
 }"""
 
+RECTANGLES = """() => {
+  const { scale, offset } = window.app.canvas.ds
+  return window.app.graph.nodes.map(node => {
+    const drawn = document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect()
+    const [left, top, width, height] = drawn
+      ? [drawn.x / scale - offset[0], drawn.y / scale - offset[1], drawn.width / scale, drawn.height / scale]
+      : [node.pos[0], node.pos[1] - LiteGraph.NODE_TITLE_HEIGHT, node.size[0], node.size[1] + LiteGraph.NODE_TITLE_HEIGHT]
+    return { type: node.type, left, top, right: left + width, bottom: top + height }
+  })
+}"""
+
 
 def find_chromium() -> str | None:
     """The path of a Chromium: $CHROMIUM_PATH, else the first known name on PATH; None without one."""
@@ -69,6 +80,10 @@ class Frontend:
         self.page.evaluate(OPEN_FILE, [path.name, path.read_text(encoding="utf-8")])
         self.page.wait_for_timeout(1500)  # the checks for missing nodes and models run after the graph is shown
         return self.page.evaluate(LIST_NODES)
+
+    def rectangles(self) -> list[dict]:
+        """Where the nodes are on the canvas, titles included: dicts of type, left, top, right, bottom."""
+        return self.page.evaluate(RECTANGLES)
 
     def complaints(self) -> str:
         """What the page's own error panel says: missing nodes or models, a refused prompt; "" when closed."""

@@ -1,22 +1,13 @@
-"""Record the nodes' schemas from a ComfyUI that has the pack, for the tests that run without one.
-
-    python -m tools.object_info [URL]
-
-Run it after a node has changed. It writes tests/data/object_info.json (the pack's nodes and the core nodes of the
-example workflows, as /object_info describes them, without what differs from one machine to the next),
-locales/en/nodeDefs.json (the same texts, as the frontend's translations name them), and the list of step caches in the
-help pages of Benchmark Step Caches.
-"""
+"""The nodes' schemas as a server describes them, for the tests that run without one, and the English texts in them."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-from pathlib import Path
 
-from .comfyui.client import ComfyClient, load_prompt
-from .comfyui.env import PACK
+from ..comfyui.client import ComfyClient, load_prompt
+from ..comfyui.env import PACK
+from .files import as_json, write
 
 RECORD = PACK / "tests" / "data" / "object_info.json"
 ENGLISH = PACK / "locales" / "en" / "nodeDefs.json"
@@ -124,23 +115,14 @@ def with_switches(page: str, schemas: dict[str, dict]) -> str:
     return re.sub(r"(?<=\n\n)(- `\w+`: .*\n)+", "".join(lines), page, count=1)
 
 
-def write(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(path.relative_to(PACK))
+def english_texts() -> str:
+    """The content of locales/en/nodeDefs.json."""
+    return as_json(english(recorded()))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.object_info", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8188", help="of a ComfyUI that has the pack")
-    schemas = record(ComfyClient(parser.parse_args().url))
-    write(RECORD, schemas)
-    write(ENGLISH, english(schemas))
+def generate(client: ComfyClient) -> None:
+    """Write tests/data/object_info.json from a server that has the pack, and the English texts from that."""
+    write(RECORD, as_json(record(client)))
+    write(ENGLISH, english_texts())
     for path in BENCHMARK_PAGES:
-        path.write_text(with_switches(path.read_text(encoding="utf-8"), schemas), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+        write(path, with_switches(path.read_text(encoding="utf-8"), recorded()))

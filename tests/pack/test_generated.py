@@ -1,0 +1,54 @@
+"""What `python -m tools.generate` makes is as it would make it now, as far as that shows without a server."""
+
+import json
+import re
+
+import pytest
+
+from tools.comfyui.env import PACK
+from tools.generate import readme, schemas
+from tools.generate.workflows import WORKFLOWS, layout
+
+DUE = "run python -m tools.generate"
+SAVED = [name for name, description in WORKFLOWS.items() if not description.get("api_only")]
+
+
+def load(path):
+    return json.loads((PACK / path).read_text(encoding="utf-8"))
+
+
+def test_the_tables_of_the_readme_are_the_presets():
+    assert readme.README.read_text(encoding="utf-8") == readme.generated(), DUE
+
+
+def test_the_english_texts_are_those_of_the_schemas():
+    assert schemas.ENGLISH.read_text(encoding="utf-8") == schemas.english_texts(), DUE
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_workflow_has_the_nodes_and_notes_of_its_description_in_their_places(name):
+    described = layout(WORKFLOWS[name])
+    wanted = [(kind, list(place)) for kind, place, *_ in described["nodes"].values()]
+    wanted += [("MarkdownNote", list(place)) for place, *_ in described["notes"]]
+    saved = load(f"workflows/{name}.json")["nodes"]
+    assert sorted((node["type"], node["pos"]) for node in saved) == sorted(wanted), DUE
+    notes = {node["widgets_values"][0] for node in saved if node["type"] == "MarkdownNote"}
+    assert notes == {text for *_, text in described["notes"]}, DUE
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_an_api_prompt_has_the_values_of_its_description(name):
+    prompt = load(f"workflows/api/{name.removeprefix('rolling_kv_')}.json")
+    saved = [(node["class_type"], node["inputs"]) for node in prompt.values()]
+    for kind, values in WORKFLOWS[name]["nodes"].values():
+        links = re.compile(r"[a-z_]+\.\d")
+        plain = {key: value for key, value in values.items() if not links.fullmatch(str(value))}
+        assert any(kind == other and plain.items() <= inputs.items() for other, inputs in saved), f"{kind}: {DUE}"
+
+
+def test_translations_give_the_same_links():
+    english, chinese = (load(f"locales/{language}/nodeDefs.json") for language in ("en", "zh"))
+    for name, node in english.items():
+        for given, text in node["inputs"].items():
+            for link in re.findall(r"https://\S+?(?=\.?(?:\s|$))", text["tooltip"]):
+                assert link in chinese[name]["inputs"][given]["tooltip"], f"{name}.{given}"

@@ -1,0 +1,50 @@
+"""Make anew what is made from the nodes and the presets. Run it after one of them has changed.
+
+    python -m tools.generate [URL of a ComfyUI that has the pack]
+
+Without a URL it starts a ComfyUI of its own. It writes
+  tests/data/object_info.json    the schemas, as the server describes them
+  locales/en/nodeDefs.json       the texts in them
+  web/docs/RollingKVBenchmark/  the lists of step caches
+  workflows/, workflows/api/     the examples, built and saved by the real frontend, with their thumbnails
+  README.md                      the tables of files and models
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ..comfyui.client import ComfyClient
+from ..comfyui.env import ComfyError, find_install, install_missing
+from ..comfyui.server import ComfyServer
+from . import readme, schemas, workflows
+
+
+def generate(client: ComfyClient, names: list[str]) -> None:
+    readme.generate()
+    schemas.generate(client)
+    workflows.generate(client.url, names)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("url", nargs="?", help="of a ComfyUI that has the pack")
+    parser.add_argument(
+        "--workflows", nargs="+", default=list(workflows.WORKFLOWS), choices=list(workflows.WORKFLOWS), metavar="NAME",
+        help="build only these",
+    )  # fmt: skip
+    args = parser.parse_args()
+    if args.url:
+        return generate(ComfyClient(args.url), args.workflows)
+    install = find_install()
+    if install is None:
+        raise ComfyError("No ComfyUI was found: set COMFYUI_PATH to its folder, or give the URL of one that runs.")
+    install_missing(install)
+    with ComfyServer(install) as server:
+        generate(server.client, args.workflows)
+
+
+if __name__ == "__main__":
+    main()
