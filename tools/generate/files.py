@@ -12,9 +12,11 @@ def as_json(content: dict) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def write(path: Path, content: str) -> None:
-    """Write a file of the pack, and say so if that changes it."""
+def write(path: Path, content: str) -> bool:
+    """Write a file of the pack; says so, and returns True, if that changes it."""
+    if path.is_file() and path.read_text(encoding="utf-8") == content:
+        return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_file() or path.read_text(encoding="utf-8") != content:
-        path.write_text(content, encoding="utf-8")
-        print(path.relative_to(PACK))
+    path.write_text(content, encoding="utf-8")
+    print(path.relative_to(PACK))
+    return True

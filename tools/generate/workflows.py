@@ -304,11 +304,13 @@ def generate(url: str, names: list[str]) -> None:
             page.evaluate(BUILD, layout(description))
             saved = page.evaluate(EXPORT)
             write(PACK / "workflows" / "api" / f"{name.removeprefix('rolling_kv_')}.json", as_json(saved["prompt"]))
-            if not description.get("api_only"):
-                write(PACK / "workflows" / f"{name}.json", as_json(saved["workflow"]))
+            if description.get("api_only"):
+                continue
+            picture = PACK / "workflows" / f"{name}.jpg"
+            if write(PACK / "workflows" / f"{name}.json", as_json(saved["workflow"])) or not picture.exists():
                 rectangle = page.evaluate(FRAME)
                 page.wait_for_timeout(1000)
-                save_thumbnail(page.screenshot(clip=rectangle), PACK / "workflows" / f"{name}.jpg")
+                save_thumbnail(page.screenshot(clip=rectangle), picture)
         browser.close()
 
 
