@@ -1,5 +1,7 @@
 """The files around the code say one thing: requirements, constraints, project metadata, what is published."""
 
+import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -67,8 +69,32 @@ def test_the_published_archive_has_what_the_pack_needs_and_no_tools():
     assert not ignored & (needed | {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"})
 
 
-def test_code_is_clean():
+def test_the_command_line_is_installed_under_its_name():
+    data = project()
+    module, _, function = data["project"]["scripts"]["rolling-kv"].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    assert data["tool"]["setuptools"]["package-data"]["rolling_kv"] == ["py.typed"]
+
+
+def test_classifiers_name_the_pythons_that_are_tested():
+    data = project()["project"]
+    tested = (PACK / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^ +python: \[(.*)\]$", tested, re.MULTILINE)
+    named = [line.rpartition(" ")[2] for line in data["classifiers"] if "Python :: 3." in line]
+    assert named == re.findall(r"[\d.]+", line) == ["3.10", "3.11", "3.12", "3.13"]
+    assert data["requires-python"] == f">={named[0]}"
+
+
+@pytest.mark.parametrize(
+    "command", [["check", "--output-format", "concise"], ["format", "--check"]], ids=lambda c: c[0]
+)
+def test_code_is_clean(command):
     ruff = shutil.which("ruff", path=Path(sys.executable).parent)
-    command = [ruff, "check", "--no-cache", "--output-format", "concise", PACK]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run([ruff, *command, "--no-cache", PACK], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+def test_a_commit_is_checked_by_the_version_of_ruff_that_the_tests_use():
+    (pin,) = (pin for pin in requirements("constraints.txt") if pin.name == "ruff")
+    hooks = (PACK / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert f"rev: v{next(iter(pin.specifier)).version}\n" in hooks
