@@ -88,7 +88,6 @@ class RollingSession:
         self._fitted = partial(fitted_embeds, model, batch)
         self._open: _Open | None = None
         self._passes_done = 0
-
         self.cache_config.check_chunk(self.sampling.chunk)
         self.execution.check(step_cache=step_cache is not None)
         if self.state.chunks:
