@@ -1,0 +1,126 @@
+"""Every option of `generate` reaches what it sets, and a video file is what the session made, decoded in one go."""
+
+import argparse
+
+import pytest
+import torch
+
+from rolling_kv import cli
+from rolling_kv import pipeline as pipeline_module
+from rolling_kv.pipeline import Pipeline
+from rolling_kv.presets import DEFAULT_PRESET
+from rolling_kv.sampling.session import RollingSession
+from rolling_kv.tiny import make_tiny
+from rolling_kv.vae import to_raw
+
+PROMPT = ["generate", "--prompt", "a red circle", "--output", "video.mp4"]
+NOT_PASSED_ON = {"--help", "--debug", "--device"}
+VALUES = {  # of options whose type does not tell one; anything but the default
+    "--prompt": "a blue square",
+    "--output": "other.mp4",
+    "--model": "model.safetensors",
+    "--text-encoder": "text.safetensors",
+    "--vae": "vae.safetensors",
+    "--lora": "lora.safetensors",
+    "--negative-prompt": "grey",
+    "--window": "all",
+    "--guidance": "2.5",
+    "--width": "48",
+    "--height": "80",
+}
+
+
+def options():
+    (commands,) = [a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    return {action.option_strings[-1]: action for action in commands.choices["generate"]._actions}
+
+
+class Reached(Exception):
+    pass
+
+
+def reached(monkeypatch, arguments):
+    """What the command hands to Pipeline.load and to Pipeline.generate."""
+    calls = []
+
+    class Loaded:
+        model = type("Model", (), {})()
+
+        def generate(self, *args, **kwargs):
+            kwargs.pop("on_pass", None)
+            calls.append((args, kwargs))
+            raise Reached
+
+    Loaded.model.preset = DEFAULT_PRESET
+    monkeypatch.setattr(Pipeline, "load", lambda *args, **kwargs: calls.append((args, kwargs)) or Loaded())
+    monkeypatch.setattr(cli, "check_model", lambda model: None)
+    monkeypatch.setattr("rolling_kv.config.ExecutionConfig.check", lambda *_, **__: None)
+    with pytest.raises(Reached):
+        cli.main(arguments)
+    return calls
+
+
+def given(name, action):
+    if name in VALUES:
+        return [name, VALUES[name]]
+    if action.nargs == 0:
+        return [name]
+    if action.choices:
+        return [name, str(list(action.choices)[-1])]  # defaults stand first
+    return [name, str((action.default or 0) + 3)]
+
+
+@pytest.mark.parametrize("name", [name for name in options() if name not in NOT_PASSED_ON])
+def test_an_option_changes_what_the_pipeline_is_asked_for(name, monkeypatch):
+    plain = reached(monkeypatch, PROMPT)
+    assert reached(monkeypatch, PROMPT) == plain
+    assert reached(monkeypatch, [*PROMPT, *given(name, options()[name])]) != plain
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    return Pipeline.load(make_tiny(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+class Written:
+    """In the place of a VideoWriter: keeps the frames."""
+
+    def __init__(self, path, width, height, **options):
+        self.size, self.options, self.frames = (width, height), options, []
+        type(self).last = self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def write(self, frames):
+        self.frames.append(frames.clone())
+
+
+def test_a_file_shows_what_the_session_made(loaded, monkeypatch):
+    """Over several chunks and a size that is not square: the frames are those of one decoder, from raw latents."""
+    opened = []
+
+    class Noted(RollingSession):
+        def __init__(self, model, prompt, **settings):
+            super().__init__(model, prompt, **settings)
+            opened.append((prompt, settings, self))
+
+    monkeypatch.setattr(pipeline_module, "VideoWriter", Written)
+    monkeypatch.setattr(pipeline_module, "RollingSession", Noted)
+    sampling = loaded.model.preset.sampling
+    guided = type(sampling)(guidance_scale=2.0, denoising_steps=(1000, 500))
+    loaded.generate(
+        "one", "x.mp4", height=32, width=48, seconds=1.5, seed=7, negative_prompt="two", sampling=guided, scale=3
+    )
+    (prompt, settings, session) = opened[0]
+    assert torch.equal(prompt, loaded.text_encoder.encode(["one"]))
+    assert torch.equal(settings["negative"], loaded.text_encoder.encode(["two"]))
+    written = Written.last
+    assert written.size == (48, 32) and written.options["scale"] == 3
+    assert len(session.state.records) > 1 and {record.seed for record in session.state.records} == {7}
+    frames = torch.cat(written.frames, dim=2)
+    expected = loaded.vae.decoder().decode(to_raw(session.state.latents().float()))
+    assert frames.shape == expected.shape and torch.equal(frames, expected)
