@@ -23,7 +23,7 @@ def printable(text: str) -> str:
     return "".join(
         character
         if character.isprintable() or unicodedata.category(character) == "Zs"
-        else character.encode("ascii", "backslashreplace").decode()
+        else character.encode("unicode_escape").decode("ascii")
         for character in text
     )
 

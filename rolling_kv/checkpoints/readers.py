@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..messages import MESSAGE_LENGTH, listed, printable, shortened, shown
@@ -317,4 +317,8 @@ def _reason(error: Exception) -> str:
     if not text:
         return "it ends too early"
     text = shortened(printable(text.splitlines()[0]), 200)
-    return text if isinstance(error, (ValueError, RuntimeError, OSError)) else f"{type(error).__name__}: {text}"
+    return (
+        text
+        if isinstance(error, (ValueError, RuntimeError, OSError, SafetensorError))
+        else f"{type(error).__name__}: {text}"
+    )

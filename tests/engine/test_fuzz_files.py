@@ -14,7 +14,6 @@ from hostile_files import Sources, write_case
 
 from rolling_kv.checkpoints.model import load_model
 from rolling_kv.inspection import inspect_checkpoint
-from rolling_kv.messages import printable
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.text import load_text_encoder
 from rolling_kv.vae import load_vae
@@ -56,7 +55,7 @@ def outcome(kind, path):
     except ValueError as error:  # CheckpointError is one
         text = str(error)
         text.encode("utf-8")
-        if not 0 < len(text) <= 600 or text != printable(text):
+        if not 0 < len(text) <= 600 or not text.isprintable():
             return f"a message of {len(text)} characters: {text[:300]!r}"
         return ""
     return "" if values.isfinite().all() else "values that are no numbers"
