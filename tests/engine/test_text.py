@@ -1,8 +1,10 @@
 """Prompt embeddings: the same from every layout, zero-padded, and a plain message for everything else."""
 
+import json
 import logging
 
 import pytest
+import sentencepiece
 import torch
 from builders import scaled_float8, sentencepiece_model, tiny_transformer, tiny_umt5, transformers_tokenizer
 from safetensors.torch import save_file
@@ -164,6 +166,67 @@ def test_scaled_float8_is_multiplied_by_its_scales(weights, pieces, single, tmp_
     assert (auto.encode(PROMPTS) - load_text_encoder(single).encode(PROMPTS)).abs().mean() < 0.1
 
 
+def write_gguf(path, weights, pieces, kind):
+    """Under llama.cpp's names, with the tokenizer in the metadata; returns what the weights stand for."""
+    gguf = pytest.importorskip("gguf")
+    names = {"shared": "token_embd", "encoder.final_layer_norm": "enc.output_norm", "encoder.block": "enc.blk",
+             "layer.0.SelfAttention.relative_attention_bias": "attn_rel_b", "layer.0.SelfAttention.": "attn_",
+             "layer.0.layer_norm": "attn_norm", "layer.1.layer_norm": "ffn_norm",
+             "layer.1.DenseReluDense.wi_0": "ffn_gate", "layer.1.DenseReluDense.wi_1": "ffn_up",
+             "layer.1.DenseReluDense.wo": "ffn_down"}  # fmt: skip
+    kind, meant = getattr(gguf.GGMLQuantizationType, kind), {}
+    writer = gguf.GGUFWriter(path, "t5encoder")
+    if pieces is not None:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=pieces)
+        ids = range(processor.get_piece_size())
+        kinds = [2 if processor.is_unknown(i) else 3 if processor.is_control(i) else 1 for i in ids]
+        writer.add_tokenizer_model("t5")
+        writer.add_token_list([processor.id_to_piece(i).encode() for i in ids])
+        writer.add_token_scores([processor.get_score(i) for i in ids])
+        writer.add_token_types(kinds)
+        writer.add_add_space_prefix(True)
+        writer.add_remove_extra_whitespaces(True)
+        writer.add_eos_token_id(1)
+        writer.add_pad_token_id(0)
+        writer.add_unk_token_id(2)
+    for name, tensor in weights.items():
+        other = name
+        for ours, theirs in names.items():
+            other = other.replace(ours, theirs)
+        stored = kind if tensor.ndim == 2 and tensor.shape[1] % 32 == 0 else gguf.GGMLQuantizationType.F32
+        values = gguf.quants.quantize(tensor.numpy(), stored)
+        writer.add_tensor(other, values, raw_dtype=stored)
+        meant[name] = torch.from_numpy(gguf.quants.dequantize(values, stored)).view(tensor.shape).float()
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    return meant
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "F16", "BF16"])
+def test_a_gguf_file_is_unpacked_and_brings_its_tokenizer(kind, weights, pieces, single, tmp_path):
+    path = tmp_path / f"umt5-xxl-encoder-{kind}.gguf"
+    meant = write_gguf(path, weights, pieces, kind)
+    encoder, other = load_text_encoder(path, dtype="float32"), load_text_encoder(single)
+    loaded = encoder.encoder.state_dict()
+    for name, tensor in meant.items():  # unpacked in float16, as the scales are
+        torch.testing.assert_close(loaded[name], tensor, atol=2e-3, rtol=2e-3)
+    for prompt in (*PROMPTS, "x(y:1.2), zebra; 42", " dogs \n and\tcats "):
+        assert encoder.tokens(prompt) == other.tokens(prompt)
+    assert (encoder.encode(PROMPTS) - other.encode(PROMPTS)).abs().mean() < 0.1
+    assert load_text_encoder(path).encoder.shared.weight.dtype == (torch.float32 if kind == "F32" else AUTO[kind])
+
+
+AUTO = {"Q8_0": torch.bfloat16, "Q4_0": torch.bfloat16, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def test_a_gguf_file_without_tokenizer_takes_the_one_beside_it(weights, pieces, tmp_path):
+    write_gguf(tmp_path / "umt5.gguf", weights, None, "Q8_0")
+    refused(tmp_path / "umt5.gguf", "the tokenizer is missing")
+    (tmp_path / "spiece.model").write_bytes(pieces)
+    assert load_text_encoder(tmp_path / "umt5.gguf").tokens("cats") == load_text_encoder(
+        tmp_path / "umt5.gguf", tokenizer=tmp_path
+    ).tokens("cats")
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_weights_compute_in_float32(dtype, single, tmp_path):
     encoder = load_text_encoder(single, dtype=dtype)
@@ -234,3 +297,27 @@ def test_a_missing_or_wrong_tokenizer_is_explained(weights, pieces, single, tmp_
     small = weights | {"shared.weight": weights["shared.weight"][:10].clone()} | spiece(pieces)
     save_file(small, path)
     refused(path, "has .* tokens and the text encoder 10: they do not belong together")
+
+
+def test_settings_and_values_of_an_encoder_are_checked(weights, pieces, tmp_path):
+    for config, said in (
+        ({"eos_token_id": 96}, "eos_token_id is 96, and the vocabulary has 96 tokens"),
+        ({"eos_token_id": "1"}, "eos_token_id must be a whole number, got '1'"),
+        ({"feed_forward_proj": "gated-\ud800"}, "feed_forward_proj must be one of"),
+        ({"relative_attention_max_distance": 8}, "no position bias"),
+    ):
+        save_file(weights | spiece(pieces), tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        refused(tmp_path, said)
+    path = tmp_path / "one.safetensors"
+    layer = {"encoder.block.100000000.layer.0.SelfAttention.q.weight": torch.zeros(2, 2)}
+    save_file(weights | spiece(pieces) | layer, path)
+    refused(path, "more than 200 layers")
+    for wrong in (torch.zeros(4, dtype=torch.bfloat16), torch.zeros(2, 2, dtype=torch.uint8)):
+        save_file(weights | {"spiece_model": wrong}, path)
+        refused(path, "instead of bytes")
+    save_file(weights | {"spiece_model": torch.zeros(0, dtype=torch.uint8)}, path)
+    refused(path, "tokenizer is")
+    save_file(weights | spiece(pieces) | {"encoder.final_layer_norm.weight": torch.full((32,), float("nan"))}, path)
+    with pytest.raises(ValueError, match="the text encoder makes values that are no numbers"):
+        load_text_encoder(path).encode(["cats"])

@@ -1,6 +1,7 @@
 """The VAE: streams equal the stock codec bit for bit, every file layout loads, and errors say what is wrong."""
 
 import copy
+import json
 import pickle
 import re
 import socket
@@ -364,3 +365,36 @@ def test_missing_surplus_and_misshapen_tensors_are_listed(named, tmp_path):
     save_file(named(STOCK) | {bent: torch.zeros(7)}, tmp_path / "vae.safetensors")
     with pytest.raises(CheckpointError, match=r"1 of the wrong shape: .*to_qkv.bias \[7\], expected \[48\]"):
         load_vae(tmp_path / "vae.safetensors")
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ({"num_res_blocks": 10**7}, "num_res_blocks must be at most 16"),
+        ({"base_dim": "4"}, "base_dim must be a whole number, got '4'"),
+        ({"dim_mult": [1, "\x1b"]}, "each entry of dim_mult must be a whole number"),
+        ({"dim_mult": 5}, "dim_mult must be a list"),
+        ({"temperal_downsample": [True]}, "one entry less than its dim_mult"),
+        ({"latents_mean": 5}, "latents_mean in config.json is not that"),
+    ],
+)
+def test_settings_of_a_folder_are_checked(config, said, tmp_path):
+    make_vae().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    with pytest.raises(CheckpointError, match=said):
+        load_vae(tmp_path)
+
+
+def test_values_that_are_no_numbers_end_loading_and_decoding(tmp_path):
+    tensors = originals_of(STOCK)
+    name = next(name for name in tensors if name.startswith("decoder.") and name.endswith("weight"))
+    save_file(tensors | {name: tensors[name] * float("nan")}, tmp_path / "vae.safetensors")
+    with pytest.raises(CheckpointError, match="hold values that are no numbers"):
+        load_vae(tmp_path / "vae.safetensors")
+    save_file({name: tensor.int() for name, tensor in tensors.items()}, tmp_path / "vae.safetensors")
+    with pytest.raises(CheckpointError, match="quantised in a way that is not read here"):
+        load_vae(tmp_path / "vae.safetensors")
+    stream = WanVAE(make_vae()).decoder()
+    with pytest.raises(ValueError, match="decoding gives values that are no numbers"):
+        stream.decode(latents(1) * float("inf"))

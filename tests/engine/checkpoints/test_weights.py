@@ -1,5 +1,6 @@
 """Weights in float8 and from GGUF files: bounded errors, measured bytes, and one layer unpacked at a time."""
 
+import struct
 import weakref
 
 import numpy as np
@@ -192,6 +193,43 @@ def test_bfloat16_tensors_of_a_gguf_file_are_plain(weights, checkpoint, tmp_path
     expected = load_model(checkpoint, dtype="bfloat16").transformer.state_dict()
     name = "blocks.1.attn1.to_q.weight"
     assert torch.equal(model.transformer.state_dict()[name], expected[name])
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16])
+def test_a_folded_patch_embedding_is_unfolded(kind, told, weights, tmp_path):
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "wan")
+    for name, tensor in original_names(weights).items():
+        values = tensor.numpy()
+        if values.ndim == 5:  # ggml has at most four dimensions
+            if told:
+                writer.add_array(f"comfy.gguf.orig_shape.{name}", list(values.shape))
+            values = gguf.quants.quantize(values.reshape(-1, *values.shape[2:]), kind)
+        writer.add_tensor(name, values)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    loaded = load_model(path, dtype="float32").transformer.state_dict()
+    patch = weights["patch_embedding.weight"]
+    expected = weights | {"patch_embedding.weight": patch.half().float() if kind == Kind.F16 else patch}
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    assert inspect_checkpoint(path).config["dim"] == 256
+
+
+def test_a_shape_that_does_not_go_with_its_values_is_refused(weights, tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "wan")
+    writer.add_array("comfy.gguf.orig_shape.proj_out.weight", [3, 5])
+    for name, tensor in weights.items():
+        writer.add_tensor(name, tensor.reshape(-1, *tensor.shape[2:]).numpy() if tensor.ndim == 5 else tensor.numpy())
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    refused(tmp_path / "model.gguf", "damaged or incomplete")
+
+
+def test_a_list_that_the_file_does_not_hold_is_not_read_for_ever(weights, tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, weights, Kind.Q8_0)
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"x"
+    path.write_bytes(header + struct.pack("<IIQ", 9, 0, 10**12))  # an array of 10^12 bytes
+    refused(path, "lies outside the file")
 
 
 def test_one_layer_at_a_time_is_unpacked(weights, tmp_path, monkeypatch):
