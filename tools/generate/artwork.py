@@ -1,4 +1,4 @@
-"""Draws the pack's icon and banner: `python -m tools.artwork`. A ring of latent frames around the sink, the newest one lit."""
+"""Draws the pack's icon and banner: `python -m tools.generate.artwork`. A ring of latent frames around the sink, the newest one lit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from .comfyui.env import PACK
+from ..comfyui.env import PACK
 
 ICON = PACK / "docs" / "images" / "icon.png"
 BANNER = PACK / "docs" / "images" / "banner.png"
