@@ -46,7 +46,7 @@ def choices(kind: Kind) -> list[str]:
         return folder_paths.get_filename_list(kind.folder)
     names = [BUNDLED_NAME] if (BUNDLED / kind.subfolder).is_dir() else []
     names += [name for name in folder_paths.get_filename_list(kind.folder) if name.lower().endswith(SUFFIXES)]
-    if kind is MODEL:  # ComfyUI does not list these
+    if kind in (MODEL, TEXT_ENCODER):  # ComfyUI does not list these
         names += sorted(name for name in _files(kind.folder) if name.lower().endswith(".gguf"))
     return names + sorted(_diffusers_folders(kind.subfolder))
 

@@ -144,6 +144,20 @@ PRESETS: dict[str, ModelPreset] = {
             ),
         ),
         ModelPreset(
+            "causal-multistep-framewise",
+            replace(_FRAMEWISE, sampler="unipc", guidance_scale=3.0),
+            CacheConfig(21),
+            title="Causal-Forcing, 1.3B",
+            names=(r"frame.?wise.*ar.?diffusion",),
+            files=(
+                ModelFile(
+                    "framewise/ar_diffusion.pt",
+                    f"{_CAUSAL_FORCING}/resolve/main/framewise/ar_diffusion.pt",
+                    "before its distillation",
+                ),
+            ),
+        ),
+        ModelPreset(
             "causal-forcing++-2-step",
             replace(_FRAMEWISE, denoising_steps=(1000, 500), first_chunk_steps=_FRAMEWISE.denoising_steps),
             CacheConfig(21),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 
 import pytest
 from builders import tiny_transformer, write_weights
@@ -34,7 +35,7 @@ def weights(source):
         ("chunkwise/causal_forcing.safetensors", "causal-forcing-chunkwise"),
         ("framewise/causal_forcing.safetensors", "causal-forcing-framewise"),
         ("chunkwise/ar_diffusion.safetensors", "causal-multistep"),
-        ("framewise/ar_diffusion.safetensors", None),
+        ("framewise/ar_diffusion.safetensors", "causal-multistep-framewise"),
         ("longlive_base.safetensors", "longlive"),
         ("longlive/self_forcing.safetensors", "self-forcing"),
         ("LongLive-1.3B/base.safetensors", "longlive"),
@@ -98,3 +99,41 @@ def test_an_unknown_preset_or_dtype_lists_the_choices(weights, tmp_path):
         load_model(path, preset="fast")
     with pytest.raises(ValueError, match="float32, float16, bfloat16, got 'fp4'"):
         load_model(path, dtype="fp4")
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("self_forcing_dmd.safetensors", ""),
+        ("framewise/ar_diffusion.safetensors", ""),
+        ("LongLive-1.3B/base.safetensors", ""),
+        ("Wan2.1/self_forcing.safetensors", ""),
+        ("rolling_forcing_dmd.safetensors", "Rolling-Forcing models are sampled by other rules"),
+        ("wan2.1_t2v_1.3B_fp16.safetensors", "an ordinary Wan model"),
+        ("Wan2_1-T2V-14B_fp8_e4m3fn.safetensors", "an ordinary Wan model"),
+        ("wan_causvid.safetensors", "nothing in the file or its name tells"),
+        ("causal_ode.safetensors", "before its distillation"),
+        ("model.safetensors", "nothing in the file or its name tells"),
+    ],
+)
+def test_what_is_assumed_is_said(name, said, weights, tmp_path, caplog):
+    path = tmp_path / "models" / name
+    path.parent.mkdir(parents=True)
+    write_weights(path, weights)
+    with caplog.at_level(logging.WARNING, logger="rolling_kv"):
+        model = load_model(path)
+    assert model.note == inspect_checkpoint(path).note
+    if said:
+        assert said in model.note and model.note in caplog.text
+        assert "treated as self-forcing (chunks of 3, window 21, 4 steps). Choose the preset" in model.note
+    else:
+        assert model.note == caplog.text == ""
+    assert load_model(path, preset="longlive").note == ""
+
+
+def test_a_model_that_tells_needs_no_note(weights, tmp_path):
+    path = tmp_path / "wan2.1_t2v.safetensors"
+    save_file(weights, path, {"rolling_kv": json.dumps({"preset": CUSTOM.to_dict()})})
+    assert load_model(path).note == ""
+    save_file(weights, path, {"config": json.dumps({"transformer": {"causal_ar": True}})})
+    assert load_model(path).note == ""
