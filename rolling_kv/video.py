@@ -12,11 +12,13 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
-from .atomic import replacing
+from .atomic import check_place, replacing
 from .geometry import WAN_21
 
 H264_SIDE = 16384
 """Most pixels along one side of a picture that libx264 takes."""
+SAME_BYTES = "cpu-independent=1"
+"""Options of x264 that keep what lies in memory by chance out of the file."""
 _BT709 = 1
 """The code of BT.709 for primaries, transfer and matrix alike (ITU-T H.273)."""
 
@@ -38,6 +40,8 @@ class VideoWriter:
     metadata: tags for the file, for example the prompt.
 
     The video is yuv420p in BT.709 colours, with its index in front (faststart), so that browsers can play it.
+    A symbolic link is followed; a pipe or a device is refused. The same frames give the same file, byte for byte, on one
+    machine, however busy it is.
     Raises ValueError for sizes that H.264 cannot hold and OSError for a path that cannot be written.
     """
 
@@ -53,6 +57,7 @@ class VideoWriter:
         metadata: dict[str, str] | None = None,
     ):
         self.path = Path(path)
+        check_place(self.path)
         if self.path.suffix.lower() != ".mp4":
             raise ValueError(f"the name of the video must end in .mp4, got {self.path.name!r}")
         if scale < 1:
@@ -87,7 +92,8 @@ class VideoWriter:
         flags = "+faststart+use_metadata_tags" if self.metadata else "+faststart"
         self._container = av.open(str(self._unfinished), "w", format="mp4", options={"movflags": flags})
         self._container.metadata.update(self.metadata)
-        self._stream = self._container.add_stream("libx264", rate=self.fps, options={"crf": str(self.crf)})
+        options = {"crf": str(self.crf), "x264-params": SAME_BYTES}
+        self._stream = self._container.add_stream("libx264", rate=self.fps, options=options)
         self._stream.width, self._stream.height = self.width * self.scale, self.height * self.scale
         self._stream.pix_fmt = "yuv420p"
         codec = self._stream.codec_context

@@ -5,9 +5,11 @@ import os
 import weakref
 
 import av
+import numpy as np
 import pytest
 import torch
 
+from rolling_kv import atomic
 from rolling_kv.video import VideoWriter, read_frames, read_video_info, to_uint8
 
 COLOURS = torch.tensor(
@@ -63,6 +65,23 @@ def test_floats_and_bytes_give_the_same_video(tmp_path):
         for i, frames in enumerate((plain_frames(), floats, floats[None], floats.half()))
     ]
     assert len({file.read_bytes() for file in files}) == 1
+
+
+@pytest.mark.parametrize("side, frames", [(64, 40), (384, 6)])
+def test_the_same_frames_give_the_same_file_whatever_the_memory_held_before(side, frames, tmp_path):
+    """Not every processor shows it without the option: on some, x264 decides by what lies beside its pictures."""
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randint(0, 40, (frames, side, side, 3), generator=generator, dtype=torch.uint8)
+    sizes = torch.randint(1, 300_000, (6, 40), generator=generator)
+    files = set()
+    for row in sizes.tolist():
+        junk = [np.full(size, size % 256, np.uint8) for size in row]
+        del junk[::2]
+        with VideoWriter(tmp_path / "video.mp4", side, side) as writer:
+            assert writer._stream.codec_context.options["x264-params"] == "cpu-independent=1"
+            writer.write(given)
+        files.add(writer.path.read_bytes())
+    assert len(files) == 1
 
 
 def test_to_uint8_rounds_and_clamps():
@@ -148,6 +167,32 @@ def test_a_video_that_cannot_be_renamed_is_kept(tmp_path):
     assert read_video_info(kept).frames == 6
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs pipes, and links that anybody may make")
+def test_a_link_is_followed_and_a_pipe_refused(tmp_path):
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "video.mp4")
+    write(tmp_path / "link.mp4")
+    assert (tmp_path / "link.mp4").is_symlink() and read_video_info(tmp_path / "video.mp4").frames == 6
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(OSError, match="pipe.mp4 is a pipe or a device"):
+        VideoWriter(tmp_path / "pipe.mp4", 48, 32)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_is_said_of_the_video(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "_begin", lambda part, *_: part.symlink_to("/dev/full"))
+    with pytest.raises(OSError, match="cannot write .*video.mp4: No space left on device") as raised:
+        write(tmp_path / "video.mp4")
+    assert ".part" not in str(raised.value) and os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_goes_away_is_said_of_the_video(tmp_path):
+    with pytest.raises(OSError, match="video.mp4") as raised:
+        with VideoWriter(tmp_path / "folder" / "video.mp4", 48, 32) as writer:
+            os.rename(tmp_path / "folder", tmp_path / "gone")
+            writer.write(plain_frames())
+    assert ".part" not in str(raised.value)
+
+
 def test_a_video_without_frames_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no frames were written"):
         with VideoWriter(tmp_path / "video.mp4", 48, 32):
@@ -162,6 +207,11 @@ def test_a_video_without_frames_is_an_error(tmp_path):
         ({"height": 0}, "even width and height, got 48x0"),
         ({"width": 15, "height": 16, "scale": 3}, "got 45x48"),
         ({"scale": 0}, "scale must be at least 1, got 0"),
+        ({"width": 16386}, "at most 16384 pixels wide and high, got 16386x32"),
+        ({"height": 2048, "scale": 16}, "at most 16384 pixels"),
+        ({"fps": float("nan")}, "fps must be positive, got nan"),
+        ({"fps": float("inf")}, "fps must be from 0.01 to 1000, got inf"),
+        ({"fps": 1e-9}, "fps must be from 0.01 to 1000"),
         ({"crf": 52}, "crf must be from 0 to 51, got 52"),
         ({"fps": 0}, "fps must be positive, got 0"),
         ({"path": "video.avi"}, "must end in .mp4, got 'video.avi'"),
