@@ -11,9 +11,11 @@ BUNDLED_SIZE = 64
 
 
 def check_model(model: Path) -> None:
-    """Raise ValueError if `model` is the bundled one, and not there."""
+    """Raise ValueError unless there is a file or a folder of that name."""
     if model == BUNDLED and not BUNDLED.is_dir():
         raise ValueError(f"the tiny model is not there; make it with: python -m rolling_kv make-tiny {BUNDLED}")
+    if not model.is_file() and not model.is_dir():
+        raise ValueError(f"{model}: there is no such file or folder")
 
 
 def default_size(model: Path) -> tuple[int, int]:

@@ -6,7 +6,7 @@ Units: `chunk`, `window` and `sink` count latent frames. One latent frame is fou
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -34,6 +34,8 @@ WEIGHT_STORAGES = ("model", "float8")
 """How weights are stored: in the dtype that the model computes in, or the blocks' Linear layers in float8_e4m3fn."""
 ATTENTION_BACKENDS = ("native", "_native_cudnn", "flash", "_flash_3", "sage", "xformers")
 """Those of diffusers' attention backends that attend without a mask and download nothing."""
+ANY_DEVICE_BACKEND = "native"
+"""The one of them that is not for CUDA alone."""
 RECORDABLE_PACKINGS = ("Q8_0", "BF16")
 """GGUF packings that diffusers unpacks on the device alone; for all others the CPU waits in every layer."""
 
@@ -204,9 +206,13 @@ class SamplingConfig:
         first = self.chunk_size(start_frame)
         return 1 + max(math.ceil((frames - first) / self.chunk), 0)
 
-    def chunk_sizes(self, chunks: int, start_frame: int = 0) -> list[int]:
+    def chunk_sizes(self, chunks: int, start_frame: int = 0) -> Iterator[int]:
         """Latent frames of each of `chunks` chunks from absolute latent frame `start_frame` on."""
-        return [self.chunk_size(start_frame), *[self.chunk] * (chunks - 1)] if chunks else []
+        return (self.chunk_size(start_frame) if number == 0 else self.chunk for number in range(chunks))
+
+    def frames_of(self, chunks: int, start_frame: int = 0) -> int:
+        """Latent frames of `chunks` chunks together, from absolute latent frame `start_frame` on."""
+        return self.chunk_size(start_frame) + (chunks - 1) * self.chunk if chunks else 0
 
 
 def _is_timestep(value: object, low: float) -> bool:
@@ -275,6 +281,11 @@ class ExecutionConfig:
                 _check_attention_backend_requirements(AttentionBackendName(self.backend))
             except RuntimeError as error:
                 raise ValueError(f"the attention backend {self.backend} is not installed here: {error}") from error
+            if self.backend != ANY_DEVICE_BACKEND and device is not None and torch.device(device).type != "cuda":
+                raise ValueError(
+                    f"the attention backend {self.backend} needs a CUDA GPU, but the model is on {device}: choose "
+                    f"{ANY_DEVICE_BACKEND}, or leave the choice to PyTorch"
+                )
         if self.exact and device is not None and not has_float64(torch.device(device)):
             raise ValueError(f"exact passes rotate in float64, which {device} does not have: turn exact off")
         if weight_storage != "model" and packings:

@@ -1,11 +1,48 @@
-"""What devices differ in: bringing to one what the CPU has made, without waiting for it, and whether it has float64."""
+"""Devices and memory: which can be used here, what they differ in, how tensors reach them, and what RAM is left."""
 
 from __future__ import annotations
 
+import psutil
 import torch
+
+KNOWN = ("cpu", "cuda", "mps", "xpu")
+"""Types of devices that people have."""
 
 FLOAT64 = ("cpu", "cuda", "meta")
 """Types of devices that compute in float64. MPS and many others do not."""
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of that name. Raises ValueError, with those that are there, unless torch can compute on it here."""
+    if reason := _why_unusable(name):
+        here = ", ".join(known for known in KNOWN if not _why_unusable(known))
+        raise ValueError(f"the device {str(name)!r} cannot be used here ({reason}); these can: {here}")
+    return torch.device(name)
+
+
+def _why_unusable(name: str | torch.device) -> str:
+    try:
+        torch.ones(1, device=torch.device(name)).item()
+    except Exception as error:  # AssertionError, RuntimeError, ImportError and others, by the device
+        return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return ""
+
+
+def check_memory(nbytes: int, what: str, remedy: str) -> None:
+    """Raise ValueError if `nbytes` are more than the RAM that is available now, whatever limit a container may have.
+
+    what: needs them. remedy: what a person can do about it.
+    """
+    available = available_memory()
+    if nbytes > available:
+        raise ValueError(
+            f"{what} needs {nbytes / 2**30:.1f} GiB of RAM, and {available / 2**30:.1f} GiB are available: {remedy}"
+        )
+
+
+def available_memory() -> int:
+    """Bytes of RAM that can be had now."""
+    return psutil.virtual_memory().available
 
 
 def has_float64(device: torch.device) -> bool:

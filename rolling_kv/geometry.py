@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+LONGEST_SECONDS = 366 * 24 * 3600
 TEXT_LENGTH = 512
 """Tokens that a prompt embedding is zero-padded to, as in training."""
 
@@ -90,10 +91,12 @@ class Geometry:
     def latent_frames_for(self, seconds: float, after: int = 0) -> int:
         """The fewest latent frames that add at least `seconds` to a video of `after` latent frames.
 
-        Raises ValueError unless `seconds` is positive.
+        Raises ValueError unless `seconds` is positive and at most a year.
         """
-        if seconds <= 0:
+        if not seconds > 0:
             raise ValueError(f"the length must be positive, got {seconds} seconds")
+        if seconds > LONGEST_SECONDS:
+            raise ValueError(f"the length must be at most a year of video, got {seconds:g} seconds")
         end = self.pixel_frames(after) + max(round(seconds * self.fps), 1)
         return self.latent_frames(end) - after
 

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import torch
 
+from .bundled import check_model
 from .checkpoints.model import CausalModel, load_model
 from .config import CacheConfig, ExecutionConfig, SamplingConfig
+from .devices import usable_device
 from .lora.reader import load_lora
 from .lora.stack import LoraStack
+from .sampling.memory import check_fits
 from .sampling.session import RollingSession
 from .text import TextEncoder, load_text_encoder
 from .vae import WanVAE, load_vae, to_raw
@@ -45,6 +48,8 @@ class Pipeline:
         and stay for good (`lora.stack` has the way back).
         Raises CheckpointError for files that are missing or cannot be used.
         """
+        device = usable_device(device)
+        check_model(Path(model))
         parts = {"text_encoder": text_encoder or model, "vae": vae or model}
         for name, path in parts.items():
             if path is model and not (Path(model) / name).is_dir():
@@ -80,8 +85,23 @@ class Pipeline:
         Memory does not grow with the length, up to the clean latents (0.4 MB per latent frame at 480x832).
         height, width: pixels, multiples of 16. scale: enlarge each pixel so many times. sampling, cache: by default the
         model's preset. execution, on_pass: see `RollingSession`.
+        Raises ValueError, before anything is sampled, for settings that cannot work or take more memory than there is.
         """
         sampling = sampling or self.model.preset.sampling
+        cache = cache or self.model.preset.cache
+        writer = VideoWriter(output, width, height, scale=scale, metadata={"prompt": prompt, "seed": str(seed)})
+        chunks = sampling.chunks_for_seconds(seconds, geometry=self.model.geometry)
+        check_fits(
+            self.model.transformer,
+            height,
+            width,
+            sampling=sampling,
+            cache=cache,
+            device=self.model.compute_device(),
+            frames=sampling.frames_of(chunks),
+            dtype=self.model.dtype,
+            decoding=self.vae.decode_bytes(height, width),
+        )
         session = RollingSession(
             self.model,
             self.text_encoder.encode([prompt]),
@@ -94,13 +114,8 @@ class Pipeline:
             on_pass=on_pass,
         )
         decoder = self.vae.decoder()
-        with (
-            VideoWriter(output, width, height, scale=scale, metadata={"prompt": prompt, "seed": str(seed)}) as writer,
-            session,
-        ):
-            for chunk in session.generate(
-                sampling.chunks_for_seconds(seconds, geometry=self.model.geometry), seed=seed
-            ):
+        with writer, session:
+            for chunk in session.generate(chunks, seed=seed):
                 with torch.inference_mode():
                     for frames in decoder.decode_frames(to_raw(chunk.latents.float())):
                         writer.write(frames)

@@ -96,7 +96,10 @@ class TextEncoder(nn.Module):
         return self.encoder.shared.weight.device
 
     def tokens(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, the closing EOS included, at most 512; whatever exceeds that is cut off."""
+        """Token ids of a prompt, the closing EOS included, at most 512; whatever exceeds that is cut off.
+
+        Raises ValueError for text that is none: half of a character, as a cut through an emoji leaves it.
+        """
         ids = self.tokenizer.encode(clean(prompt))
         if len(ids) >= TEXT_LENGTH:
             logger.warning("The prompt has %d tokens; the model reads the first %d.", len(ids), TEXT_LENGTH - 1)
@@ -124,8 +127,17 @@ class TextEncoder(nn.Module):
 
 
 def clean(prompt: str) -> str:
-    """A prompt as Wan was trained on it: HTML entities resolved, runs of white space made one space."""
-    return " ".join(html.unescape(html.unescape(prompt)).split())
+    """A prompt as Wan was trained on it: HTML entities resolved, runs of white space made one space.
+
+    Raises ValueError for text that is none: half of a character, as a cut through an emoji leaves it.
+    """
+    text = " ".join(html.unescape(html.unescape(prompt)).split())
+    if half := re.search(r"[\ud800-\udfff]", text):
+        raise ValueError(
+            f"the prompt has half of a character in it ({ascii(half[0])} at character {half.start() + 1}), such as a cut "
+            "through an emoji leaves: type that part again"
+        )
+    return text
 
 
 @torch.inference_mode(False)

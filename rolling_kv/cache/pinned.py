@@ -12,8 +12,10 @@ import weakref
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
+
+from ..devices import check_memory
+from .codecs import CODECS
 
 logger = logging.getLogger(__name__)
 PORTABLE = 1
@@ -21,14 +23,13 @@ PORTABLE = 1
 
 
 def check_room(nbytes: int) -> None:
-    """Raise ValueError if `nbytes` are more than the RAM that is available now, whatever limit a container may have."""
-    available = psutil.virtual_memory().available
-    if nbytes > available:
-        raise ValueError(
-            f"offloading the cache needs {nbytes / 2**30:.1f} GiB of RAM, and {available / 2**30:.1f} GiB are available: "
-            "close other programs, make the window or the video smaller, keep the cache as float8 or int8, or turn "
-            "offload off"
-        )
+    """Raise ValueError if `nbytes` of offloaded keys and values are more than the RAM that is available now."""
+    smaller = " or ".join(name for name in CODECS if name != "model")
+    check_memory(
+        nbytes,
+        "offloading the cache",
+        f"close other programs, make the window or the video smaller, keep the cache as {smaller}, or turn offload off",
+    )
 
 
 class HostMemory:

@@ -1,7 +1,10 @@
-"""What a run will take, known before anything is allocated: announced to ComfyUI, shown by `inspect`, compared by tests."""
+"""What a run will take, known before anything is allocated: announced to ComfyUI, and refused where it cannot fit."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -9,7 +12,8 @@ import torch
 from ..cache.prompt import PromptCache
 from ..cache.rolling import RollingKVCache
 from ..cache.sizes import CacheShape
-from ..config import CacheConfig, SamplingConfig
+from ..config import CACHE_STORAGES, MOST_FRAMES, CacheConfig, SamplingConfig
+from ..devices import available_memory, check_memory
 from ..geometry import TEXT_LENGTH, Geometry
 from ..step_cache import StepShape
 
@@ -72,6 +76,72 @@ def estimate(
         activations=tokens * _values_per_token(transformer.config) * torch.float32.itemsize,
         host=kept.host * sampling.branches,
     )
+
+
+def check_fits(
+    transformer,
+    height: int,
+    width: int,
+    *,
+    sampling: SamplingConfig,
+    cache: CacheConfig,
+    device: torch.device,
+    frames: int,
+    dtype: torch.dtype | None = None,
+    batch: int = 1,
+    decoding: int = 0,
+    held: int = 0,
+    **others,
+) -> None:
+    """Raise ValueError, with settings that would fit, if a run needs more RAM than is available now.
+
+    On a CPU everything lies there. Beside another device, which says for itself when it is full, an offloaded cache and
+    the finished latents do.
+
+    device: where the model computes.
+    frames: latent frames of the whole video.
+    decoding: bytes that decoding takes on the device, in turn with the passes.
+    held: bytes of all this that the process has already taken, such as a cache from an earlier run.
+    others: as for `estimate`, and so are those that are not named here.
+    """
+    latent_size = Geometry.of(transformer).latent_size(height, width)
+    dtype = dtype or transformer.patch_embedding.weight.dtype
+    finished = batch * transformer.config.in_channels * latent_size[0] * latent_size[1] * dtype.itemsize
+
+    def needed(cache: CacheConfig, frames: int = frames) -> int:
+        run = estimate(
+            transformer,
+            height,
+            width,
+            sampling=sampling,
+            cache=cache,
+            dtype=dtype,
+            batch=batch,
+            frames=frames,
+            **others,
+        )
+        computing = run.device + max(decoding - run.activations, 0) if device.type == "cpu" else 0
+        return run.host + computing + frames * finished - held
+
+    if needed(cache) > (available := available_memory()):
+        remedies = _what_fits(lambda *changed: needed(*changed) <= available, sampling, cache, frames)
+        check_memory(needed(cache), "this video", ", ".join(remedies))
+
+
+def _what_fits(fits: Callable[..., bool], sampling: SamplingConfig, cache: CacheConfig, frames: int) -> list[str]:
+    """What a person can change so that a run fits. fits: called with a cache and, if it is another, a length."""
+    remedies = []
+    least, now = cache.sink + sampling.chunk, cache.limit or frames
+    windows = range(least, min(now, MOST_FRAMES + 1))
+    if windows and fits(replace(cache, window=least)):
+        most = bisect_right(windows, False, key=lambda window: not fits(replace(cache, window=window)))
+        remedies.append(f"set the window to at most {windows[most - 1]} latent frames")
+    storages = [name for name in CACHE_STORAGES if fits(replace(cache, storage=name))]
+    if storages:
+        remedies.append(f"keep the cache as {' or '.join(storages)}")
+    if fits(cache, least):
+        remedies.append("make the video shorter")
+    return [*remedies, "make the picture smaller", "or close other programs"]
 
 
 def _values_per_token(config) -> int:

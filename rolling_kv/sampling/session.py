@@ -123,7 +123,7 @@ class RollingSession:
         """
         branches, frames = self._running().branches, self.state.frames
         branches.leave_cancelled_chunk(self.state, self.sampling.chunk_size(frames))
-        branches.reserve(frames + sum(self.sampling.chunk_sizes(chunks, frames)))
+        branches.reserve(frames + self.sampling.frames_of(chunks, frames))
         on_step = partial(self._tick, self.passes_needed(chunks))
         for _ in range(chunks):
             run = self._running()

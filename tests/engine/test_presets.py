@@ -53,6 +53,7 @@ def test_lengths_in_seconds_are_the_fewest_chunks_that_reach_them(chunk, indepen
                 frames = start + sum(config.chunk_sizes(count, start))
                 return WAN_21.pixel_frames(frames) - WAN_21.pixel_frames(start)
 
+            assert config.frames_of(chunks, start) == sum(config.chunk_sizes(chunks, start))
             assert made(chunks) >= frames and (chunks == 1 or made(chunks - 1) < frames)
 
 
@@ -66,8 +67,27 @@ def test_lengths_in_seconds_are_the_fewest_chunks_that_reach_them(chunk, indepen
         (dict(chunk=0), "chunk must be at least 1"),
         (dict(shift=0), "shift must be positive"),
         (dict(context_noise=1001), "timestep from 0 to 1000"),
+        (dict(guidance_scale=float("nan")), "guidance_scale must be a number from 0 to 1000, got nan"),
+        (dict(guidance_scale=-3.0), "guidance_scale must be a number from 0 to 1000"),
+        (dict(guidance_scale=1e300), "guidance_scale must be a number from 0 to 1000"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**settings)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf"), 1e9, 1e300])
+def test_lengths_that_are_none_are_refused(seconds):
+    with pytest.raises(ValueError, match="the length must be"):
+        SamplingConfig().chunks_for_seconds(seconds)
+
+
+def test_the_frames_of_any_number_of_chunks_are_told_at_once():
+    config = SamplingConfig(independent_first_frame=True)
+    assert (config.frames_of(0), config.frames_of(10**12), config.frames_of(10**12, 1)) == (
+        0,
+        3 * 10**12 - 2,
+        3 * 10**12,
+    )
+    assert next(iter(config.chunk_sizes(10**12))) == 1

@@ -65,6 +65,13 @@ def original_names(weights):
     return renamed
 
 
+@pytest.mark.parametrize("prompt", ["fox \ud83e", "\udd8a fox", "a \udcff b"])
+def test_half_of_a_character_is_refused(folder, prompt):
+    encoder = load_text_encoder(folder)
+    with pytest.raises(ValueError, match=r"half of a character in it \('\\ud[\da-f]{3}' at character \d\)"):
+        encoder.tokens(prompt)
+
+
 def test_embeddings_are_those_of_the_padded_and_masked_encoder(source, pieces, single):
     batch = transformers_tokenizer(pieces)(PROMPTS, padding="max_length", max_length=512, return_tensors="pt")
     with torch.no_grad():

@@ -154,7 +154,7 @@ def bytes_needed(experiment: StepCacheExperiment, names: Sequence[str], more: Se
     methods = [candidate.method for candidate in [*candidates(names, sampling.guided), *more]]
     # A whole clip is one chunk, without a rolling cache.
     at_once = replace(sampling, chunk=experiment.clip_frames)
-    frames = sum(sampling.chunk_sizes(experiment.chunks))
+    frames = sampling.frames_of(experiment.chunks)
     estimates = [
         estimate(
             transformer, experiment.height, experiment.width, sampling=at_once, cache=experiment.cache, frames=frames,
