@@ -20,18 +20,48 @@ from .messages import printable
 from .pipeline import Pipeline
 from .presets import PRESETS
 from .tiny import make_tiny
-from .video import read_video_info
+from .video import VideoWriter, read_video_info
+
+LONGEST_MESSAGE = 1000
+"""Characters of an error that are shown; a file can put any number into one."""
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run a command. Ends the process with one line for whatever goes wrong, unless `--debug` is among the arguments."""
     args = _parser().parse_args(arguments)
     logging.set_verbosity_error()
     try:
         args.run(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        if getattr(args, "debug", False):
+            raise
+        sys.exit(f"error: {_sentence(error)}")
     except KeyboardInterrupt:
         sys.exit("cancelled; nothing was written")
+
+
+def _sentence(error: Exception) -> str:
+    """An error as one line. What the pack raises itself is a sentence already; of others the kind says more."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
+        text = "there was not enough memory: make the window or the video smaller, or close other programs"
+    elif not isinstance(error, (ValueError, OSError)):
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        text = f"{type(error).__name__}: {first} (--debug shows where)"
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} …"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes `--debug` everywhere, and says what is wrong in one line."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show where in the code an error arose"
+        )
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 class _DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
@@ -42,7 +72,7 @@ class _DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m rolling_kv", description=__doc__)
+    parser = _Parser(prog="python -m rolling_kv", description=__doc__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     generate = commands.add_parser("generate", help="make a video from a prompt", formatter_class=_DefaultsHelp)
@@ -81,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         "--weight-storage", choices=WEIGHT_STORAGES, default="model", help="how the model's weights are kept in memory"
     )
     options.add_execution(generate)
-    generate.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    options.add_device(generate, "where to compute")
     generate.add_argument("--scale", type=int, default=1, help="enlarge each pixel so many times, for tiny videos")
 
     inspect = commands.add_parser("inspect", help="tell what a checkpoint is")
@@ -106,6 +136,7 @@ def _generate(args: argparse.Namespace) -> None:
     loras = [_lora(*values) for values in args.lora]
     height, width = default_size(args.model)
     height, width = args.height or height, args.width or width
+    VideoWriter(args.output, width, height, scale=args.scale)  # raises for what no video can be
     pipeline = Pipeline.load(
         args.model,
         text_encoder=args.text_encoder,

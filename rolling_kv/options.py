@@ -6,7 +6,10 @@ import argparse
 from dataclasses import fields, replace
 from typing import Any, Literal
 
+import torch
+
 from .config import ALL_FRAMES, CACHE_STORAGES, SINK_PHASES, CacheConfig, ExecutionConfig
+from .devices import usable_device
 
 
 def frames_or_all(text: str) -> int | Literal["all"]:
@@ -52,6 +55,18 @@ def cache_of(args: argparse.Namespace, default: CacheConfig) -> CacheConfig:
     chosen = {"window": args.window, "sink": args.sink, "sink_phase": args.sink_phase}
     chosen |= {"storage": args.cache_storage, "offload": args.offload_cache}
     return replace(default, **{name: value for name, value in chosen.items() if value is not None})
+
+
+def add_device(parser: argparse.ArgumentParser, help: str) -> None:
+    """The option for where to compute; `args.device` is a `torch.device` that works here."""
+    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu", help=help)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return usable_device(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_execution(parser: argparse.ArgumentParser, note: str = "") -> None:

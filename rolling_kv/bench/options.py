@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..bundled import BUNDLED, check_model
-from ..options import add_window
+from ..options import add_device, add_window
 from ..presets import PRESETS
 from .random_model import SIZES
 
@@ -43,7 +43,7 @@ def add_dtype(parser: argparse.ArgumentParser, default: str = "bfloat16 on CUDA,
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """Where to run, and where to write the figures."""
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add_device(parser, "default: %(default)s")
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
     parser.add_argument("--no-memory", action="store_true", help="without CUDA: leave out the runs that follow memory")
     parser.add_argument("--json", type=Path, metavar="F", help="write all figures to this file")
@@ -65,7 +65,7 @@ def check(args: argparse.Namespace, *counts: str) -> None:
 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype:
-    return getattr(torch, args.dtype or ("bfloat16" if torch.device(args.device).type == "cuda" else "float32"))
+    return getattr(torch, args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"))
 
 
 @contextmanager

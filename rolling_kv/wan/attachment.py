@@ -17,7 +17,7 @@ import torch
 from ..cache.prompt import Branch
 from ..config import ExecutionConfig
 from .context import Pass, PassContext
-from .execution import weights_of
+from .execution import compiled_code, weights_of
 from .fused import fused_forwards, is_plain, last_block_forward
 from .graphs import CudaRecorder, PassGraphs, PassKey
 from .inputs import PassInputs, condition_forward
@@ -84,7 +84,9 @@ class RollingAttachment:
         context = self.context
         context.rotation, context.sinusoid = rotation, sinusoid
         try:
-            sample = self.transformer(latents, timesteps, context.running.branch.prompt.embeds, return_dict=False)[0]
+            with compiled_code(self.execution):
+                embeds = context.running.branch.prompt.embeds
+                sample = self.transformer(latents, timesteps, embeds, return_dict=False)[0]
         finally:
             context.rotation = context.sinusoid = None
         return None if context.running.keys_only else sample

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..config import ExecutionConfig
+
 eager: Any = torch.compiler.disable
 """Keeps a function out of the compiled parts. (torch's own annotations lose the function's arguments.)"""
 
@@ -32,6 +34,20 @@ def weights_of(transformer) -> Weights:
     packings = dict.fromkeys(p.quant_type.name for p in parameters if hasattr(p, "quant_type"))
     device = transformer.patch_embedding.weight.device
     return Weights(device, "float8" if float8 else "model", tuple(packings))
+
+
+@contextmanager
+def compiled_code(execution: ExecutionConfig) -> Iterator[None]:
+    """Say it in a sentence if torch.compile, which begins at the first pass, cannot make code here."""
+    try:
+        yield
+    except Exception as error:
+        if not execution.compile or not isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+            raise
+        reason = str(error.inner_exception).strip().splitlines()[0]
+        raise ValueError(
+            f"torch.compile cannot make code here ({reason}): install what it lacks, or turn compile off"
+        ) from error
 
 
 @contextmanager

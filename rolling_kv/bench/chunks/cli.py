@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
-
 from ...config import CacheConfig
 from ...options import add_cache, add_execution, cache_of, execution_of
 from .. import options
@@ -88,7 +86,7 @@ def make_workload(args: argparse.Namespace) -> Workload:
     size = SIZES[args.size]
     return Workload(
         size, args.height or size.height, args.width or size.width, args.chunks,
-        cache_of(args, CacheConfig(size.window)), dtype=options.dtype_of(args), device=torch.device(args.device),
+        cache_of(args, CacheConfig(size.window)), dtype=options.dtype_of(args), device=args.device,
         execution=execution_of(args),
     )  # fmt: skip
 
@@ -115,5 +113,7 @@ def describe(args: argparse.Namespace, workload: Workload) -> str:
 
 
 def _plain(args: argparse.Namespace) -> dict:
-    known = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    return {name: value for name, value in known.items() if not callable(value)}
+    """The arguments as JSON takes them."""
+    plain = (bool, int, float, str, type(None))
+    known = {name: value for name, value in vars(args).items() if not callable(value)}
+    return {name: value if isinstance(value, plain) else str(value) for name, value in known.items()}

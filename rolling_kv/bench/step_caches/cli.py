@@ -75,7 +75,7 @@ def make_experiment(args: argparse.Namespace) -> tuple[StepCacheExperiment, WanV
     """What to measure, and the VAE to compare videos with; None with random weights."""
     vae = None
     if args.size:
-        dtype, device = options.dtype_of(args), torch.device(args.device)
+        dtype, device = options.dtype_of(args), args.device
         model, prompt = random_model(args.size, dtype, device), random_prompt(dtype, device)
         negative, (height, width) = -prompt, (SIZES[args.size].height, SIZES[args.size].width)
     else:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-import torch
-
 from ...bundled import default_size
 from ...checkpoints.gguf import is_packed
 from ...checkpoints.model import load_model
@@ -48,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
 
 def make_experiment(args: argparse.Namespace) -> StorageExperiment:
     """What to measure: a model from a file, or random weights of a size."""
-    device, dtype = torch.device(args.device), options.dtype_of(args)
+    device, dtype = args.device, options.dtype_of(args)
     if args.size:
         size = SIZES[args.size]
         preset = random_preset(args.size, args.window)

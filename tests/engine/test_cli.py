@@ -1,0 +1,204 @@
+"""The command line: whatever is wrong is said in one line, and what ends the process leaves nothing behind."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rolling_kv import cli
+from rolling_kv.cli import main
+from rolling_kv.config import ExecutionConfig
+from rolling_kv.devices import usable_device
+from rolling_kv.pipeline import Pipeline
+from rolling_kv.tiny import make_tiny
+
+ENGINE = Path(cli.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def said(arguments, capsys) -> str:
+    """What a command that fails says."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code not in (0, None)
+    text = ended.value.code if isinstance(ended.value.code, str) else capsys.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == text.endswith("\n"), text
+    return text
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--seconds", "nan"], "the length must be positive, got nan"),
+        (["--seconds", "-1"], "the length must be positive"),
+        (["--seconds", "inf"], "at most a year of video, got inf"),
+        (["--seconds", "1e300"], "at most a year of video"),
+        (["--seconds", "3e7", "--width", "8192", "--height", "8192"], "this video needs .* GiB of RAM"),
+        (["--window", "2000000000"], "window must be at most 4096 latent frames"),
+        (
+            ["--window", "4096", "--width", "8192", "--height", "8192"],
+            "this video needs .* of RAM, and .* are available",
+        ),
+        (["--guidance", "nan"], "guidance_scale must be a number from 0 to 1000"),
+        (["--guidance", "inf"], "guidance_scale must be a number from 0 to 1000"),
+        (["--guidance", "-3"], "guidance_scale must be a number from 0 to 1000"),
+        (["--scale", "100000"], "at most 16384 pixels"),
+        (["--scale", "0"], "scale must be at least 1"),
+        (["--width", "16400"], "at most 16384 pixels"),
+        (["--width", "1000000000000000000000"], "at most 16384 pixels"),
+        (["--width", "33"], "even width"),
+        (["--prompt", "fox \ud83e"], "half of a character"),
+        (["--device", "evil"], "the device 'evil' cannot be used here"),
+        (["--device", "meta"], "the device 'meta' cannot be used here"),
+        (["--device", ""], "the device '' cannot be used here"),
+        (["--device", "cpu", "--backend", "_native_cudnn"], "needs a CUDA GPU, but the model is on cpu: choose native"),
+        (["--model", "/nonexistent"], "nonexistent: there is no such file or folder"),
+        (["--model", os.devnull], "there is no such file or folder"),
+        (["--model", "x" * 5000], "too long|no such file"),
+        (["--output", "x" * 5000 + ".mp4"], "cannot write"),
+        (["--output", "video.avi"], "must end in .mp4"),
+        (["--output", "a\0b.mp4"], "zero character"),
+        (["--window", "few"], "a number of latent frames or all"),
+        (["--nonsense"], "unrecognized arguments"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line(given, message, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    usual = {"--prompt": "x", "--output": "video.mp4", "--model": folder, "--width": 32, "--height": 32}
+    usual |= {"--seconds": 0.2, "--device": "cpu"} | dict(zip(given[::2], given[1::2]))
+    text = said(["generate", *(part for pair in usual.items() for part in pair), *given[len(given) & ~1 :]], capsys)
+    assert re.search(message, text), text
+    assert len(text) < 1200 and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (RuntimeError("first\nsecond\nthird"), "error: RuntimeError: first (--debug shows where)"),
+        (AssertionError(), "error: AssertionError: no message (--debug shows where)"),
+        (ValueError("two\nlines"), "error: two lines"),
+        (MemoryError(), "error: there was not enough memory"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            "error: there was not enough memory",
+        ),
+        (OSError("x" * 10**6), "error: xxx"),
+    ],
+)
+def test_any_error_is_one_line_and_debug_shows_where_it_arose(error, message, tmp_path, monkeypatch, capsys):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(cli, "_make_tiny", fail)
+    text = said(["make-tiny", tmp_path], capsys)
+    assert text.startswith(message) and len(text) < 1100
+    with pytest.raises(type(error)):
+        main(["make-tiny", str(tmp_path), "--debug"])
+
+
+def test_every_command_takes_debug():
+    for command in (["inspect", "x"], ["make-tiny", "x"], ["bench"], ["bench", "storage"], ["bench", "caching"]):
+        assert cli._parser().parse_args([*command, "--debug"]).debug
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(folder):
+    with pytest.raises(ValueError, match=r"'cuda' cannot be used here \(.+\); these can: cpu"):
+        usable_device("cuda")
+    assert usable_device("cpu") == usable_device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(ValueError, match="'cuda' cannot be used here"):
+        Pipeline.load(folder, device="cuda")
+
+
+def test_compiling_without_a_compiler_says_what_to_do(folder, tmp_path, monkeypatch, capsys):
+    def no_compiler(graph, example_inputs):
+        raise RuntimeError("No working C++ compiler found in CXX\n and so on")
+
+    torch._dynamo.reset()
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: plain(self, backend=no_compiler, **options))
+    arguments = ["generate", "--prompt", "x", "--output", tmp_path / "video.mp4", "--model", folder, "--compile"]
+    text = said([*arguments, "--width", 32, "--height", 32, "--seconds", 0.2, "--device", "cpu"], capsys)
+    torch._dynamo.reset()
+    assert "torch.compile cannot make code here (No working C++ compiler found in CXX)" in text
+    assert "turn compile off" in text and os.listdir(tmp_path) == []
+
+
+def test_attention_kernels_for_cuda_are_refused_elsewhere():
+    ExecutionConfig(backend="native").check("cpu")
+    ExecutionConfig(backend="_native_cudnn").check("cuda")
+    for device in ("cpu", "mps"):
+        with pytest.raises(ValueError, match=f"_native_cudnn needs a CUDA GPU, but the model is on {device}"):
+            ExecutionConfig(backend="_native_cudnn").check(device)
+
+
+# The process
+
+
+def process(*arguments, code=None, folder=None, **environment) -> subprocess.CompletedProcess:
+    """`python -m rolling_kv`, or `code`, in a process of its own; `folder` goes before the installed packages."""
+    program = ["-c", code] if code else ["-m", "rolling_kv"]
+    paths = os.pathsep.join(map(str, filter(None, (folder, ENGINE))))
+    return subprocess.run(
+        [sys.executable, *program, *map(str, arguments)],
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+ENDED_WHILE_WRITING = """
+import os, signal, sys
+from rolling_kv import __main__
+from rolling_kv.atomic import replacing
+
+def run():
+    with replacing(sys.argv[1]) as part:
+        os.kill(os.getpid(), int(sys.argv[2]))
+        part.write_text("half")
+
+__main__._run = run
+__main__.main()
+"""
+
+posix = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+
+
+@posix
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 1)])
+def test_whatever_ends_the_process_leaves_nothing(name, code, tmp_path):
+    (tmp_path / "video.mp4").write_text("earlier")
+    ended = process(tmp_path / "video.mp4", int(getattr(signal, name)), code=ENDED_WHILE_WRITING)
+    assert ended.returncode == code and b"Traceback" not in ended.stderr
+    assert os.listdir(tmp_path) == ["video.mp4"] and (tmp_path / "video.mp4").read_text() == "earlier"
+
+
+@posix
+def test_a_terminal_that_closes_under_nohup_ends_nothing(tmp_path):
+    ignoring = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{ENDED_WHILE_WRITING}"
+    assert process(tmp_path / "video.mp4", int(signal.SIGHUP), code=ignoring).returncode == 0
+    assert (tmp_path / "video.mp4").read_text() == "half"
+
+
+@posix
+def test_an_interrupt_during_the_imports_shows_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    ended = process("inspect", "x", folder=tmp_path)
+    assert (ended.returncode, ended.stderr.strip()) == (1, b"cancelled; nothing was written")
+
+
+def test_a_name_that_the_code_page_lacks_is_printed_all_the_same(folder, tmp_path):
+    file = tmp_path / "модель.safetensors"
+    file.write_bytes((folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes())
+    told = process("inspect", file, PYTHONIOENCODING="cp1252")
+    assert told.returncode == 0, told.stderr
+    assert rb"\u043c\u043e\u0434\u0435\u043b\u044c.safetensors" in told.stdout
