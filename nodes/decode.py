@@ -1,3 +1,4 @@
+import math
 import uuid
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from ..rolling_kv.video import VideoWriter
 from . import borders, run
 from .guard import guarded
 from .types import CATEGORY, VAE
+
+BYTES_PER_PIXEL = 3 * torch.float32.itemsize
 
 
 class RollingKVDecodeVideo(io.ComfyNode):
@@ -63,7 +66,7 @@ class RollingKVDecodeVideo(io.ComfyNode):
         with VideoWriter(path, width, height, fps=fps, scale=enlarge) as writer:
             for frames in _decode(vae, samples, cls.hidden.unique_id):
                 writer.write(frames)
-        return io.NodeOutput(InputImpl.VideoFromFile(str(path)))
+        return io.NodeOutput(DecodedVideo(path))
 
 
 class RollingKVDecodeImages(io.ComfyNode):
@@ -89,18 +92,45 @@ class RollingKVDecodeImages(io.ComfyNode):
     @classmethod
     @guarded
     def execute(cls, vae, latent) -> io.NodeOutput:
-        images = [
-            (frames[0] * 0.5 + 0.5).permute(1, 2, 3, 0).to(mm.intermediate_device())  # [T, H, W, 3]
-            for video in borders.latents_to_decode(latent, vae.model.geometry).split(1)
-            for frames in _decode(vae, video, cls.hidden.unique_id)
-        ]
-        return io.NodeOutput(torch.cat(images))
+        samples, geometry = borders.latents_to_decode(latent, vae.model.geometry), vae.model.geometry
+        count, size = geometry.pixel_frames(samples.shape[2]), geometry.pixel_size(*samples.shape[-2:])
+        nbytes = samples.shape[0] * count * math.prod(size) * BYTES_PER_PIXEL
+        device = mm.intermediate_device()
+        if device.type == "cpu":
+            run.check_memory(nbytes, "holding all frames", "use Decode Video, which holds none, or decode a part")
+        images = torch.empty(samples.shape[0] * count, *size, 3, device=device)
+        done = 0
+        for video in samples.split(1):
+            for frames in _decode(vae, video, cls.hidden.unique_id, nbytes if device == vae.load_device else 0):
+                pixels = (frames[0] * 0.5 + 0.5).permute(1, 2, 3, 0)  # [T, H, W, 3]
+                images[done : done + len(pixels)] = pixels
+                done += len(pixels)
+        return io.NodeOutput(images)
 
 
-def _decode(vae, samples: torch.Tensor, node_id: str):
-    """Yields float32 frames [1, 3, 1 or 4, H, W] in [-1, 1], one latent frame at a time."""
+class DecodedVideo(InputImpl.VideoFromFile):
+    """A video in ComfyUI's temporary folder, which may be emptied while a node's kept output still points into it."""
+
+    def __init__(self, path: Path):
+        super().__init__(str(path))
+        self._path = path
+
+    def __getattribute__(self, name: str):
+        if name in vars(InputImpl.VideoFromFile) and name[0] != "_" and not self._path.is_file():
+            raise FileNotFoundError(
+                "The video that Decode Video has made is gone from ComfyUI's temporary folder. To have it made again, "
+                "free the node cache (in the menu, or restart ComfyUI), or change any setting of Decode Video."
+            )
+        return super().__getattribute__(name)
+
+
+def _decode(vae, samples: torch.Tensor, node_id: str, kept: int = 0):
+    """Yields float32 frames [1, 3, 1 or 4, H, W] in [-1, 1], one latent frame at a time.
+
+    kept: bytes on the VAE's device that the caller keeps them in.
+    """
     count, height, width = samples.shape[2:]
-    vae.bring_to_device(vae.model.decode_bytes(*vae.model.geometry.pixel_size(height, width)))
+    vae.bring_to_device(kept + vae.model.decode_bytes(*vae.model.geometry.pixel_size(height, width)))
     with run.progress(node_id) as on_frame:
         for done, frames in enumerate(vae.model.decoder().decode_frames(samples)):
             on_frame(done, count)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import comfy.model_management as mm
+import torch
 from comfy.utils import ProgressBar
 from server import PromptServer
 
@@ -52,12 +53,13 @@ def bring_to_device(model: ModelHandle, nbytes: int) -> None:
     model.patcher.use_loras(model.loras)
 
 
-def bytes_of_run(
+def make_room(
     model: ModelHandle, sampling: SamplingConfig, *, height: int, width: int, batch: int, frames: int
-) -> int:
-    """Bytes that a session takes on the device beyond those of the working cache that it may take over.
+) -> None:
+    """Bring a model to the device with room for a session. frames: latent frames of the whole video.
 
-    frames: latent frames of the whole video.
+    The working cache of the last run, which this one may take over, is not counted twice. Raises ValueError if the
+    session needs more than there is.
     """
     needed = estimate(
         model.engine.transformer,
@@ -69,5 +71,17 @@ def bytes_of_run(
         frames=frames,
         step_cache=model.step_cache,
     )
-    held = needed.cache + needed.prompts
-    return max(held - model.patcher.workspace.nbytes, 0) + needed.device - held
+    kept = needed.cache + needed.prompts
+    nbytes = max(kept - model.patcher.workspace.nbytes, 0) + needed.device - kept
+    if model.patcher.load_device.type == "cpu":
+        check_memory(nbytes, "this video", "make the window, the picture or the video smaller, or close other programs")
+    bring_to_device(model, nbytes)
+
+
+def check_memory(nbytes: int, what: str, remedy: str) -> None:
+    """Raise ValueError if `nbytes` are more than the RAM that is available now. what: needs them."""
+    available = mm.get_free_memory(torch.device("cpu"))
+    if nbytes > available:
+        raise ValueError(
+            f"{what} needs {nbytes / 2**30:.1f} GiB of RAM, and {available / 2**30:.1f} GiB are available: {remedy}"
+        )

@@ -91,7 +91,7 @@ class RollingKVSample(io.ComfyNode):
         chunks = _chunks(length, length_unit, sampling, start.frames, model.geometry)
         frames = start.frames + sum(sampling.chunk_sizes(chunks, start.frames))
         size = {"height": start.height, "width": start.width, "batch": start.batch}
-        run.bring_to_device(model, run.bytes_of_run(model, sampling, frames=frames, **size))
+        run.make_room(model, sampling, frames=frames, **size)
         with run.progress(cls.hidden.unique_id) as on_pass:
             session = RollingSession(
                 model.engine,

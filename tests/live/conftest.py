@@ -25,9 +25,9 @@ def install(request):
     return found
 
 
-def start(install, *options):
+def start(install, *options, packs=None):
     """A server that may not download, with one thread: models this small gain nothing from a second one."""
-    return ComfyServer(install, options, environment={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    return ComfyServer(install, options, environment={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, packs=packs)
 
 
 def complaints(log: str) -> list[str]:

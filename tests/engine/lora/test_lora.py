@@ -205,6 +205,7 @@ def test_the_same_stack_is_not_applied_again(model):
     first, second = read_lora(peft(matrices())), read_lora(peft(matrices(seed=5)))
     assert stack.set([]) is False
     assert stack.set([(first, 1.0)]) is True
+    assert stack.holds([(first, 1)]) and not stack.holds([(first, 0.5)]) and not stack.holds([])
     one = model.identity
     assert stack.set([(read_lora(peft(matrices())), 1)]) is False
     assert stack.set([(first, 1.0), (second, 0.0)]) is False

@@ -1,0 +1,118 @@
+"""What the loaders list and find in ComfyUI's folders, which a stand-in has: names, subfolders, nothing outside."""
+
+import importlib
+import os
+import sys
+from types import ModuleType
+
+import pytest
+
+from tools.comfyui.env import PACK
+
+
+class Folders(ModuleType):
+    """ComfyUI's folder_paths over one folder; counts how often it walks."""
+
+    def __init__(self, root):
+        super().__init__("folder_paths")
+        self.root, self.walks = root, 0
+
+    def get_folder_paths(self, name):
+        return [str(self.root / name)]
+
+    def get_filename_list(self, name):
+        return [
+            name for name in self.recursive_search(self.get_folder_paths(name)[0])[0] if name.endswith("safetensors")
+        ]
+
+    def get_full_path(self, folder, name):
+        path = self.root / folder / name
+        return str(path) if os.path.isfile(path) else None
+
+    def recursive_search(self, root, excluded_dir_names=None):
+        self.walks += 1
+        times = {folder: os.path.getmtime(folder) for folder, *_ in os.walk(root)}
+        files = [
+            os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root) for name in names
+        ]
+        return files, times
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name in ("diffusion_models", "text_encoders", "vae", "loras", "diffusers"):
+        (tmp_path / name).mkdir()
+    return Folders(tmp_path)
+
+
+@pytest.fixture
+def model_files(monkeypatch, folders):
+    """nodes/model_files.py as a module of a package whose own start, which registers nodes, is left out."""
+    stubs = {"folder_paths": folders, "pack": ModuleType("pack"), "pack.nodes": ModuleType("pack.nodes")}
+    stubs["pack"].__path__, stubs["pack.nodes"].__path__ = [str(PACK)], [str(PACK / "nodes")]
+    for name, stub in stubs.items():
+        monkeypatch.setitem(sys.modules, name, stub)
+    yield importlib.import_module("pack.nodes.model_files")
+    for name in [name for name in sys.modules if name.startswith("pack.")]:
+        del sys.modules[name]
+
+
+def make(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
+
+
+def test_diffusers_folders_are_listed_and_found_wherever_they_lie(model_files, folders):
+    for name in ("flat", "org/name", "models--org--name/snapshots/0123"):
+        make(folders.root / "diffusers" / name / "transformer" / "config.json")
+    make(folders.root / "diffusers/other/vae/config.json")
+    listed = [name.replace(os.sep, "/") for name in model_files.choices(model_files.MODEL)[1:]]
+    assert listed == ["flat", "models--org--name/snapshots/0123", "org/name"]
+    for name in listed:
+        assert model_files.get(model_files.MODEL, name) == folders.root / "diffusers" / name
+    assert model_files.choices(model_files.VAE)[1:] == ["other"]
+
+
+def test_folders_are_walked_again_only_after_a_change(model_files, folders):
+    make(folders.root / "diffusion_models/sub/first.gguf")
+    assert model_files.choices(model_files.MODEL)[1:] == [os.path.join("sub", "first.gguf")]
+    walks = folders.walks
+    model_files.choices(model_files.MODEL)
+    assert folders.walks == walks + 1  # the stand-in's own list of single files
+    second = make(folders.root / "diffusion_models/sub/second.gguf")
+    os.utime(second.parent, (1, 1))
+    assert os.path.join("sub", "second.gguf") in model_files.choices(model_files.MODEL)
+    folders.root.joinpath("diffusers").rmdir()
+    assert model_files.choices(model_files.VAE) == ["tiny (bundled)"]
+
+
+OUTSIDE = [
+    "../outside.safetensors",
+    "sub/../../outside.safetensors",
+    "..\\outside.safetensors",
+    "{absolute}",
+    "C:outside",
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_no_name_leads_out_of_the_folders(model_files, folders, name):
+    outside = make(folders.root / "outside.safetensors")
+    make(folders.root / "loras" / "sub" / "inside.safetensors")
+    make(folders.root / "loras" / "C:outside")
+    for kind in (model_files.MODEL, model_files.LORA):
+        assert model_files.find(kind, name.format(absolute=outside)) is None
+    for inside in ("sub/inside.safetensors", "sub\\inside.safetensors"):
+        assert model_files.get(model_files.LORA, inside) == folders.root / "loras/sub/inside.safetensors"
+
+
+@pytest.mark.parametrize(
+    "name", [None, "", 7, ["a"], "x" * 300, "x" * 100_000, "a\0b", "\ud83e"], ids=lambda n: repr(n)[:9]
+)
+def test_what_is_no_name_is_told_in_a_line(model_files, name):
+    with pytest.raises(ValueError, match="Put the file into .*loras") as told:
+        model_files.get(model_files.LORA, name)
+    str(told.value).encode()
+    assert len(str(told.value)) < 500
+    assert (model_files.check(model_files.LORA, name) is True) == (name is None)
