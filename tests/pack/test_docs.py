@@ -1,0 +1,37 @@
+"""docs/architecture.md and CONTRIBUTING.md speak of what is there."""
+
+import re
+
+import pytest
+
+from tools.comfyui.env import PACK
+
+PAGES = ["docs/architecture.md", "CONTRIBUTING.md"]
+ARCHITECTURE = (PACK / PAGES[0]).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_and_modules_that_are_named_exist(page):
+    text = (PACK / page).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:[\w.]+/)+(?:[\w.]+)?)[` ]", text)
+    assert len(named) > 2
+    for path in named:
+        assert (PACK / path).exists(), path
+    for module in re.findall(r"python -m (tools(?:\.\w+)*)", text):
+        path = PACK.joinpath(*module.split("."))
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (PACK / page).parent.joinpath(target).exists(), target
+
+
+def test_every_module_of_the_engine_has_its_place_in_the_tree():
+    tree = ARCHITECTURE.split("## The tree")[1].split("## The layers")[0]
+    for path in (PACK / "rolling_kv").rglob("*.py"):
+        name, wing = path.name, path.parent.name
+        if wing in ("rolling_kv", "cache", "wan", "sampling", "checkpoints") and not name.startswith("__"):
+            assert re.search(rf"\b{re.escape(name)}\b", tree), path.relative_to(PACK)
+        elif path.parent.parent.name == "rolling_kv":
+            assert f"{wing}/" in tree
+    for path in (PACK / "nodes").glob("*.py"):
+        if "define_schema" not in path.read_text(encoding="utf-8") and path.name != "__init__.py":
+            assert path.name in tree, path.name
