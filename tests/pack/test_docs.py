@@ -14,8 +14,10 @@ ARCHITECTURE = (PACK / PAGES[0]).read_text(encoding="utf-8")
 def test_paths_and_modules_that_are_named_exist(page):
     text = (PACK / page).read_text(encoding="utf-8")
     named = re.findall(r"`((?:[\w.]+/)+(?:[\w.]+)?)[` ]", text)
-    assert len(named) > 2
+    assert named
     for path in named:
+        if "NAME" in path or path.startswith(".venv/"):
+            continue
         assert (PACK / path).exists(), path
     for module in re.findall(r"python -m (tools(?:\.\w+)*)", text):
         path = PACK.joinpath(*module.split("."))
