@@ -230,6 +230,8 @@ def _config(weights: dict[str, Tensor], given: dict) -> UMT5Config:
         )
     (vocabulary, dim), (inner, _), (buckets, heads), (ffn, _) = (weights[name].shape for name in needed)
     known = known_fields(given, _NOT_IN_SHAPES)
+    if "layer_norm_epsilon" in known:  # transformers takes no whole number for it
+        known["layer_norm_epsilon"] = float(known["layer_norm_epsilon"])
     if known.get("eos_token_id", 1) >= vocabulary:
         raise CheckpointError(
             f"its eos_token_id is {known.get('eos_token_id', 1)}, and the vocabulary has {vocabulary} tokens."

@@ -306,6 +306,12 @@ def test_a_missing_or_wrong_tokenizer_is_explained(weights, pieces, single, tmp_
     refused(path, "has .* tokens and the text encoder 10: they do not belong together")
 
 
+def test_a_whole_number_is_a_number(weights, pieces, tmp_path):
+    save_file(weights | spiece(pieces), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"layer_norm_epsilon": 1}')
+    assert load_text_encoder(tmp_path).encoder.config.layer_norm_epsilon == 1.0
+
+
 def test_settings_and_values_of_an_encoder_are_checked(weights, pieces, tmp_path):
     for config, said in (
         ({"eos_token_id": 96}, "eos_token_id is 96, and the vocabulary has 96 tokens"),
