@@ -96,7 +96,7 @@ class StepCache:
         """
         self.timestep = timestep
         self._passes += len(passes)
-        branches = dict(zip(BRANCHES, passes))
+        branches: dict[str, Pass] = dict(zip(BRANCHES, passes))
         if self._joint is not None and len(passes) == 2:
             flows = self._joint.predict(x, lambda name, x: self._run(name, branches[name], x))
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import hooks
@@ -49,7 +49,8 @@ class FasterCache(StepCacheMethod):
             )
 
     def config(self, clock: StepClock, *, guided: bool = False):
-        return hooks.FasterCacheConfig(
+        make: Any = hooks.FasterCacheConfig  # diffusers annotates int where any timestep will do
+        return make(
             unconditional_batch_skip_range=self.unconditional_batch_skip_range,
             spatial_attention_block_skip_range=self.spatial_attention_block_skip_range,
             unconditional_batch_timestep_skip_range=self.unconditional_batch_timestep_skip_range,
@@ -87,10 +88,11 @@ class FasterCache(StepCacheMethod):
 class _Denoiser(JointBranches):
     """Both branches as one batch, unconditional first: what FasterCache's hook on the denoiser works on."""
 
+    _run: Callable[[str, torch.Tensor], torch.Tensor]  # while `predict` runs
+
     def __init__(self, config):
         super().__init__()
         self.both = False
-        self._run = None
         self._batch = 0
         hooks.apply_faster_cache(self, config)
 
@@ -99,7 +101,8 @@ class _Denoiser(JointBranches):
         try:
             uncond, cond = self(hidden_states=torch.cat([x, x])).chunk(2)
         finally:
-            self._run, self.both = None, False
+            del self._run
+            self.both = False
         return [cond, uncond]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -53,6 +53,7 @@ class StepShape(NamedTuple):
         return self.tokens * self.dim * self.itemsize
 
 
+@dataclass(frozen=True)
 class StepCacheMethod:
     """A step caching method: a frozen dataclass with a file of its own, which has everything that is known about it.
 
@@ -199,8 +200,8 @@ class Knob(NamedTuple):
 
     def check(self, value: Any) -> None:
         """Raise ValueError if the field cannot have this value."""
-        if self.kind in ("count", "share") and value is not None:
-            if not math.isfinite(value) or value < self.low:
+        if self.kind in ("count", "share"):
+            if value is not None and (not math.isfinite(value) or value < self.low):
                 raise ValueError(f"{self.name} must be at least {self.low:g}, got {value}")
         elif self.kind == "choice" and value not in self.choices:
             known = f"{', '.join(self.choices[:-1])} or {self.choices[-1]}"

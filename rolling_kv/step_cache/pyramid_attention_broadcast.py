@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diffusers import hooks
 
@@ -32,7 +32,8 @@ class PyramidAttentionBroadcast(StepCacheMethod):
     def config(self, clock: StepClock):
         # None: nothing is kept of an attention that is always computed. diffusers turns two of them into its default.
         self_range, cross_range = self.spatial_attention_block_skip_range, self.cross_attention_block_skip_range
-        return hooks.PyramidAttentionBroadcastConfig(
+        make: Any = hooks.PyramidAttentionBroadcastConfig  # diffusers annotates int where any timestep will do
+        return make(
             spatial_attention_block_skip_range=None if self_range == 1 < cross_range else self_range,
             cross_attention_block_skip_range=None if cross_range == 1 else cross_range,
             spatial_attention_timestep_skip_range=self.spatial_attention_timestep_skip_range,
