@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import sentencepiece
 import tokenizers
@@ -103,7 +104,8 @@ class TextEncoder(nn.Module):
         ids = self.tokenizer.encode(clean(prompt))
         if len(ids) >= TEXT_LENGTH:
             logger.warning("The prompt has %d tokens; the model reads the first %d.", len(ids), TEXT_LENGTH - 1)
-        return ids[: TEXT_LENGTH - 1] + [self.encoder.config.eos_token_id]
+        eos = cast(int, self.encoder.config.eos_token_id)  # the annotation allows several
+        return ids[: TEXT_LENGTH - 1] + [eos]
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -65,7 +66,7 @@ class WanVAE(nn.Module):
     @property
     def geometry(self) -> Geometry:
         """How pixels, frames and latents follow from each other for this VAE."""
-        return geometry_of(self.vae.config.z_dim)
+        return geometry_of(self.vae.config["z_dim"])
 
     def decoder(self) -> StreamingDecoder:
         """A fresh decoding stream, which starts at the first frame of a video."""
@@ -81,14 +82,14 @@ class WanVAE(nn.Module):
         Basis: at base_dim 96 the tensors alive at the peak hold 5100 values per pixel (2400 of them the stream's
         features, which stay between calls), counted on the meta device; a third on top for convolution workspaces.
         """
-        return self._activation_bytes(7000, self.vae.decoder, height * width * batch)
+        return self._activation_bytes(7000, self.vae.decoder.dim, height * width * batch)
 
     def encode_bytes(self, height: int, width: int, batch: int = 1) -> int:
         """Like `decode_bytes`, for encoding: 3800 values per pixel (1400 of them features), and a third on top."""
-        return self._activation_bytes(5000, self.vae.encoder, height * width * batch)
+        return self._activation_bytes(5000, self.vae.encoder.dim, height * width * batch)
 
-    def _activation_bytes(self, values_per_pixel: int, half: nn.Module, pixels: int) -> int:
-        return round(values_per_pixel * half.dim / 96 * pixels) * self.vae.quant_conv.weight.element_size()
+    def _activation_bytes(self, values_per_pixel: int, base_dim: int, pixels: int) -> int:
+        return round(values_per_pixel * base_dim / 96 * pixels) * self.vae.quant_conv.weight.element_size()
 
     def encode_video(self, pixels: Tensor) -> Tensor:
         """Encode a whole video [B, 3, T, H, W] in [-1, 1] into raw latents [B, 16, 1 + (T - 1) // 4, H / 8, W / 8].
@@ -254,13 +255,13 @@ def load_vae(
         tensors, _ = strip_prefixes(checkpoint.tensors)
         tensors = {name: unpack(tensor) for name, tensor in tensors.items()}
         _check_statistics(checkpoint.config)
-        config = _widths(tensors) | known_fields(checkpoint.config, _CHECKS)
-        if len(config.get("temperal_downsample", "123")) != len(config.get("dim_mult", "1234")) - 1:
+        widths, given = _widths(tensors), known_fields(checkpoint.config, _CHECKS)
+        if len(given.get("temperal_downsample", "123")) != len(given.get("dim_mult", "1234")) - 1:
             raise CheckpointError("its temperal_downsample in config.json needs one entry less than its dim_mult.")
         if _ORIGINAL_MARKS[0] in tensors:
             tensors = convert_wan_vae_to_diffusers(tensors)
-        with torch.device("meta"):
-            vae = AutoencoderKLWan.from_config(config)
+        with torch.device("meta"):  # `from_config` gives a pair only where unused settings are asked for
+            vae = cast(AutoencoderKLWan, AutoencoderKLWan.from_config(widths | given))
         check_fit(tensors, vae.state_dict(), "the Wan 2.1 VAE")
         check_floating(tensors)
         dtype = choose_dtype(dtype, tensors, runs_on or device)

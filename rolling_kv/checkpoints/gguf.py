@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -20,9 +21,16 @@ _MOST_ENTRIES = 8_000_000
 """Reads of the package for one header; UMT5's vocabulary takes under two million."""
 
 
-def is_packed(tensor: Tensor) -> bool:
+def is_packed(tensor: Tensor) -> TypeGuard[Any]:  # diffusers does not declare the attributes of its class
     """Whether the tensor is a `GGUFParameter`: bytes, which unpack to the shape `quant_shape`."""
     return hasattr(tensor, "quant_type")
+
+
+def as_packed(data: Tensor, packing: int) -> Tensor:
+    """Bytes as a `GGUFParameter`; packing: a `GGMLQuantizationType`."""
+    from diffusers.quantizers.gguf.utils import GGUFParameter
+
+    return GGUFParameter(data, quant_type=packing)  # pyright: ignore[reportCallIssue]: torch declares a parameter's __init__
 
 
 def read_gguf(path: Path) -> dict[str, Tensor]:
@@ -36,7 +44,7 @@ def read_gguf(path: Path) -> dict[str, Tensor]:
     """
     if not is_gguf_available():
         raise ImportError(f'reading GGUF files needs the Python package gguf. Install it: pip install "{GGUF_PACKAGE}"')
-    from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES, GGUFParameter
+    from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
     from gguf import GGMLQuantizationType
 
     reader = _reader(path)
@@ -47,7 +55,7 @@ def read_gguf(path: Path) -> dict[str, Tensor]:
         if kind == GGMLQuantizationType.BF16:
             data = data.view(torch.bfloat16)
         elif kind in SUPPORTED_GGUF_QUANT_TYPES:
-            data = GGUFParameter(data, quant_type=kind)
+            data = as_packed(data, kind)
         elif kind not in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
             raise NotImplementedError(
                 f"{shortened(entry.name)} is packed as {kind.name}, which diffusers does not unpack."
@@ -111,7 +119,10 @@ def _sentencepiece_model(fields: dict) -> bytes:
         42: value("eos_token_id", 1),
         43: value("padding_token_id", 0),
     }
-    normalizer = {3: int(value("add_space_prefix", True)), 4: int(value("remove_extra_whitespaces", True))}
+    normalizer: dict[int, bytes | int] = {
+        3: int(value("add_space_prefix", True)),
+        4: int(value("remove_extra_whitespaces", True)),
+    }
     if "tokenizer.ggml.precompiled_charsmap" in fields:
         normalizer[2] = b"".join(bytes(part) for part in values("precompiled_charsmap"))
     model += _proto(2, b"".join(_proto(number, setting) for number, setting in trainer.items()))
@@ -140,7 +151,7 @@ def gguf_types(tensors: dict[str, Tensor]) -> list[str]:
     sizes: dict[str, int] = {}
     for tensor in filter(is_packed, tensors.values()):
         sizes[tensor.quant_type.name] = sizes.get(tensor.quant_type.name, 0) + tensor.numel()
-    return sorted(sizes, key=sizes.get, reverse=True)
+    return sorted(sizes, key=sizes.__getitem__, reverse=True)
 
 
 def unpacked_shapes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

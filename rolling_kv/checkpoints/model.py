@@ -38,7 +38,7 @@ class CausalModel(nn.Module):
         self.transformer = transformer
         self.preset = preset
         self.note = note
-        about = {"heads": transformer.config.num_attention_heads, "patch": list(transformer.config.patch_size)}
+        about = {"heads": self.config.num_attention_heads, "patch": list(self.config.patch_size)}
         self.identity = fingerprint(transformer.state_dict(), about)
         self.train(transformer.training)
 
@@ -101,7 +101,7 @@ def load_model(
         else:  # in float8 before it moves: the device may be too small for more
             transformer = build_transformer(checkpoint.tensors, settings, dtype, runs_on=runs_on or device)
             store_float8(transformer)
-            transformer.to(device)
+            transformer.to(device)  # pyright: ignore[reportArgumentType]: diffusers' wrapper hides that it is a method
     if note:
         logger.warning("%s: %s", printable(path.name), note)
     return CausalModel(transformer, chosen, note)

@@ -12,7 +12,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
@@ -179,7 +179,7 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def known_fields(values: dict, checks: dict[str, Callable[[str, object], None]]) -> dict:
+def known_fields(values: dict, checks: Mapping[str, Callable[[str, object], None]]) -> dict:
     """Those entries of a config that have a check here. null counts as absent.
 
     checks: by name, functions of name and value that raise ValueError, such as `config.check_whole`.

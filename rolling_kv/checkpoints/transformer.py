@@ -78,7 +78,7 @@ def build_transformer(
     check_finite(loaded)
     transformer.load_state_dict(loaded, assign=True)
     # Its tables are no part of any checkpoint, and are still on the meta device.
-    rope = WanRotaryPosEmbed(config["attention_head_dim"], config["patch_size"], transformer.config.rope_max_seq_len)
+    rope = WanRotaryPosEmbed(config["attention_head_dim"], config["patch_size"], transformer.config["rope_max_seq_len"])
     transformer.rope = rope.to(device)
     return transformer.eval().requires_grad_(False)
 
@@ -111,10 +111,9 @@ def _packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _unfolded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights, with the dimensions that GGUF has no room for: its converters fold the first two into one."""
     patch, bias = (weights.get(f"patch_embedding.{part}") for part in ("weight", "bias"))
-    folded = (
-        patch is not None and bias is not None and patch.ndim == 4 and bias.numel() and len(patch) % bias.numel() == 0
-    )
-    return weights | {"patch_embedding.weight": patch.unflatten(0, (bias.numel(), -1))} if folded else weights
+    if patch is None or bias is None or patch.ndim != 4 or not bias.numel() or len(patch) % bias.numel():
+        return weights
+    return weights | {"patch_embedding.weight": patch.unflatten(0, (bias.numel(), -1))}
 
 
 def _config(weights: dict[str, Tensor], settings: dict) -> dict:
