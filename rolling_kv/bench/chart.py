@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,7 +39,7 @@ class Axis:
 
 
 def draw(
-    curves: dict[str, Sequence[tuple[float, float]]],
+    curves: Mapping[str, Sequence[tuple[float, float]]],
     x: Axis,
     y: Axis,
     title: str,
@@ -164,10 +164,11 @@ def _upright(picture: Image.Image, text: str, font, left: int, middle: int) -> N
 
 def _marker(pen: ImageDraw.ImageDraw, index: int, at: tuple[float, float], colour: str) -> None:
     """A disc or a polygon: curves differ by shape as well as by colour."""
-    radius, outline = 6 * SCALE, dict(outline=PAPER, width=SCALE)
+    radius = 6 * SCALE
     turn = (0, 45, 0, 180, 0, 0)[index % 6]
     corners = (0, 4, 3, 3, 4, 5)[index % 6]
     if corners:
-        pen.regular_polygon((*at, radius * 1.2), corners, rotation=turn, fill=colour, **outline)
+        pen.regular_polygon((*at, radius * 1.2), corners, rotation=turn, fill=colour, outline=PAPER, width=SCALE)
     else:
-        pen.ellipse((at[0] - radius, at[1] - radius, at[0] + radius, at[1] + radius), fill=colour, **outline)
+        box = (at[0] - radius, at[1] - radius, at[0] + radius, at[1] + radius)
+        pen.ellipse(box, fill=colour, outline=PAPER, width=SCALE)

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from .random_model import SIZES
 class Subcommands(argparse._SubParsersAction):
     """Refuses options before the name of a subcommand: its own defaults would silently replace them."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser, namespace, values: Any, option_string=None):
         for action in parser._actions:
             if action.option_strings and getattr(namespace, action.dest, action.default) != action.default:
                 parser.error(f"{action.option_strings[0]} stands before {values[0]!r}: write it behind")

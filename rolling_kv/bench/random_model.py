@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def random_prompt(dtype: torch.dtype, device: torch.device, seed: int = 0) -> Te
     return torch.randn(1, TEXT_LENGTH, TEXT_DIM, generator=generator).to(device, dtype)
 
 
-def random_preset(name: str, window: int | str | None = None) -> ModelPreset:
+def random_preset(name: str, window: int | Literal["all"] | None = None) -> ModelPreset:
     """Settings for a model of `SIZES`. window: in latent frames; None: the size's."""
     return ModelPreset(
         f"random {name}", SamplingConfig(), CacheConfig(SIZES[name].window if window is None else window)

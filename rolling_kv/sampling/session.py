@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -115,7 +115,9 @@ class RollingSession:
                 chunk, timestep=0.0, prompt=self._prompt, negative=self._negative, seed=None
             )
 
-    def generate(self, chunks: int, seed: int = 0, noise_source: NoiseSource | None = None) -> Iterator[Chunk]:
+    def generate(
+        self, chunks: int, seed: int = 0, noise_source: NoiseSource | None = None
+    ) -> Generator[Chunk, None, None]:
         """Sample `chunks` more chunks, yielding each as it is done; `self.state` then includes it.
 
         The context pass of a chunk runs only when another chunk follows it, in this run or in a later one. With an

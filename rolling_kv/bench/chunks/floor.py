@@ -62,7 +62,8 @@ class Floor(Contender):
 
     def _attend(self, cached: torch.Tensor) -> None:
         # [B, S, H, D] in memory, [B, H, S, D] by strides, as the engine hands them over.
-        scaled_dot_product_attention(*(heads.transpose(1, 2) for heads in (self.query, *cached)))
+        query, key, value = (heads.transpose(1, 2) for heads in (self.query, *cached))
+        scaled_dot_product_attention(query, key, value)
 
 
 def _block_linears(weights: dict, prefix: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

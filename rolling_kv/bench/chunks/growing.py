@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
@@ -28,13 +30,14 @@ class Growing(StockSteps):
         super().__init__(workload, weights)
         window = workload.cache.limit
         limit = None if window is None else window * workload.tokens_per_frame
-        self.attentions = [GrowingSelfAttention(limit) for _ in self.transformer.blocks]
-        for block, attention in zip(self.transformer.blocks, self.attentions):
+        transformer: Any = self.transformer  # diffusers' annotations know its own parts alone
+        self.attentions = [GrowingSelfAttention(limit) for _ in transformer.blocks]
+        for block, attention in zip(transformer.blocks, self.attentions):
             block.attn1.processor = attention
-        self.transformer.rope = _Positions(workload)
+        self.positions = transformer.rope = _Positions(workload)
 
     def chunk(self, index):
-        self.transformer.rope.move_to(index * self.workload.chunk_shape[2])
+        self.positions.move_to(index * self.workload.chunk_shape[2])
         for attention in self.attentions:
             attention.overwriting = False
         latents = self.sample(index)
@@ -83,7 +86,7 @@ class GrowingSelfAttention:
         self.kept: tuple[torch.Tensor, ...] = ()  # keys, values [B, S, H, D]
         self.overwriting = False
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: Any = None):
         query = rotate(attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)), rotary_emb)
         key = rotate(attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1)), rotary_emb)
         fresh = key, attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
@@ -91,7 +94,8 @@ class GrowingSelfAttention:
         older = [kept[:, :-tokens] if self.overwriting else kept for kept in self.kept]
         grown = tuple(torch.cat([old, new], dim=1) for old, new in zip(older, fresh)) if older else fresh
         self.kept = tuple(tensor[:, -self.limit :] for tensor in grown) if self.limit else grown
-        heads = dispatch_attention_fn(query, *grown, backend=None, parallel_config=None)
+        keys, values = grown
+        heads = dispatch_attention_fn(query, keys, values, backend=None, parallel_config=None)
         return attn.to_out[1](attn.to_out[0](heads.flatten(2, 3)))
 
     @property

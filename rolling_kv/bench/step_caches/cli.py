@@ -79,10 +79,10 @@ def make_experiment(args: argparse.Namespace) -> tuple[StepCacheExperiment, WanV
         model, prompt = random_model(args.size, dtype, device), random_prompt(dtype, device)
         negative, (height, width) = -prompt, (SIZES[args.size].height, SIZES[args.size].width)
     else:
-        load = dict(dtype=args.dtype or "auto", device=args.device)
-        model = load_model(args.model, preset=args.preset, **load)
-        text = load_text_encoder(args.text_encoder or args.model, **load)
-        vae = load_vae(args.vae or args.model, **load)
+        dtype, device = args.dtype or "auto", args.device
+        model = load_model(args.model, preset=args.preset, dtype=dtype, device=device)
+        text = load_text_encoder(args.text_encoder or args.model, dtype=dtype, device=device)
+        vae = load_vae(args.vae or args.model, dtype=dtype, device=device)
         prompt, negative = text.encode([args.prompt]), text.encode([args.negative_prompt])
         height, width = default_size(args.model)
     sampling, cache = model.preset.sampling, model.preset.cache

@@ -141,8 +141,8 @@ def check(experiment: StepCacheExperiment, more: Sequence[Candidate] = ()) -> No
         experiment.model, experiment.prompt, negative=experiment.negative if experiment.sampling.guided else None,
         height=experiment.height, width=experiment.width, sampling=experiment.sampling, cache=experiment.cache,
     )  # fmt: skip
-    for candidate in more:
-        candidate.method.config(StepClock(lambda: 0.0, experiment.sampling.passes_at(1)))
+    for method in filter(None, (candidate.method for candidate in more)):
+        method.config(StepClock(lambda: 0.0, experiment.sampling.passes_at(1)))
 
 
 def bytes_needed(experiment: StepCacheExperiment, names: Sequence[str], more: Sequence[Candidate] = ()) -> int:

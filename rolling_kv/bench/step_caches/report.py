@@ -13,7 +13,7 @@ from PIL import Image
 from ...atomic import replacing
 from ...step_cache import METHODS
 from ..chart import Axis, draw
-from ..figures import machine, markdown, number, size
+from ..figures import hardware, machine, markdown, number, size
 from .experiment import StepCacheExperiment, StepCacheResult
 
 COLUMNS = {"psnr": ("PSNR, dB", ".1f"), "ssim": ("SSIM", ".3f"), "lpips": ("LPIPS", ".3f")}
@@ -22,9 +22,7 @@ COLUMNS = {"psnr": ("PSNR, dB", ".1f"), "ssim": ("SSIM", ".3f"), "lpips": ("LPIP
 
 def describe(experiment: StepCacheExperiment) -> str:
     """Two lines: model and run, then the machine."""
-    config, sampling = experiment.model.transformer.config, experiment.sampling
-    here = machine(experiment.model.compute_device())
-    cpu = f"{here['cpu']}, {_count(here['threads'], 'thread')}"
+    config, sampling = experiment.model.config, experiment.sampling
     steps = sampling.passes_at(1)
     if experiment.mode == "bidirectional":
         length = f"{experiment.clip_frames} latent frames at once"
@@ -35,7 +33,7 @@ def describe(experiment: StepCacheExperiment) -> str:
         f"dim {config.num_attention_heads * config.attention_head_dim}; {experiment.height}x{experiment.width}, {length}; "
         f"{_count(steps, 'step')} of {sampling.sampler}, guidance {sampling.guidance_scale:g}, "
         f"{str(experiment.model.dtype).removeprefix('torch.')}\n"
-        f"{here.get('gpu', cpu)}, torch {here['torch']}; {_count(len(experiment.seeds), 'video')}"
+        f"{hardware(experiment.model.compute_device())}; {_count(len(experiment.seeds), 'video')}"
     )
 
 
@@ -112,7 +110,8 @@ def plot(experiment: StepCacheExperiment, results: Sequence[StepCacheResult]) ->
     with_quality = bool(_qualities(results))
     curves: dict[str, list[tuple[float, float]]] = {}
     for result in results[1:]:
-        shown = result.quality["psnr"] if with_quality else 100 * result.report.skipped()
+        skipped = result.report.skipped() if result.report else 0.0
+        shown = result.quality["psnr"] if with_quality else 100 * skipped
         curves.setdefault(result.method, []).append((result.speed_up, shown))
     label = "PSNR against the uncached video, dB" if with_quality else "work left out, %"
     return draw(curves, Axis("speed-up"), Axis(label, exact="same"), describe(experiment), mark_x=1.0)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ def sample(
     experiment: StepCacheExperiment, method, seed: int, on_pass: OnPass | None = None
 ) -> tuple[torch.Tensor, StepCacheReport | None]:
     """One video, [1, C, F, h, w] in model space on the CPU, and what the step cache did. Nothing stays attached."""
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         negative=experiment.negative if experiment.sampling.guided else None, height=experiment.height,
         width=experiment.width, sampling=experiment.sampling, step_cache=method, execution=experiment.execution,
         on_pass=on_pass,
@@ -86,8 +87,9 @@ def measure(
 
     constants = {}
     for name in first_runs:  # one at least: the very first run is not measured
-        _, report = run(METHODS[name].calibration() if name else None, max(experiment.seeds) + 1)
-        if name:
+        calibration = METHODS[name].calibration if name else None
+        _, report = run(calibration and calibration(), max(experiment.seeds) + 1)
+        if name and report:
             constants[name] = report.constants
     results = []
     for index, (title, strength, method) in enumerate(plan(constants)):
@@ -106,7 +108,7 @@ def measure(
             with gauge.turn(title) if gauge else nullcontext():
                 latents, report = run(method, seed)
             result.seconds.append(time.perf_counter() - middle)
-            result.report = report.plus(result.report) if result.report else report
+            result.report = report.plus(result.report) if report and result.report else report
             result.plain_seconds.append(middle - start if method is not None else result.seconds[-1])
             result.videos.append(latents)
             result.peak_bytes = max(gauge.peaks[title], result.peak_bytes or 0) if gauge else None
@@ -148,7 +150,8 @@ def compare(
 
 def step_change(experiment: StepCacheExperiment, on_pass: OnPass | None = None) -> tuple[float, ...]:
     """Relative change of the predicted flow from step to step in few-step sampling: one per step after the first."""
-    return sample(replace(experiment, mode="multi-step"), FirstBlockCache(), experiment.seeds[0], on_pass)[1].change
+    _, report = sample(replace(experiment, mode="multi-step"), FirstBlockCache(), experiment.seeds[0], on_pass)
+    return report.change if report else ()
 
 
 def decode_video(vae: WanVAE, latents: torch.Tensor, on_frame: Callable[[], None] = lambda: None) -> torch.Tensor:

@@ -10,7 +10,7 @@ from diffusers.utils import is_gguf_available
 from torch import Tensor
 
 from ...checkpoints.float8 import store_float8
-from ...checkpoints.gguf import GGUF_PACKAGE
+from ...checkpoints.gguf import GGUF_PACKAGE, as_packed
 from ...checkpoints.model import CausalModel
 from ...checkpoints.transformer import build_transformer
 from ...config import CACHE_STORAGES
@@ -100,7 +100,6 @@ def packings() -> list[str]:
 def pack(weights: dict[str, Tensor], packing: str) -> dict[str, Tensor]:
     """The weights, the matrices of the blocks packed as in a GGUF file: those that float8 storage takes as well."""
     import gguf
-    from diffusers.quantizers.gguf.utils import GGUFParameter
 
     kind = gguf.GGMLQuantizationType[packing]
     block, _ = gguf.GGML_QUANT_SIZES[kind]
@@ -108,7 +107,7 @@ def pack(weights: dict[str, Tensor], packing: str) -> dict[str, Tensor]:
     for name, tensor in weights.items():
         if "blocks." in name and tensor.ndim == 2 and tensor.shape[1] % block == 0:
             values = gguf.quants.quantize(tensor.float().cpu().numpy(), kind)
-            packed[name] = GGUFParameter(torch.from_numpy(values), quant_type=kind)
+            packed[name] = as_packed(torch.from_numpy(values), kind)
     return packed
 
 
