@@ -19,6 +19,7 @@ from ..rolling_kv.bench.step_caches.report import change_note, constants_notes, 
 from ..rolling_kv.bench.step_caches.run import compare, decode_video, measure, step_change
 from ..rolling_kv.bench.step_caches.similarity import Similarity
 from ..rolling_kv.config import SamplingConfig
+from ..rolling_kv.devices import check_memory
 from ..rolling_kv.step_cache import METHODS, StepCacheMethod
 from . import borders, inputs, run
 from .guard import guarded
@@ -147,7 +148,10 @@ class RollingKVBenchmark(io.ComfyNode):
         say = partial(run.say, node_id=cls.hidden.unique_id)
         with run.progress(cls.hidden.unique_id) as on_pass:
             model.patcher.workspace.clear()  # of an earlier Sample Video: in the way here, and only a matter of time there
-            run.bring_to_device(model, bytes_needed(experiment, names, own))
+            needed = bytes_needed(experiment, names, own)
+            if model.patcher.load_device.type == "cpu":
+                check_memory(needed, "this benchmark", "make the picture or the window smaller, or choose fewer chunks")
+            run.bring_to_device(model, needed)
             if experiment.sampling.few_step:
                 raise ValueError(_why_not(replace(experiment, chunks=1), on_pass))
             results, constants = measure(

@@ -7,6 +7,7 @@ import folder_paths
 import torch
 from comfy_api.latest import InputImpl, io
 
+from ..rolling_kv.devices import check_memory
 from ..rolling_kv.geometry import WAN_21
 from ..rolling_kv.video import VideoWriter
 from . import borders, run
@@ -97,7 +98,7 @@ class RollingKVDecodeImages(io.ComfyNode):
         nbytes = samples.shape[0] * count * math.prod(size) * BYTES_PER_PIXEL
         device = mm.intermediate_device()
         if device.type == "cpu":
-            run.check_memory(nbytes, "holding all frames", "use Decode Video, which holds none, or decode a part")
+            check_memory(nbytes, "holding all frames", "use Decode Video, which holds none, or decode a part")
         images = torch.empty(samples.shape[0] * count, *size, 3, device=device)
         done = 0
         for video in samples.split(1):

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import comfy.model_management as mm
-import torch
 from comfy.utils import ProgressBar
 from server import PromptServer
 
 from ..rolling_kv.config import SamplingConfig
-from ..rolling_kv.sampling.memory import estimate
+from ..rolling_kv.sampling.memory import check_fits, estimate
 from .types import ModelHandle
 
 
@@ -58,30 +57,14 @@ def make_room(
 ) -> None:
     """Bring a model to the device with room for a session. frames: latent frames of the whole video.
 
-    The working cache of the last run, which this one may take over, is not counted twice. Raises ValueError if the
-    session needs more than there is.
+    The working cache of the last run, which this one takes over or takes the place of, is not counted twice. Raises
+    ValueError, with settings that would fit, if the session needs more RAM than there is.
     """
-    needed = estimate(
-        model.engine.transformer,
-        height,
-        width,
-        sampling=sampling,
-        cache=model.cache,
-        batch=batch,
-        frames=frames,
-        step_cache=model.step_cache,
-    )
+    transformer, workspace = model.engine.transformer, model.patcher.workspace
+    session = dict(sampling=sampling, cache=model.cache, batch=batch, frames=frames, step_cache=model.step_cache)
+    device = model.patcher.load_device
+    held = workspace.host_nbytes + (workspace.nbytes if device.type == "cpu" else 0)
+    check_fits(transformer, height, width, **session, device=device, held=held)
+    needed = estimate(transformer, height, width, **session)
     kept = needed.cache + needed.prompts
-    nbytes = max(kept - model.patcher.workspace.nbytes, 0) + needed.device - kept
-    if model.patcher.load_device.type == "cpu":
-        check_memory(nbytes, "this video", "make the window, the picture or the video smaller, or close other programs")
-    bring_to_device(model, nbytes)
-
-
-def check_memory(nbytes: int, what: str, remedy: str) -> None:
-    """Raise ValueError if `nbytes` are more than the RAM that is available now. what: needs them."""
-    available = mm.get_free_memory(torch.device("cpu"))
-    if nbytes > available:
-        raise ValueError(
-            f"{what} needs {nbytes / 2**30:.1f} GiB of RAM, and {available / 2**30:.1f} GiB are available: {remedy}"
-        )
+    bring_to_device(model, max(kept - workspace.nbytes, 0) + needed.device - kept)

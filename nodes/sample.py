@@ -89,7 +89,7 @@ class RollingKVSample(io.ComfyNode):
         given, start = borders.start_of(initial_latent, state, model.geometry, height, width)
         sampling = inputs.with_guidance(model.sampling, guidance)
         chunks = _chunks(length, length_unit, sampling, start.frames, model.geometry)
-        frames = start.frames + sum(sampling.chunk_sizes(chunks, start.frames))
+        frames = start.frames + sampling.frames_of(chunks, start.frames)
         size = {"height": start.height, "width": start.width, "batch": start.batch}
         run.make_room(model, sampling, frames=frames, **size)
         with run.progress(cls.hidden.unique_id) as on_pass:

@@ -67,6 +67,11 @@ class Workspace:
         """Bytes on the compute device."""
         return sum(cache.nbytes.device for cache in (self.caches or {}).values())
 
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes in CPU memory, of a cache that is offloaded."""
+        return sum(cache.nbytes.host for cache in (self.caches or {}).values())
+
     def take(self, spec: CacheSpec, key: str) -> tuple[Caches | None, int]:
         """Hand the working cache over to a run: nothing is kept here any more.
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from builders import original_names, tiny_transformer
 from graphs import loaders, node, one_sampler, save_images, save_latent, saved_images, saved_latent
 from safetensors.torch import save_file
-from tests.engine.builders import original_names, tiny_transformer
 
 from rolling_kv.bundled import BUNDLED
 from rolling_kv.checkpoints.model import load_model

@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 import torch
+from builders import original_names, sentencepiece_model, tiny_transformer, tiny_umt5
 from graphs import chosen, node, one_sampler, saved_latent
 from safetensors.torch import load_file, save_file
-from tests.engine.builders import original_names, sentencepiece_model, tiny_transformer, tiny_umt5
 from transformers import T5TokenizerFast
 
 from rolling_kv.checkpoints.model import load_model
