@@ -123,8 +123,8 @@ class RollingKVBenchmark(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model, methods=None) -> bool | str:
-        # ComfyUI leaves out a dynamic combo whose value is none of its choices, or gives the bare value.
+    def validate_inputs(cls, model, methods=None, steps=None, guidance=None) -> bool | str:
+        # ComfyUI gives all dynamic combos of a node here; one whose value is none of its choices as the bare value.
         return True if isinstance(methods, dict) else "methods must be all or chosen"
 
     @classmethod
