@@ -11,7 +11,7 @@ from rolling_kv.bundled import BUNDLED
 from rolling_kv.video import read_video_info
 from tools.comfyui.env import PACK
 
-EXAMPLES = PACK / "examples"
+EXAMPLES = PACK / "docs" / "examples"
 
 
 @pytest.fixture

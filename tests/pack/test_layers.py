@@ -38,7 +38,7 @@ OUTSIDE = (
     "nodes",
     "tools",
     "tests",
-    "examples",
+    "docs",
     "comfy",
     "comfy_api",
     "comfy_extras",

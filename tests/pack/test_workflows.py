@@ -190,6 +190,12 @@ def test_it_has_a_thumbnail(path):
     assert picture.startswith(b"\xff\xd8\xff") and len(picture) < 300_000
 
 
+def test_there_is_one_folder_of_templates():
+    """ComfyUI lists the workflows of every folder of these names, and serves those of the first alone."""
+    names = {"example_workflows", "example", "examples", "workflow", "workflows"}
+    assert {path.name for path in PACK.iterdir()} & names == {FOLDER.name}
+
+
 def test_there_are_no_pictures_of_other_workflows():
     assert {path.stem for path in FOLDER.glob("*.jpg")} <= {path.stem for path in WORKFLOWS}
 

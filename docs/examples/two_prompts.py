@@ -1,4 +1,4 @@
-"""Chunk by chunk, with another prompt halfway, decoded while it is made: python -m examples.two_prompts"""
+"""Chunk by chunk, with another prompt halfway, decoded while it is made: python -m docs.examples.two_prompts"""
 
 import torch
 

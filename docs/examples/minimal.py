@@ -1,4 +1,4 @@
-"""A prompt to a video file. From the project's folder: python -m examples.minimal"""
+"""A prompt to a video file. From the project's folder: python -m docs.examples.minimal"""
 
 from rolling_kv import Pipeline
 

@@ -1,4 +1,4 @@
-"""A video that is put away and continued another day, bit for bit as if it had never stopped: python -m examples.resume"""
+"""A video that is put away and continued another day, bit for bit as if it had never stopped: python -m docs.examples.resume"""
 
 import torch
 

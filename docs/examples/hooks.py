@@ -1,4 +1,4 @@
-"""A diffusers transformer driven by hand, with the cache put on by hooks (docs/hook-api.md): python -m examples.hooks"""
+"""A diffusers transformer driven by hand, with the cache put on by hooks (docs/hook-api.md): python -m docs.examples.hooks"""
 
 import torch
 
