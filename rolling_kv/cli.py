@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from . import options
 from .bench.cli import add_command as add_bench
+from .bench.figures import BenchError
 from .bundled import BUNDLED, check_model, default_size
 from .config import WEIGHT_STORAGES
 from .inspection import inspect_checkpoint
@@ -42,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _sentence(error: Exception) -> str:
     """An error as one line. What the pack raises itself is a sentence already; of others the kind says more."""
+    if isinstance(error, BenchError):
+        return str(error)  # quotes the last lines of another program
     text = " ".join(str(error).split())
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
         text = "there was not enough memory: make the window or the video smaller, or close other programs"

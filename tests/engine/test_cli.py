@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rolling_kv import cli
+from rolling_kv.bench.figures import BenchError
 from rolling_kv.cli import main
 from rolling_kv.config import ExecutionConfig
 from rolling_kv.devices import usable_device
@@ -103,6 +104,15 @@ def test_any_error_is_one_line_and_debug_shows_where_it_arose(error, message, tm
     assert text.startswith(message) and len(text) < 1100
     with pytest.raises(type(error)):
         main(["make-tiny", str(tmp_path), "--debug"])
+
+
+def test_the_last_lines_of_another_program_stay_lines(monkeypatch, tmp_path):
+    def fail(args):
+        raise BenchError("its last words were:\nfirst\nsecond")
+
+    monkeypatch.setattr(cli, "_make_tiny", fail)
+    with pytest.raises(SystemExit, match="error: its last words were:\nfirst\nsecond"):
+        main(["make-tiny", str(tmp_path)])
 
 
 def test_every_command_takes_debug():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rolling_kv.bench import cli
+from rolling_kv.bench.chunks import cli
 from rolling_kv.cli import main
 from tools.comfyui import sampler as comfyui_sampler
 
