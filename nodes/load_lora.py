@@ -1,6 +1,7 @@
 from comfy_api.latest import io
 
-from . import model_files
+from ..rolling_kv.messages import listed
+from . import model_files, run
 from .guard import guarded
 from .types import CATEGORY, Model
 
@@ -35,6 +36,7 @@ class RollingKVLoadLoRA(io.ComfyNode):
                 ),
             ],
             outputs=[Model.Output(display_name="model", tooltip="The model with this LoRA.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -45,5 +47,7 @@ class RollingKVLoadLoRA(io.ComfyNode):
     @guarded
     def execute(cls, model, lora_name, strength) -> io.NodeOutput:
         path = model_files.get(model_files.LORA, lora_name)
-        model.patcher.open_lora(path)  # one that does not fit is refused here, not in the sampler
+        lora = model.patcher.open_lora(path)  # one that does not fit is refused here, not in the sampler
+        if lora.left_out:
+            run.say(f"Left out: {listed(lora.left_out)}.", cls.hidden.unique_id)
         return io.NodeOutput(model._replace(loras=(*model.loras, (path, strength))))

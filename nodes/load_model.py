@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from ..rolling_kv.checkpoints.model import load_model
 from ..rolling_kv.config import ATTENTION_BACKENDS, WEIGHT_STORAGES, ExecutionConfig
 from ..rolling_kv.presets import PRESETS
-from . import inputs, model_files
+from . import inputs, model_files, run
 from .guard import guarded
 from .patchers import ManagedModel
 from .types import CATEGORY, Model, ModelHandle
@@ -71,6 +71,7 @@ class RollingKVLoadModel(io.ComfyNode):
                 ),
             ],
             outputs=[Model.Output(display_name="model", tooltip="The model with its preset's cache settings.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -87,5 +88,7 @@ class RollingKVLoadModel(io.ComfyNode):
         execution.check(device, weight_storage=storage)
         path = model_files.get(model_files.MODEL, model_name)
         model = load_model(path, dtype=dtype, preset=preset, storage=storage, device=offload_device, runs_on=device)
+        if model.note:
+            run.say(model.note, cls.hidden.unique_id)
         patcher = ManagedModel(model, load_device=device, offload_device=offload_device)
         return io.NodeOutput(ModelHandle(patcher, model.preset.sampling, model.preset.cache, execution=execution))

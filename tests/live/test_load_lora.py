@@ -1,9 +1,11 @@
 """Load LoRA on the bundled model: what it changes, what it leaves alone, and what it refuses."""
 
+import json
+
 import pytest
 import torch
 from graphs import loaders, node, one_sampler, prompt, sample, save_latent, saved_latent
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rolling_kv.bundled import BUNDLED
 from rolling_kv.checkpoints.model import load_model
@@ -131,3 +133,22 @@ def test_a_lora_of_another_size_is_refused_by_the_node_itself(client, folder):
         PromptFailed, match="RollingKVLoadLoRA.*wide was made for another model.*this size of the model"
     ):
         client.run(with_loras(graph, ("wide.safetensors", 1.0)))
+
+
+def test_what_is_left_out_of_a_lora_and_what_is_assumed_of_a_model_is_said_on_the_nodes(client, folder, model):
+    """An image-to-video LoRA on a text-to-video model, and a model whose name does not tell its family."""
+    write_lora(folder / "partly.safetensors", 128, 5)
+    tensors = load_file(folder / "partly.safetensors")
+    patch = "diffusion_model.patch_embedding"
+    tensors |= {f"{patch}.lora_down.weight": torch.ones(4, 36, 1, 2, 2)}
+    tensors |= {f"{patch}.lora_up.weight": torch.ones(128, 4, 1, 1, 1)}
+    save_file(tensors, folder / "partly.safetensors")
+    settings = {"config": json.dumps({"transformer": {"num_attention_heads": 4}})}
+    weights = {name: tensor.contiguous() for name, tensor in model.transformer.state_dict().items()}
+    save_file(weights, folder.parent / "diffusion_models" / "mystery.safetensors", settings)
+    graph = with_loras(one_sampler(1), ("partly.safetensors", 1.0))
+    graph["model"]["inputs"]["model_name"] = "mystery.safetensors"
+    said = {}
+    client.run(graph, on_text=said.__setitem__)
+    assert "patch_embedding" in said["lora 0"] and "36 channels" in said["lora 0"]
+    assert "treated as self-forcing" in said["model"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -14,6 +15,9 @@ from pathlib import Path
 import websocket
 
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+TEXT_EVENT = 3
+"""Number of the server's binary messages that hold a node's id and a text."""
 
 SILENCE = 900
 """Seconds without any message after which a running prompt counts as lost."""
@@ -82,18 +86,23 @@ class ComfyClient:
         query = {key: file[key] for key in ("filename", "subfolder", "type")}
         return self.get("/view?" + urllib.parse.urlencode(query), timeout=300)
 
-    def run(self, prompt: dict, on_progress: Callable[[str, int, int], None] | None = None) -> dict:
+    def run(
+        self,
+        prompt: dict,
+        on_progress: Callable[[str, int, int], None] | None = None,
+        on_text: Callable[[str, str], None] | None = None,
+    ) -> dict:
         """Queue an API prompt, wait for its end and return its outputs: node id to what the node put out.
 
         `on_progress(node_id, step, steps)` is called when a node starts (0 of 0) and at each of its steps; it may call
-        `interrupt`. Raises PromptRejected, PromptFailed or PromptInterrupted. Ctrl-C cancels on the server too.
+        `interrupt`. `on_text(node_id, text)` is called when a node shows a line of text. Raises PromptRejected, PromptFailed or PromptInterrupted. Ctrl-C cancels on the server too.
         """
         address = self.url.replace("http", "ws", 1) + f"/ws?clientId={self.client_id}"
         connection = websocket.create_connection(address, timeout=SILENCE)
         try:
             prompt_id = self._queue(prompt)
             try:
-                self._follow(connection, prompt_id, on_progress or (lambda *_: None))
+                self._follow(connection, prompt_id, on_progress or _ignore, on_text or _ignore)
             except KeyboardInterrupt:
                 with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the server
                     self.post("/queue", {"delete": [prompt_id]})
@@ -121,11 +130,14 @@ class ComfyClient:
             raise PromptRejected(_explain(answer))
         return prompt_id
 
-    def _follow(self, connection, prompt_id: str, on_progress: Callable[[str, int, int], None]) -> None:
+    def _follow(self, connection, prompt_id: str, on_progress: Callable, on_text: Callable) -> None:
         failure = None
         while True:
             message = connection.recv()
-            if isinstance(message, bytes):  # a preview image
+            if isinstance(message, bytes):  # a line of text, or a preview image
+                kind, length = struct.unpack(">II", message[:8])
+                if kind == TEXT_EVENT:
+                    on_text(message[8 : 8 + length].decode(), message[8 + length :].decode())
                 continue
             event = json.loads(message)
             kind, data = event["type"], event.get("data", {})
@@ -143,6 +155,10 @@ class ComfyClient:
                 on_progress(data["node"], 0, 0)
         if failure:
             raise failure
+
+
+def _ignore(*_) -> None:
+    pass
 
 
 def _explain(answer: dict) -> str:
