@@ -49,5 +49,5 @@ class RollingKVLoadLoRA(io.ComfyNode):
         path = model_files.get(model_files.LORA, lora_name)
         lora = model.patcher.open_lora(path)  # one that does not fit is refused here, not in the sampler
         if lora.left_out:
-            run.say(f"Left out: {listed(lora.left_out)}.", cls.hidden.unique_id)
+            run.say(f"Left out: {listed(lora.left_out, length=200)}.", cls.hidden.unique_id)
         return io.NodeOutput(model._replace(loras=(*model.loras, (path, strength))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 
@@ -14,7 +15,8 @@ def main() -> None:
     for number in (getattr(signal, name) for name in ENDING if hasattr(signal, name)):
         if signal.getsignal(number) == signal.SIG_DFL:  # under nohup it is ignored, and stays so
             signal.signal(number, _end)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have characters that the code page lacks
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may have characters that the code page lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _run()
     except KeyboardInterrupt:

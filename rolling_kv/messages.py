@@ -43,7 +43,7 @@ def shown(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def listed(names: Collection[str], most: int = 3) -> str:
-    """The first names, each fit for a message, and how many more there are."""
-    first = ", ".join(shortened(printable(str(name))) for name in islice(names, most))
+def listed(names: Collection[str], most: int = 3, length: int = NAME_LENGTH) -> str:
+    """The first names, each fit for a message and of at most `length` characters, and how many more there are."""
+    first = ", ".join(shortened(printable(str(name)), length) for name in islice(names, most))
     return first + (f" and {len(names) - most} more" if len(names) > most else "")

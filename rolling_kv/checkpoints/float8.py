@@ -51,13 +51,16 @@ def _fits(scale: Tensor, weight: Tensor) -> bool:
         return False
 
 
-def load_tensor(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """A copy of the tensor in `dtype` on `device`, with the scale of a float8 weight multiplied in.
+def load_tensor(
+    tensor: Tensor, scale: Tensor | None, dtype: torch.dtype, device: torch.device | str, *, copy: bool = True
+) -> Tensor:
+    """The tensor in `dtype` on `device`, with the scale of a float8 weight multiplied in.
 
-    Always a copy, so that nothing stays mapped to a file that somebody may change. A packed tensor stays as it is packed.
+    copy: make a copy where there is nothing to change, too, so that nothing stays mapped to a file that somebody may
+        change. A packed tensor stays as it is packed.
     """
     if is_packed(tensor):
-        return type(tensor)(plain(tensor).to(device, copy=True), quant_type=tensor.quant_type)
+        return type(tensor)(plain(tensor).to(device, copy=copy), quant_type=tensor.quant_type)
     if scale is None:
-        return tensor.to(device, dtype, copy=True)
+        return tensor.to(device, dtype, copy=copy)
     return (tensor.to(device, torch.float32) * scale.to(device, torch.float32)).to(dtype)

@@ -97,9 +97,9 @@ def load_model(
         settings = settings_of(checkpoint) | (config or {})
         ExecutionConfig().check(weight_storage=storage, packings=gguf_types(checkpoint.tensors))
         if storage == "model":
-            transformer = build_transformer(checkpoint.tensors, settings, dtype, device, runs_on)
+            transformer = build_transformer(checkpoint.tensors, settings, dtype, device, runs_on, copy=True)
         else:  # in float8 before it moves: the device may be too small for more
-            transformer = build_transformer(checkpoint.tensors, settings, dtype, runs_on=runs_on or device)
+            transformer = build_transformer(checkpoint.tensors, settings, dtype, runs_on=runs_on or device, copy=True)
             store_float8(transformer)
             transformer.to(device)  # pyright: ignore[reportArgumentType]: diffusers' wrapper hides that it is a method
     if note:

@@ -56,13 +56,18 @@ def build_transformer(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     runs_on: str | torch.device | None = None,
+    *,
+    copy: bool = False,
 ) -> WanTransformer3DModel:
     """Build the stock diffusers transformer around given weights, in original Wan or diffusers names.
 
     config: overrides what shapes cannot tell: num_attention_heads (or num_heads), attention_head_dim, num_layers, eps,
         rope_max_seq_len; other entries are ignored. Heads of 128 are assumed.
 
-    The model's tensors are copies: the given ones may be mapped from a file. Raises CheckpointError.
+    copy: whether the model has tensors of its own throughout, as those that are mapped from a file ask for. Else those
+        that already have the dtype and device are used as they are.
+
+    Raises CheckpointError.
     """
     weights, scales, config, _ = prepare(state_dict, config or {})
     packed = _packed(state_dict)
@@ -71,10 +76,10 @@ def build_transformer(
     float32_parts = set(WanTransformer3DModel._keep_in_fp32_modules) if dtype.itemsize < 4 else set()
     weights |= packed
     stay_packed = pack_linears(transformer, packed, dtype, float32_parts)
-    loaded = {name: load_tensor(weights.pop(name), None, dtype, device) for name in stay_packed}
+    loaded = {name: load_tensor(weights.pop(name), None, dtype, device, copy=copy) for name in stay_packed}
     for name in list(weights):
         target = torch.float32 if float32_parts.intersection(name.split(".")) else dtype
-        loaded[name] = load_tensor(unpack(weights.pop(name)), scales.get(name), target, device)
+        loaded[name] = load_tensor(unpack(weights.pop(name)), scales.get(name), target, device, copy=copy)
     check_finite(loaded)
     transformer.load_state_dict(loaded, assign=True)
     # Its tables are no part of any checkpoint, and are still on the meta device.

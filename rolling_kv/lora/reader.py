@@ -234,7 +234,8 @@ def _alpha_and_rank(
         return 1.0, 1.0
     if alpha is not None:
         return float(alpha), rank
-    value = float(_of_module(settings["alpha_pattern"], module, settings["alpha"] or rank))
+    given = _of_module(settings["alpha_pattern"], module, settings["alpha"] or None)
+    value = float(rank if given is None else given)
     return value * rank**0.5 if settings["use_rslora"] else value, rank
 
 
@@ -308,5 +309,5 @@ def _fingerprint(layers: dict[str, LowRank], changes: dict[str, Change]) -> str:
         digest.update(f"{name} {kind} {scale!r}".encode())
         for part, tensor in sorted(tensors.items()):
             digest.update(f"{part} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

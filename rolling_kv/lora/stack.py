@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def fit_lora(lora: Lora, model: CausalModel) -> Lora:
     Raises CheckpointError when it is for another size of the model, when no part has a place, or when it changes whole
     weights that the model keeps in float8 or packed.
     """
-    modules = dict(model.transformer.named_modules())
+    modules: dict[str, nn.Module] = dict(model.transformer.named_modules())
     shapes = {}  # of each part: the one it has, and the one it needs, None where the model has no such part
     for name, layer in lora.layers.items():
         shapes[name] = (layer.up.shape[0], *layer.down.shape[1:]), _needed(modules, f"{name}.weight")
@@ -100,7 +101,7 @@ def _listed(names: tuple[str, ...]) -> str:
 def _needed(modules: dict[str, nn.Module], name: str) -> tuple[int, ...] | None:
     """Shape of a parameter when unpacked; None where there is none."""
     owner, _, last = name.rpartition(".")
-    layer = modules.get(owner)
+    layer: Any = modules.get(owner)
     parameter = getattr(layer, last, None)
     if not isinstance(parameter, Tensor):
         return None
@@ -200,8 +201,8 @@ class LoraStack:
         transformer.requires_grad_(False)
         if self.fuse is False or self.fuse is None and not all(map(_is_plain, modules.values())):
             return
-        for module, layer in modules.items():
-            self._keep(f"{module}.weight", layer.weight)
+        for module in modules:
+            self._keep(f"{module}.weight", transformer.get_parameter(f"{module}.weight"))
         transformer.fuse_lora(safe_fusing=True)  # safe: into new tensors, the old ones may be mapped from a file
         transformer.unload_lora()
 
@@ -216,7 +217,7 @@ class LoraStack:
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
             transformer.load_lora_adapter(weights, adapter_name=name, network_alphas=alphas, low_cpu_mem_usage=True)
         for module in lora.layers:
-            wrapper = transformer.get_submodule(module)
+            wrapper: Any = transformer.get_submodule(module)
             if not _is_plain(wrapper):  # peft has rounded the matrices to the dtype of the stored weight
                 for part, half in (("lora_A", wrapper.lora_A), ("lora_B", wrapper.lora_B)):
                     exact = weights[f"transformer.{module}.{part}.weight"]

@@ -42,9 +42,10 @@ def compiled_code(execution: ExecutionConfig) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not execution.compile or not isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+        cause = getattr(error, "inner_exception", None)  # of what torch._dynamo raises when its backend fails
+        if not execution.compile or cause is None:
             raise
-        reason = str(error.inner_exception).strip().splitlines()[0]
+        reason = str(cause).strip().splitlines()[0]
         raise ValueError(
             f"torch.compile cannot make code here ({reason}): install what it lacks, or turn compile off"
         ) from error
