@@ -216,3 +216,11 @@ def test_a_video_whose_file_is_gone_says_how_to_get_it_again(client):
     assert "change any setting of Decode Video" in told(client, graph)
     client.free()
     assert len(read_video(client.view(first_file(client.run(graph), ".mp4"))).frames) == 9
+
+
+def test_a_kernel_that_the_device_does_not_have_is_refused_by_the_loader(client, install):
+    if install.cuda:
+        pytest.skip("this device has it")
+    graph = one_sampler(1)
+    graph["model"]["inputs"]["attention"] = "_native_cudnn"
+    assert "RollingKVLoadModel" in told(client, graph)
