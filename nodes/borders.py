@@ -50,7 +50,7 @@ def start_of(
     before = state.chunks[0] if state is not None else given
     if before is None:
         return None, Start(1, 0, height, width)
-    frames = given.shape[2] if state is None else state.frames
+    frames = state.frames if state is not None else before.shape[2]
     return given, Start(before.shape[0], frames, *geometry.pixel_size(*before.shape[-2:]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import comfy.model_management as mm
 from comfy.utils import ProgressBar
@@ -61,7 +62,9 @@ def make_room(
     ValueError, with settings that would fit, if the session needs more RAM than there is.
     """
     transformer, workspace = model.engine.transformer, model.patcher.workspace
-    session = dict(sampling=sampling, cache=model.cache, batch=batch, frames=frames, step_cache=model.step_cache)
+    session: dict[str, Any] = dict(
+        sampling=sampling, cache=model.cache, batch=batch, frames=frames, step_cache=model.step_cache
+    )
     device = model.patcher.load_device
     held = workspace.host_nbytes + (workspace.nbytes if device.type == "cpu" else 0)
     check_fits(transformer, height, width, **session, device=device, held=held)
