@@ -76,6 +76,16 @@ def test_a_pickle_that_holds_itself_is_refused(tmp_path):
         refused(tmp_path / "a.pt", "wrapped more than 8 times")
 
 
+def test_wrappers_are_followed_as_deep_as_tools_nest_them(weights, tmp_path):
+    content = dict(weights)
+    for depth in range(1, 10):
+        content = {"model" if depth % 2 else "state_dict": content}
+        torch.save(content, tmp_path / "a.pt")
+        if depth <= 8:
+            assert load_model(tmp_path / "a.pt").transformer.config.num_layers > 0
+    refused(tmp_path / "a.pt", "wrapped more than 8 times")
+
+
 def test_layer_numbers_are_not_believed(weights, tmp_path):
     extra = {"blocks.1000000000.attn1.to_q.weight": torch.zeros(2, 2)}
     refused(write_weights(tmp_path / "a.safetensors", weights | extra), r"blocks.1000000000.* more than 200 layers")
