@@ -37,8 +37,8 @@ class RollingKVAttachCache(io.ComfyNode):
                     options=list(CACHE_STORAGES),
                     optional=True,
                     advanced=True,
-                    tooltip="How the cache is kept. Model: the model's own precision. Float8 and int8 take about half the "
-                    "memory of bfloat16; int8 is the more exact of the two.",
+                    tooltip="How the cache keeps its keys and values. Model: the model's own precision. The others take less "
+                    "memory; the help page says what they cost in exactness.",
                 ),
                 io.Boolean.Input(
                     "offload",
