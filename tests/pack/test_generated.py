@@ -5,8 +5,9 @@ import re
 
 import pytest
 
+from rolling_kv.presets import PRESETS
 from tools.comfyui.env import PACK
-from tools.generate import readme, schemas
+from tools.generate import help_pages, readme, schemas
 from tools.generate.workflows import WORKFLOWS, layout
 
 DUE = "run python -m tools.generate"
@@ -19,6 +20,13 @@ def load(path):
 
 def test_the_tables_of_the_readme_are_the_presets():
     assert readme.README.read_text(encoding="utf-8") == readme.generated(), DUE
+
+
+@pytest.mark.parametrize("language", help_pages.HEADS)
+def test_the_tables_of_the_help_pages_are_the_presets(language):
+    page = help_pages.page(language).read_text(encoding="utf-8")
+    assert page == help_pages.generated(language), DUE
+    assert all(f"| `{name}` |" in page for name in PRESETS)
 
 
 def test_the_english_texts_are_those_of_the_schemas():

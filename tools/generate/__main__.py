@@ -5,7 +5,8 @@
 Without a URL it starts a ComfyUI of its own. It writes
   tests/data/object_info.json    the schemas, as the server describes them
   locales/en/nodeDefs.json       the texts in them
-  web/docs/RollingKVBenchmark/  the lists of step caches
+  web/docs/RollingKVBenchmark/   the lists of step caches
+  web/docs/RollingKVLoadModel/   the tables of presets
   workflows/, workflows/api/     the examples, built and saved by the real frontend, with their thumbnails
   README.md                      the tables of files and models
 """
@@ -17,11 +18,12 @@ import argparse
 from ..comfyui.client import ComfyClient
 from ..comfyui.env import ComfyError, find_install, install_missing
 from ..comfyui.server import ComfyServer
-from . import readme, schemas, workflows
+from . import help_pages, readme, schemas, workflows
 
 
 def generate(client: ComfyClient, names: list[str]) -> None:
     readme.generate()
+    help_pages.generate()
     schemas.generate(client)
     workflows.generate(client.url, names)
 
