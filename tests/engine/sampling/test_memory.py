@@ -1,7 +1,9 @@
 """What a run is announced to take is what it takes, within bounds that halving or doubling a part would leave."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from builders import tiny_transformer
@@ -9,7 +11,7 @@ from videos import prompt
 
 from rolling_kv.bench.gauges import TensorBytes
 from rolling_kv.checkpoints.model import CausalModel
-from rolling_kv.config import CacheConfig, SamplingConfig
+from rolling_kv.config import ALL_FRAMES, CacheConfig, SamplingConfig
 from rolling_kv.presets import ModelPreset
 from rolling_kv.sampling.memory import estimate
 from rolling_kv.sampling.session import RollingSession
@@ -76,3 +78,35 @@ def test_an_offloaded_cache_is_announced_where_it_lies(model):
     assert offloaded.cache == plain.cache // 3 * 2  # two of three layers at a time
     guided = announced(model, cache=CacheConfig(6, offload=True), sampling=replace(SAMPLING, guidance_scale=2.0))
     assert guided.host == 2 * offloaded.host
+
+
+@pytest.mark.parametrize("window, before, after", [(6, 0, 2), (ALL_FRAMES, 1, 2)], ids=["window", "all frames"])
+def test_an_offloaded_cache_finds_room_for_all_branches_or_none(model, window, before, after, monkeypatch):
+    """Each branch alone would find room for itself: memory that nobody has touched yet counts as available.
+
+    before, after: chunks made with plenty of memory, then with as much as the test says. Six frames are new then.
+    """
+    cache, sampling = CacheConfig(window, offload=True), replace(SAMPLING, guidance_scale=2.0)
+    one = announced(model, cache=CacheConfig(6, offload=True)).host
+
+    def made(available):
+        words = [prompt(model, seed) for seed in (0, 1)]
+        session = RollingSession(model, words[0], negative=words[1], sampling=sampling, cache=cache, **SIZE)
+        with monkeypatch.context() as memory:
+            if not before:
+                memory.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+            with session:
+                list(session.generate(before))
+                memory.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+                list(session.generate(after))
+        return session.state
+
+    assert made(2 * one).frames == 3 * (before + after)
+    with pytest.raises(ValueError, match="offloading the cache needs .* GiB of RAM"):
+        made(2 * one - 1)
+
+
+def test_what_is_not_offloaded_asks_for_no_room_in_ram(model, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    with RollingSession(model, prompt(model), cache=CacheConfig(ALL_FRAMES), **SIZE) as session:
+        assert len(list(session.generate(3))) == 3
