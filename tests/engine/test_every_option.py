@@ -35,7 +35,7 @@ def options():
     return {action.option_strings[-1]: action for action in commands.choices["generate"]._actions}
 
 
-class Reached(Exception):
+class Reached(BaseException):
     pass
 
 
