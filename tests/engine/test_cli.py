@@ -203,7 +203,8 @@ def test_a_terminal_that_closes_under_nohup_ends_nothing(tmp_path):
 
 @posix
 def test_an_interrupt_during_the_imports_shows_no_traceback(tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    heeding = "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    (tmp_path / "torch.py").write_text(f"{heeding}os.kill(os.getpid(), signal.SIGINT)\n")
     ended = process("inspect", "x", folder=tmp_path)
     assert (ended.returncode, ended.stderr.strip()) == (1, b"cancelled; nothing was written")
 
