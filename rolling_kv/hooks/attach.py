@@ -23,14 +23,6 @@ from ..rope import rotary_angles, rotate
 from ..wan.processors import RollingSelfAttention
 from .state import ContextStates, RollingKVCacheConfig, RollingKVCacheState
 
-__all__ = [
-    "ROLLING_KV_CACHE_HOOK",
-    "RollingKVCacheConfig",
-    "RollingKVCacheState",
-    "apply_rolling_kv_cache",
-    "get_rolling_kv_cache_state",
-    "remove_rolling_kv_cache",
-]
 logger = logging.getLogger(__name__)
 ROLLING_KV_CACHE_HOOK = "rolling_kv_cache"
 """Name of every hook in diffusers' registries."""
