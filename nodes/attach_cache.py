@@ -2,7 +2,7 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..rolling_kv.config import CACHE_STORAGES, SINK_PHASES
+from ..rolling_kv.config import CACHE_STORAGES, POSITIONS
 from . import inputs
 from .guard import guarded
 from .types import CATEGORY, Model
@@ -25,8 +25,8 @@ class RollingKVAttachCache(io.ComfyNode):
                 inputs.window(),
                 inputs.sink(),
                 io.Combo.Input(
-                    "sink_phase",
-                    options=[inputs.OWN, *SINK_PHASES],
+                    "positions",
+                    options=[inputs.OWN, *POSITIONS],
                     optional=True,
                     advanced=True,
                     tooltip="Where the sink counts as being. Absolute: where its frames were made. Rebased: always just before "
@@ -55,12 +55,10 @@ class RollingKVAttachCache(io.ComfyNode):
 
     @classmethod
     @guarded
-    def execute(
-        cls, model, window, sink, sink_phase="the model's own", storage="model", offload=False
-    ) -> io.NodeOutput:
+    def execute(cls, model, window, sink, positions="the model's own", storage="model", offload=False) -> io.NodeOutput:
         cache = inputs.with_sink(inputs.with_window(model.cache, window), sink)
-        if sink_phase != inputs.OWN:
-            cache = replace(cache, sink_phase=sink_phase)
+        if positions != inputs.OWN:
+            cache = replace(cache, positions=positions)
         cache = replace(cache, storage=storage, offload=offload)
         cache.check_chunk(model.sampling.chunk)
         return io.NodeOutput(model._replace(cache=cache))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 import torch
@@ -28,7 +28,11 @@ MOST_STEPS = 1000
 """Denoising steps of a chunk: as many as there are training timesteps."""
 
 SAMPLERS = ("renoise", "unipc", "euler")
-SINK_PHASES = ("absolute", "rebased")
+POSITIONS = ("absolute", "window")
+LEAVING = ("drop", "ema", "memory")
+ACCUMULATION = ("float32", "model")
+SWITCHES = ("hold", "joint", "causal", "flush", "cut")
+CONTEXTS = ("kept", "recomputed")
 CACHE_STORAGES = tuple(CODECS)
 WEIGHT_STORAGES = ("model", "float8")
 """How weights are stored: in the dtype that the model computes in, or the blocks' Linear layers in float8_e4m3fn."""
@@ -72,26 +76,63 @@ def check_flag(name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """What a rolling cache keeps.
+    """What a rolling cache keeps, and by which rules: what a family of models was trained with, as values that compose.
 
     window: latent frames that a chunk attends to, counting the sink and the chunk itself; ALL_FRAMES keeps every frame.
     sink: the first latent frames of the video, which never leave the window.
-    sink_phase: "absolute" leaves the sink's keys where the frames were, as the original does; their distance grows with
-        the video. "rebased" turns them so that they always stand just before the rest of the window.
+    positions: where keys stand in time. "absolute": at the frame's number, for ever; the sink's distance grows with the
+        video. "window": at their place in the window, so that the sink always stands just before the rest.
+    span: for "window" positions, the latent frames that positions run over before the sink follows; None: the window
+        itself (Self Gradient Forcing: 21, with a window of 12).
+    leaving: what becomes of frames that leave. "drop": nothing. "ema": they are folded into the sink, as a moving average
+        (Reward-Forcing). "memory": their mean is folded into two frames behind the sink (MemRoPE), of which one changes
+        slowly and one fast.
+    ema_alpha: for "ema", the share of the sink's old value that stays.
+    memory_alphas: for "memory", the share of the new mean in the slow and in the fast memory.
+    accumulate: in which dtype either average is kept; "model" is the model's own, as the originals do it, where small
+        shares are lost to rounding.
+    switch: what the family does when the prompt changes. "hold": nothing, keys keep the old prompt. "joint", "causal":
+        the window is computed anew under the new prompt, in one pass without a mask or chunk by chunk. "flush": only the
+        first frame and the last two stay. "cut": a new shot.
+    global_sink: whether the sink outlives a switch that computes the window anew; else the window's first frames become
+        the sink.
+    cut_flush: whether a cut begins with a flush (Infinity-RoPE).
+    cut_offset: latent frames by which a cut moves its chunk away in time; with "absolute" positions all later ones too.
+    shot_sink: whether a cut keeps the first frames of its chunk, as many as the sink has, until the next cut (LongLive 2).
+    shot_clean: whether the chunk of a cut enters a cache that holds nothing but the sink.
+    context: "kept": keys and values stay from chunk to chunk. "recomputed": the frames in view are computed anew before
+        every chunk (Krea Realtime).
     storage: in which form, one of `cache.codecs.CODECS`; "model" is the model's dtype.
     offload: keep the keys and values in CPU memory and bring one layer at a time to the device.
     """
 
     window: int | Literal["all"] = 21
     sink: int = 0
-    sink_phase: str = "absolute"
+    positions: str = "absolute"
     storage: str = "model"
     offload: bool = False
+    span: int | None = None
+    leaving: str = "drop"
+    ema_alpha: float = 0.999
+    memory_alphas: tuple[float, float] = (0.01, 0.1)
+    accumulate: str = "float32"
+    switch: str = "hold"
+    global_sink: bool = True
+    cut_flush: bool = True
+    cut_offset: int = 42
+    shot_sink: bool = False
+    shot_clean: bool = False
+    context: str = "kept"
 
     def __post_init__(self):
-        check_choice("sink_phase", self.sink_phase, SINK_PHASES)
+        check_choice("positions", self.positions, POSITIONS)
         check_choice("storage", self.storage, CACHE_STORAGES)
-        check_flag("offload", self.offload)
+        check_choice("leaving", self.leaving, LEAVING)
+        check_choice("accumulate", self.accumulate, ACCUMULATION)
+        check_choice("switch", self.switch, SWITCHES)
+        check_choice("context", self.context, CONTEXTS)
+        for name in ("offload", "global_sink", "cut_flush", "shot_sink", "shot_clean"):
+            check_flag(name, getattr(self, name))
         if self.window != ALL_FRAMES:
             whole = isinstance(self.window, int) and not isinstance(self.window, bool)
             if not whole or self.window < 1:
@@ -100,6 +141,42 @@ class CacheConfig:
                 )
             check_whole("window", self.window, 1, MOST_FRAMES, "latent frame")
         check_whole("sink", self.sink, 0, MOST_FRAMES, "latent frame")
+        check_whole("cut_offset", self.cut_offset, 0, MOST_FRAMES, "latent frame")
+        check_real("ema_alpha", self.ema_alpha, 0, 1)
+        alphas = self.memory_alphas
+        if not isinstance(alphas, Sequence) or isinstance(alphas, str) or len(alphas) != 2:
+            raise ValueError(f"memory_alphas are two shares, of the slow and the fast memory, got {shown(alphas)}")
+        for alpha in alphas:
+            check_real("each of memory_alphas", alpha, 0, 1)
+        object.__setattr__(self, "memory_alphas", tuple(alphas))
+        if self.span is not None:
+            check_whole("span", self.span, 1, MOST_FRAMES, "latent frame")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise ValueError for rules that do not go together, whatever the chunk."""
+        if self.span is not None and (self.positions != "window" or self.limit is None or self.span < self.limit):
+            raise ValueError(
+                f'a span of {self.span} needs "window" positions and a window of at most {self.span} latent frames, '
+                f"got {self.positions} positions and a window of {self.window}"
+            )
+        if self.leaving == "drop":
+            return
+        if self.limit is None:
+            raise ValueError(f'leaving "{self.leaving}" needs a window that frames leave, got {ALL_FRAMES} frames')
+        if self.leaving == "ema" and not self.sink:
+            raise ValueError(
+                'leaving "ema" folds frames into the sink, and there is none: make the sink as long as a chunk'
+            )
+        if self.leaving == "memory" and self.positions != "window":
+            raise ValueError(
+                'leaving "memory" needs "window" positions: its two frames have no place of their own in the video'
+            )
+        if self.switch in ("flush", "cut"):
+            raise ValueError(
+                f'a "{self.switch}" at a prompt switch cannot go with leaving "{self.leaving}": it keeps single frames, '
+                'not what has been averaged into others; choose "hold", "joint" or "causal"'
+            )
 
     @property
     def limit(self) -> int | None:
@@ -111,13 +188,38 @@ class CacheConfig:
         """Whether every frame is kept."""
         return self.limit is None
 
+    @property
+    def held(self) -> int:
+        """Latent frames at the front of the window that never make room: the sink, and the two frames of a memory."""
+        return self.sink + 2 * (self.leaving == "memory")
+
+    def check_switch(self, switch: str) -> None:
+        """Raise ValueError unless prompts can be switched so under these rules."""
+        check_choice("the prompt switch", switch, SWITCHES)
+        replace(self, switch=switch)
+
     def check_chunk(self, chunk: int) -> None:
-        """Raise ValueError unless the window holds the sink and one chunk of `chunk` latent frames."""
-        if self.limit is not None and self.limit < self.sink + chunk:
+        """Raise ValueError unless the window holds the sink and one chunk of `chunk` latent frames, and its rules fit both."""
+        if self.limit is None:
+            return
+        if self.limit < self.held + chunk:
+            memory = " and the memory (2)" if self.leaving == "memory" else ""
             raise ValueError(
-                f"a window of {self.window} latent frames cannot hold the sink ({self.sink}) and a chunk ({chunk}): "
-                f"make the window at least {self.sink + chunk}, or the sink smaller"
+                f"a window of {self.window} latent frames cannot hold the sink ({self.sink}){memory} and a chunk ({chunk}): "
+                f"make the window at least {self.held + chunk}, or the sink smaller"
             )
+        if self.leaving == "ema":
+            if self.sink != chunk:
+                raise ValueError(
+                    f'leaving "ema" folds a chunk into a sink of the same size, but the sink is {self.sink} latent frames '
+                    f"and a chunk is {chunk}: make the sink {chunk}"
+                )
+            if self.limit % chunk:
+                lower = max(self.limit // chunk, 2) * chunk
+                raise ValueError(
+                    f'leaving "ema" folds whole chunks of {chunk} latent frames, which a window of {self.limit} does not '
+                    f"hold: the nearest windows are {lower} and {lower + chunk}"
+                )
 
 
 @dataclass(frozen=True)

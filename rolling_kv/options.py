@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from .config import ALL_FRAMES, CACHE_STORAGES, SINK_PHASES, CacheConfig, ExecutionConfig
+from .config import ALL_FRAMES, CACHE_STORAGES, POSITIONS, CacheConfig, ExecutionConfig
 from .devices import usable_device
 
 
@@ -42,7 +42,7 @@ def add_cache(parser: argparse.ArgumentParser, whose: str, note: str = "") -> No
         help=f"first latent frames that never leave the window (default: {whose}){note}",
     )
     parser.add_argument(
-        "--sink-phase", choices=SINK_PHASES, help=f"where the sink's keys stand in time (default: {whose}){note}"
+        "--positions", choices=POSITIONS, help=f"where the sink's keys stand in time (default: {whose}){note}"
     )
     parser.add_argument(
         "--cache-storage", choices=CACHE_STORAGES, default="model", help=f"how the cache keeps its bytes{note}"
@@ -52,7 +52,7 @@ def add_cache(parser: argparse.ArgumentParser, whose: str, note: str = "") -> No
 
 def cache_of(args: argparse.Namespace, default: CacheConfig) -> CacheConfig:
     """The cache settings that `add_cache` has read. default: for what was left out. Raises ValueError for bad ones."""
-    chosen = {"window": args.window, "sink": args.sink, "sink_phase": args.sink_phase}
+    chosen = {"window": args.window, "sink": args.sink, "positions": args.positions}
     chosen |= {"storage": args.cache_storage, "offload": args.offload_cache}
     return replace(default, **{name: value for name, value in chosen.items() if value is not None})
 

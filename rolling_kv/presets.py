@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from .config import CacheConfig, SamplingConfig
 from .messages import NAME_LENGTH, listed, shown
 
-_CACHE_FIELDS = ("window", "sink", "sink_phase")
+_CACHE_FIELDS = tuple(f.name for f in fields(CacheConfig) if f.name not in ("storage", "offload"))
 """What a family was trained with; storage and offload are the user's choice."""
 
 

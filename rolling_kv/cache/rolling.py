@@ -45,7 +45,7 @@ class RollingKVCache:
         self.window = FrameWindow(capacity, config.sink)
         self.codec = CODECS[config.storage](shape.dtype)
         self.store = (Offloaded if config.offload else Resident)(shape.layers, self._sizes(capacity), self.device)
-        self._sink_keys: dict[int, Parts] = {}  # per layer, as first written: only for a rebased sink
+        self._sink_keys: dict[int, Parts] = {}  # per layer, as first written: only with window positions
         self._sink_shifts = [0] * shape.layers  # latent frames by which each layer's sink keys have been moved
         self._sink_turn: torch.Tensor | None = None  # the open chunk's rotation of every layer's sink keys
 
@@ -61,7 +61,7 @@ class RollingKVCache:
     def bytes_kept(shape: CacheShape, config: CacheConfig, frames: int) -> CacheBytes:
         """Bytes of a cache that holds `frames` latent frames, known before anything is allocated."""
         total = shape.bytes_per_frame(config.storage) * frames
-        sink_keys = shape.bytes_per_frame(config.storage) * config.sink // 2 if config.sink_phase == "rebased" else 0
+        sink_keys = shape.bytes_per_frame(config.storage) * config.sink // 2 if config.positions == "window" else 0
         if config.offload:
             return CacheBytes(total // shape.layers * 2, total + sink_keys)
         return CacheBytes(total + sink_keys, 0)
@@ -120,11 +120,11 @@ class RollingKVCache:
     def layout(self) -> tuple | None:
         """Where a pass over the open chunk writes, and how far it reads: all that the CPU decides about it.
 
-        None where no later chunk will find the same: the window is not full yet, a rebased sink moves with every chunk,
+        None where no later chunk will find the same: the window is not full yet, a sink with window positions moves with every chunk,
         or offloaded layers come and go.
         """
         config = self.config
-        repeats = self.window.filled == config.limit and config.sink_phase == "absolute" and not config.offload
+        repeats = self.window.filled == config.limit and config.positions == "absolute" and not config.offload
         return (self._used, *self._writes) if repeats else None
 
     def commit(self) -> None:
@@ -148,7 +148,7 @@ class RollingKVCache:
         """The writing half of `update`; returns the layer's stored parts."""
         parts = self.store.open(layer, self._used)
         written = [(slot, count) for _, slot, count in self._writes]
-        if self.config.sink_phase == "rebased" and self._rebase_sink(layer, parts):
+        if self.config.positions == "window" and self._rebase_sink(layer, parts):
             written.append((0, self.config.sink * self.shape.tokens_per_frame))
         for kind, packed in enumerate((self.codec.pack(key), self.codec.pack(value))):
             for part, fresh in zip(parts, packed):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rolling_kv import devices
 from rolling_kv.bench.gauges import tensors_in
 from rolling_kv.checkpoints.model import CausalModel
-from rolling_kv.config import CACHE_STORAGES, SAMPLERS, SINK_PHASES, CacheConfig, ExecutionConfig, SamplingConfig
+from rolling_kv.config import CACHE_STORAGES, POSITIONS, SAMPLERS, CacheConfig, ExecutionConfig, SamplingConfig
 from rolling_kv.devices import to_device
 from rolling_kv.sampling.schedule import integrate_chunk, renoise_chunk, warp_steps
 from rolling_kv.sampling.session import RollingSession
@@ -54,16 +54,16 @@ def video(model, sampler, cache):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("sink_phase", SINK_PHASES)
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("storage", CACHE_STORAGES)
-def test_no_step_and_no_context_pass_waits(model, storage, sink_phase, sampler):
+def test_no_step_and_no_context_pass_waits(model, storage, positions, sampler):
     with Crossings() as crossings:
-        video(model, sampler, CacheConfig(5, 1, sink_phase, storage))
+        video(model, sampler, CacheConfig(5, 1, positions, storage))
     assert not crossings.waiting
     # The two prompts; for each chunk the positions, and two draws or one and the noise levels; for each context pass the
     # clean latents; once each timestep, that of the context passes included.
     moved = 2 + 5 * 3 + 4 + (3 if sampler == "renoise" else 5)
-    turns = 2 * 3 if sink_phase == "rebased" else 0  # branches, chunks after the first frame has left
+    turns = 2 * 3 if positions == "window" else 0  # branches, chunks after the first frame has left
     assert len(crossings.free) == moved + turns
 
 
@@ -82,7 +82,7 @@ class NoFloat64(TorchDispatchMode):
 def test_a_device_without_float64_is_asked_for_none(model, sampler, monkeypatch):
     monkeypatch.setattr(devices, "FLOAT64", ("cpu",))
     with NoFloat64():
-        video(model, sampler, CacheConfig(5, 1, "rebased"))
+        video(model, sampler, CacheConfig(5, 1, "window"))
     with pytest.raises(ValueError, match="exact passes rotate in float64, which meta does not have: turn exact off"):
         apply_rolling_kv_cache(model.transformer, ExecutionConfig(exact=True))
 

@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_refused_before_the_rest_is_loaded(folder, tmp_path
 
 
 def test_a_video_is_that_of_a_session_with_the_same_choices(folder, loras, tmp_path, sessions):
-    cache = CacheConfig(4, sink=1, sink_phase="rebased", storage="int8", offload=True)
+    cache = CacheConfig(4, sink=1, positions="window", storage="int8", offload=True)
     chosen = dict(cache=cache, execution=ExecutionConfig(backend="native"), seed=3)
     pipeline = Pipeline.load(folder, storage="float8", loras=[(loras[0], 0.7)])
     pipeline.generate(PROMPT, tmp_path / "video.mp4", **SIZE, **chosen)
@@ -126,11 +126,11 @@ def test_every_choice_is_an_option(folder, loras, tmp_path, sessions, monkeypatc
         classmethod(lambda cls, model, **options: loaded.append(options) or load(cls, model, **options)),
     )
     options = ["--lora", loras[0], 0.5, "--lora", loras[1], "--weight-storage", "float8", "--backend", "native"]
-    options += ["--window", 5, "--sink", 2, "--sink-phase", "rebased", "--cache-storage", "float8", "--offload-cache"]
+    options += ["--window", 5, "--sink", 2, "--positions", "window", "--cache-storage", "float8", "--offload-cache"]
     generate(folder, tmp_path / "video.mp4", *options)
     assert loaded[0]["loras"] == [(loras[0], 0.5), (loras[1], 1.0)] and loaded[0]["storage"] == "float8"
     chosen, _ = sessions[0]
-    assert chosen["cache"] == CacheConfig(5, 2, "rebased", "float8", True)
+    assert chosen["cache"] == CacheConfig(5, 2, "window", "float8", True)
     assert chosen["execution"] == ExecutionConfig(backend="native")
     assert read_video_info(tmp_path / "video.mp4").frames == 9
 

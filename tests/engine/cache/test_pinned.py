@@ -95,7 +95,7 @@ def test_everything_that_is_offloaded_lies_in_such_memory(monkeypatch):
 
     monkeypatch.setattr(offload, "HostMemory", Noted)
     shape = CacheShape(2, 1, 2, 1, 12, torch.float32)
-    cache = RollingKVCache(shape, CacheConfig(3, 1, sink_phase="rebased", storage="int8", offload=True), "cpu")
+    cache = RollingKVCache(shape, CacheConfig(3, 1, positions="window", storage="int8", offload=True), "cpu")
     for _ in range(2):
         cache.begin(2)
         for layer in range(2):

@@ -15,7 +15,7 @@ from rolling_kv.cache import offload
 from rolling_kv.cache.codecs import CODECS
 from rolling_kv.cache.rolling import RollingKVCache
 from rolling_kv.cache.sizes import CacheShape
-from rolling_kv.config import SINK_PHASES, CacheConfig
+from rolling_kv.config import POSITIONS, CacheConfig
 from rolling_kv.rope import rotary_angles, rotate, rotations
 
 TOKENS, HEADS, HEAD_DIM = 2, 2, 12
@@ -81,14 +81,14 @@ class LateCopies(offload.Copies):
 
 @settings(max_examples=60, deadline=None)
 @given(history=histories(), data=st.data())
-@pytest.mark.parametrize("sink_phase", SINK_PHASES)
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
-def test_copies_that_come_late_change_no_bit(layers, sink_phase, history, data):
+def test_copies_that_come_late_change_no_bit(layers, positions, history, data):
     """Steps leave out layers, as step caches do; the last pass of a chunk, which keeps it, has them all."""
     window, sink, chunks = history
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(offload, "Copies", LateCopies)
-        config = CacheConfig(window, sink, sink_phase, offload=True)
+        config = CacheConfig(window, sink, positions, offload=True)
         there = RollingKVCache(shape(layers), config, "cpu", 2)
     here = RollingKVCache(shape(layers), replace(config, offload=False), "cpu", 2)
     generator = torch.Generator().manual_seed(0)
@@ -233,10 +233,10 @@ def test_float8_saturates_rather_than_overflows():
 
 
 @pytest.mark.parametrize("storage, tolerance", [("model", 1e-5), ("float8", 0.5), ("int8", 0.05)])
-def test_a_rebased_sink_stands_just_before_the_window(storage, tolerance):
+def test_a_sink_with_window_positions_stands_just_before_the_window(storage, tolerance):
     """Scores of any query with the sink's keys equal those of keys made at that place, and stay so for long."""
     window, sink, size = 7, 2, 1
-    cache = RollingKVCache(shape(1), CacheConfig(window, sink, sink_phase="rebased", storage=storage), "cpu")
+    cache = RollingKVCache(shape(1), CacheConfig(window, sink, positions="window", storage=storage), "cpu")
     generator = torch.Generator().manual_seed(0)
     plain = [torch.randn(1, TOKENS, HEADS, HEAD_DIM, generator=generator) for _ in range(sink)]
     for frame in [*range(30), *range(3000, 3002)]:
@@ -254,8 +254,8 @@ def test_a_rebased_sink_stands_just_before_the_window(storage, tolerance):
         cache.commit()
 
 
-def test_a_rebased_sink_is_the_absolute_one_until_a_frame_leaves():
-    caches = [RollingKVCache(shape(), CacheConfig(6, 2, sink_phase=phase), "cpu") for phase in ("absolute", "rebased")]
+def test_window_positions_are_the_absolute_ones_until_a_frame_leaves():
+    caches = [RollingKVCache(shape(), CacheConfig(6, 2, positions=phase), "cpu") for phase in ("absolute", "window")]
     for a, b in zip(run(caches[0], [3, 3, 3]), run(caches[1], [3, 3, 3])):
         assert torch.equal(a[3], b[3]) == (a[0] < 6)
         assert torch.equal(a[4], b[4])
@@ -263,15 +263,15 @@ def test_a_rebased_sink_is_the_absolute_one_until_a_frame_leaves():
 
 
 def test_a_reset_forgets_the_sink():
-    cache = RollingKVCache(shape(), CacheConfig(5, 2, sink_phase="rebased"), "cpu")
-    fresh = RollingKVCache(shape(), CacheConfig(5, 2, sink_phase="rebased"), "cpu")
+    cache = RollingKVCache(shape(), CacheConfig(5, 2, positions="window"), "cpu")
+    fresh = RollingKVCache(shape(), CacheConfig(5, 2, positions="window"), "cpu")
     list(run(cache, [3, 3, 3], seed=1))
     cache.reset()
     for a, b in zip(run(cache, [3, 3, 3]), run(fresh, [3, 3, 3])):
         assert torch.equal(a[3], b[3])
 
 
-@pytest.mark.parametrize("field", ["storage", "sink_phase"])
+@pytest.mark.parametrize("field", ["storage", "positions"])
 def test_unknown_choices_are_refused(field):
     with pytest.raises(ValueError, match=f"{field} must be one of .*, got 'other'"):
         CacheConfig(**{field: "other"})

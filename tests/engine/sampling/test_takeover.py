@@ -33,7 +33,7 @@ CACHES = {
     "window": replace(WINDOW, window=6),
     "all frames": CacheConfig(ALL_FRAMES),
     "sink": replace(WINDOW, sink=2),
-    "sink_phase": replace(WINDOW, sink=1, sink_phase="rebased"),
+    "positions": replace(WINDOW, sink=1, positions="window"),
     "storage": replace(WINDOW, storage="int8"),
     "offload": replace(WINDOW, offload=True),
 }

@@ -56,8 +56,8 @@ def run(cache, chunks, every):
 
 @pytest.mark.parametrize(
     "cache",
-    [CacheConfig(WINDOW, sink=1), CacheConfig(WINDOW, sink=2, sink_phase="rebased", storage="int8", offload=True)],
-    ids=["plain", "rebased sink, int8, offloaded"],
+    [CacheConfig(WINDOW, sink=1), CacheConfig(WINDOW, sink=2, positions="window", storage="int8", offload=True)],
+    ids=["plain", "window positions, int8, offloaded"],
 )
 def test_memory_does_not_grow_over_3000_latent_frames(cache):
     first, *later = run(cache, CHUNKS, every=100)

@@ -118,8 +118,8 @@ def test_another_prompt_has_graphs_of_its_own_and_the_old_ones_go(model, recorde
 
 @pytest.mark.parametrize(
     "cache",
-    [CacheConfig(ALL_FRAMES), CacheConfig(WINDOW, SINK, offload=True), CacheConfig(WINDOW, SINK, sink_phase="rebased")],
-    ids=["unlimited", "offloaded", "rebased"],
+    [CacheConfig(ALL_FRAMES), CacheConfig(WINDOW, SINK, offload=True), CacheConfig(WINDOW, SINK, positions="window")],
+    ids=["unlimited", "offloaded", "window"],
 )
 def test_passes_that_no_other_repeats_are_not_recorded(model, recorders, cache):
     plain, _ = video(model, chunks=5, cache=cache)
