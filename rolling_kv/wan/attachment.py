@@ -9,7 +9,7 @@ The state dict and the module tree stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ from ..cache.prompt import Branch
 from ..config import ExecutionConfig
 from .context import Pass, PassContext
 from .execution import compiled_code, weights_of
+from .framewise import framewise_forward
 from .fused import fused_forwards, is_plain, last_block_forward
 from .graphs import CudaRecorder, PassGraphs, PassKey
 from .inputs import PassInputs, condition_forward
@@ -39,7 +40,7 @@ class RollingAttachment:
     def forward(
         self,
         latents: torch.Tensor,
-        timestep: float,
+        timestep: float | Sequence[float],
         branch: Branch,
         *,
         time_rows: int | None = None,
@@ -48,12 +49,13 @@ class RollingAttachment:
         """Run the open chunk of `branch` through the model, writing its keys and values into the cache.
 
         latents: [B, C, f, h, w] in model space, where the cache has an open chunk of f frames.
-        timestep: 0 to 1000, one for the whole chunk.
-        time_rows: rows in which the timestep is embedded, by default f as in the original (a different number gives the
-            same values up to the rounding of the matrix product).
+        timestep: 0 to 1000, one for the whole chunk or one for each frame.
+        time_rows: rows in which a single timestep is embedded, by default f as in the original (a different number gives
+            the same values up to the rounding of the matrix product).
         keys_only: write the cache and return None.
 
-        Returns the predicted flow, [B, C, f, h, w]. Raises ValueError unless frames and batch are those of the cache.
+        Returns the predicted flow, [B, C, f, h, w]. Raises ValueError unless frames and batch are those of the cache, and
+        timesteps are one or as many as frames.
         """
         batch, _, frames = latents.shape[:3]
         cache, context = branch.cache, self.context
@@ -62,19 +64,22 @@ class RollingAttachment:
                 f"the cache has an open chunk of {cache.window.open} frames at batch {cache.shape.batch}, "
                 f"the latents are {frames} frames at batch {batch}"
             )
+        framewise = isinstance(timestep, Sequence)
+        if framewise and len(timestep) != frames:
+            raise ValueError(f"a chunk of {frames} frames takes 1 timestep or {frames}, got {len(timestep)}")
         context.current = Pass(branch, time_rows or frames, keys_only)
         try:
-            timesteps = torch.full((batch,), float(timestep), device=latents.device)
+            timesteps = self.inputs.timesteps(timestep, batch, latents.device)
             rotation = self.inputs.rotation(cache.window.end, latents)
             inputs = latents, timesteps, rotation, self.inputs.sinusoid(timestep, latents.device)
             if self.graphs is None or (layout := cache.layout) is None:
                 return self._run(*inputs)
-            key = PassKey(cache, branch.prompt, layout, latents.shape, context.current.time_rows, keys_only)
+            key = PassKey(cache, branch.prompt, layout, latents.shape, context.current.time_rows, framewise, keys_only)
             return self.graphs.run(key, self._run, *inputs)
         finally:
             context.current = None
 
-    def predict(self, latents: torch.Tensor, timestep: float, branch: Branch) -> torch.Tensor:
+    def predict(self, latents: torch.Tensor, timestep: float | Sequence[float], branch: Branch) -> torch.Tensor:
         """The predicted flow of the open chunk of `branch`, [B, C, f, h, w]: `forward` in full."""
         flow = self.forward(latents, timestep, branch)
         assert flow is not None
@@ -107,7 +112,7 @@ class RollingAttachment:
 
     def _attach(self) -> None:
         blocks, context = self.transformer.blocks, self.context
-        last, last_is_plain = blocks[-1], is_plain(blocks[-1])
+        last, plain = blocks[-1], [is_plain(block) for block in blocks]
         for layer, block in enumerate(blocks):
             self._set_processor(block.attn1, RollingSelfAttention(context, layer))
             self._set_processor(block.attn2, PromptCrossAttention(context, layer))
@@ -117,7 +122,9 @@ class RollingAttachment:
         if not self.execution.exact and not self.execution.compile:
             for module, forward in fused_forwards(blocks):
                 self._set_forward(module, forward)
-        if last_is_plain:  # somebody else's forward, which may bring its weights in, is never cut short
+        for block, is_stock in zip(blocks, plain):
+            self._set_forward(block, framewise_forward(block, block.forward, is_stock))
+        if plain[-1]:  # somebody else's forward, which may bring its weights in, is never cut short
             self._set_forward(last, last_block_forward(last, last.forward, context))
         if self.execution.compile:
             for block in blocks:

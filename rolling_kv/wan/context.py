@@ -16,7 +16,7 @@ class Pass:
     """One forward pass.
 
     branch: the rolling cache that is written and read, and the prompt.
-    time_rows: rows in which the timestep is embedded.
+    time_rows: rows in which a single timestep is embedded.
     keys_only: whether the pass ends once the keys and values of the last block are written.
     """
 
@@ -33,7 +33,7 @@ class PassContext:
     detach: takes the attachment off.
     current: the pass under way, None between passes.
     rotation: of the positions of its chunk, as `rope.rotate` takes it.
-    sinusoid: of its timestep, [channels].
+    sinusoid: of its timestep, [channels], or of one timestep a frame, [f, channels].
     """
 
     execution: ExecutionConfig

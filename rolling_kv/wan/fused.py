@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from .context import PassContext
 from .execution import eager
+from .framewise import modulated
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def last_block_forward(block, block_forward, context: PassContext):
 
     @partial(torch.compiler.disable, recursive=False)
     def forward(hidden_states, encoder_hidden_states, temb, rotary_emb):
-        """hidden_states: [B, S, dim]; temb: modulation [B, 6, dim]. Returns [B, S, dim]."""
+        """hidden_states: [B, S, dim]; temb: modulation [B, 6, dim] or [B, f, 6, dim]. Returns [B, S, dim]."""
         if not context.running.keys_only:
             return block_forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
         write_keys(hidden_states, temb, rotary_emb)
@@ -99,8 +100,10 @@ def last_block_forward(block, block_forward, context: PassContext):
 
     @eager
     def write_keys(hidden_states, temb, rotary_emb) -> None:
-        shift, scale = (block.scale_shift_table + temb.float())[:, :2].chunk(2, dim=1)
-        if context.execution.exact:
+        shift, scale = (block.scale_shift_table + temb.float())[..., :2, :].chunk(2, dim=-2)
+        if temb.ndim == 4:
+            normed = modulated(block.norm1(hidden_states.float()), scale, shift)
+        elif context.execution.exact:
             normed = block.norm1(hidden_states.float()) * (1 + scale) + shift
         else:
             normed = modulated_norm(hidden_states.float(), block.norm1, scale, shift)

@@ -28,6 +28,7 @@ class PassKey(NamedTuple):
     layout: tuple
     shape: torch.Size
     time_rows: int
+    framewise: bool
     keys_only: bool
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..config import ExecutionConfig
@@ -35,15 +37,24 @@ class PassInputs:
             self._rotations[key] = to_device(rotation, latents.device)
         return self._rotations[key]
 
-    def sinusoid(self, timestep: float, device: torch.device) -> torch.Tensor:
-        """The sinusoid of a timestep, [channels]. Every chunk has the same timesteps."""
-        key = float(timestep), device
+    def sinusoid(self, timestep: float | Sequence[float], device: torch.device) -> torch.Tensor:
+        """The sinusoid of a timestep, [channels], or of one a frame, [f, channels]. Every chunk has the same timesteps."""
+        times = tuple(map(float, timestep)) if isinstance(timestep, Sequence) else float(timestep)
+        key = times, device
         if key not in self._sinusoids:
             embedder = self.transformer.condition_embedder
-            sinusoid = time_sinusoid(torch.tensor(key[:1], dtype=torch.float64), embedder.timesteps_proj.num_channels)
+            wide = torch.tensor(times, dtype=torch.float64)
+            sinusoid = time_sinusoid(wide.reshape(-1), embedder.timesteps_proj.num_channels)
             dtype = next(embedder.time_embedder.parameters()).dtype
-            self._sinusoids[key] = to_device(sinusoid[0].to(dtype), device)
+            self._sinusoids[key] = to_device(sinusoid.view(*wide.shape, -1).to(dtype), device)
         return self._sinusoids[key]
+
+    @staticmethod
+    def timesteps(timestep: float | Sequence[float], batch: int, device: torch.device) -> torch.Tensor:
+        """What the transformer is called with, [B] or [B, f], made on the device."""
+        if not isinstance(timestep, Sequence):
+            return torch.full((batch,), float(timestep), device=device)
+        return torch.stack([torch.full((batch,), float(time), device=device) for time in timestep], dim=1)
 
     def clear(self) -> None:
         """Let go of everything that is kept."""
@@ -66,12 +77,19 @@ def condition_forward(embedder, context: PassContext):
         prompt = context.running.branch.prompt
         if prompt.projected is None:
             prompt.projected = embedder.text_embedder(encoder_hidden_states)
-        # One matrix row per frame, as the original computes it: the row count changes the rounding of the product.
-        rows = context.running.time_rows
         assert context.sinusoid is not None
-        sinusoid = context.sinusoid.repeat(len(timestep) * rows, 1)
+        framewise = context.sinusoid.ndim == 2
+        # One matrix row per frame, as the original computes it: the row count changes the rounding of the product.
+        rows = len(context.sinusoid) if framewise else context.running.time_rows
+        sinusoid = context.sinusoid.repeat(len(timestep) // rows if framewise else len(timestep) * rows, 1)
         time = embedder.time_embedder(sinusoid).type_as(encoder_hidden_states)
         modulation = embedder.time_proj(embedder.act_fn(time))
-        return time[::rows], modulation[::rows], prompt.projected, None
+        if not framewise:
+            return time[::rows], modulation[::rows], prompt.projected, None
+        assert context.rotation is not None
+        tokens = context.rotation.shape[1] // rows
+        # The output norm wants a row for each token; the blocks, see `framewise`, one for each frame.
+        time = time.unflatten(0, (-1, rows)).repeat_interleave(tokens, dim=1)
+        return time, modulation.unflatten(0, (-1, rows)), prompt.projected, None
 
     return forward
