@@ -1,39 +1,62 @@
-"""Agreement with the original Self-Forcing code on recorded inputs and outputs (tests/data/self_forcing/README.md).
+"""Agreement with the original code of every family on recorded inputs and outputs (tests/data/<family>/README.md).
 
-`ROLLING_KV_CASES=DIR` runs the same tests on another folder of cases.
+`ROLLING_KV_CASES=DIR` runs the same tests on other recordings: those in DIR and in the folders in it, of any families.
 """
 
 from copy import deepcopy
 from dataclasses import replace
+from shutil import copy
 
 import pytest
 import torch
-from cases import FOLDER, load_cases
+from cases import DATA, FOLDER, load_cases
 from reference import NaiveRun, guided_chunk
 
 from rolling_kv.config import ALL_FRAMES, CacheConfig, ExecutionConfig
 from rolling_kv.sampling.schedule import seeded_noise
 from rolling_kv.sampling.session import RollingSession
 
-FEW_STEP = load_cases("renoise")
-MULTI_STEP = load_cases("unipc")
-FLOAT32 = [case for case in FEW_STEP if case.config["dtype"] == "float32"]
-BFLOAT16 = [case for case in FEW_STEP if case.config["dtype"] == "bfloat16"]
+CASES = load_cases()
+FLOAT32, BFLOAT16 = (
+    [case for case in CASES if case.dtype == dtype and not case.quirk] for dtype in ("float32", "bfloat16")
+)
+SELF_FORCING = [case for case in FLOAT32 if case.family == "self-forcing" and case.config["batch"] == 1]
+MULTI_STEP = [case for case in SELF_FORCING if case.sampler == "unipc"]
+
+QUIRKS = {
+    "infinity-rope/quirk_cut_at_3": 0.61,
+    "infinity-rope/quirk_flush_at_3": 0.38,
+    "infinity-rope/quirk_flush_window_9": 0.56,
+    "infinity-rope/quirk_sink_0": 0.13,
+    "infinity-rope/quirk_window_7": 0.44,
+    "longlive/quirk_sink_6": 0.62,
+    "longlive2/quirk_lost_pin": 0.67,
+    "memrope/quirk_adaptive": 0.060,
+    "memrope/quirk_sink_5": 0.419,
+    "reward-forcing/quirk_sink_1": "make the sink 3",
+    "reward-forcing/quirk_window_8": "the nearest windows are 6 and 9",
+}
+"""How far the sane behaviour, ours, is from a fault of the original by its README, or why we refuse the settings."""
 
 
 def by_name(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+    coming = pytest.mark.xfail(reason="not every family's rules are in the engine yet")
+    marked = [pytest.param(case, marks=[coming] * (case.family != "self-forcing")) for case in cases]
+    return pytest.mark.parametrize("case", marked, ids=lambda case: case.name)
 
 
 def difference(a, b):
     return (a.double() - b.double()).abs().max().item()
 
 
+either_way = pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
+
+
 def test_there_are_cases():
-    assert FEW_STEP or MULTI_STEP, f"no cases in {FOLDER}"
+    assert CASES, f"no cases in {FOLDER}"
 
 
-@by_name([case for case in FLOAT32 if case.config["batch"] == 1 and case.frames_stay])
+@by_name([case for case in SELF_FORCING if case.sampler == "renoise" and case.frames_stay])
 def test_bit_equal_while_all_frames_stay(case):
     """Always bit-equal to the naive reference on this machine, and to the recording wherever the reference is.
 
@@ -46,13 +69,16 @@ def test_bit_equal_while_all_frames_stay(case):
 
 
 @by_name(FLOAT32)
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
+@either_way
 def test_float32(case, exact):
-    assert difference(case.run(exact=exact), case.tensors["output"]) <= 1e-5
+    made = case.make(exact=exact)
+    assert difference(made.output, case.tensors["output"]) <= 1e-5
+    apart = {name: largest for name, largest in case.slot_differences(made).items() if not largest <= 1e-4}
+    assert not apart, "slots of the cache"
 
 
 @by_name(BFLOAT16)
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
+@either_way
 def test_bfloat16_is_no_worse_than_the_original(case, exact):
     reference = case.run(dtype=torch.float32, exact=True)
     ours = case.run(dtype=torch.bfloat16, exact=exact)
@@ -60,22 +86,43 @@ def test_bfloat16_is_no_worse_than_the_original(case, exact):
     def error(x):
         return (x.double() - reference.double()).abs().mean().item()
 
-    assert error(ours) <= error(case.tensors["output"])
+    assert error(ours) <= case.bfloat16_allowance * error(case.tensors["output"])
 
 
-@by_name(MULTI_STEP)
-def test_multistep_with_guidance(case):
-    assert difference(case.run(exact=True), case.tensors["output"]) <= 1e-5
+@by_name([case for case in CASES if case.quirk and case.path.is_relative_to(DATA)])
+def test_faults_of_the_originals_are_not_ours(case):
+    sane = QUIRKS[case.name]
+    if isinstance(sane, str):
+        with pytest.raises(ValueError, match=sane):
+            case.run(exact=False)
+    else:
+        digits = 0.6 * 10.0 ** -len(str(sane).partition(".")[2])
+        assert difference(case.run(exact=False), case.tensors["output"]) == pytest.approx(sane, abs=digits)
 
 
+def test_other_recordings_run_with_the_same_command(tmp_path):
+    """Files of several families may lie in one folder, in folders of folders, or both."""
+    cases = {case.family: case for case in load_cases(folder=DATA)}
+    for number, case in enumerate(cases.values()):
+        folder = tmp_path / ("", "deep/er")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (case.path.name, case.config["weights"]):
+            copy(case.path.parent / name, folder / f"{case.family}.safetensors" if name == case.path.name else folder)
+    found = load_cases(folder=tmp_path)
+    assert {case.family: type(case) for case in found} == {name: type(case) for name, case in cases.items()}
+    assert all(torch.equal(case.tensors["output"], cases[case.family].tensors["output"]) for case in found)
+    assert [case.family for case in load_cases("krea", folder=tmp_path)] == ["krea"]
+
+
+@by_name(MULTI_STEP[:1])
 @pytest.mark.parametrize("given", [0, 3, 4], ids=lambda frames: f"{frames} given frames")
 @pytest.mark.parametrize("window, sink", [(ALL_FRAMES, 0), (6, 0), (8, 1)], ids=["all", "window", "window and sink"])
-def test_multistep_with_a_window_and_given_frames(window, sink, given):
+def test_multistep_with_a_window_and_given_frames(case, window, sink, given):
     """No recording has these together: against the naive reference, bit for bit until a frame leaves."""
-    model = MULTI_STEP[0].model(torch.float32)
+    model = case.model(torch.float32)
     sampling = replace(model.preset.sampling, num_inference_steps=6)
     model.preset = replace(model.preset, sampling=sampling, cache=CacheConfig(window, sink))
-    prompt, negative = (MULTI_STEP[0].tensors[f"{name}prompt_embeds"] for name in ("", "negative_"))
+    prompt, negative = (case.tensors[f"{name}prompt_embeds"] for name in ("", "negative_"))
     shape = (1, 16, sampling.chunk, 4, 6)
     clip = seeded_noise(2, 0, (1, 16, given, *shape[3:]), 0)
     cond, uncond = (NaiveRun(deepcopy(model), embeds) for embeds in (prompt, negative))

@@ -1,0 +1,206 @@
+"""What a recorded case is, whatever its family: its tensors, the model, one run of the engine, and what is compared."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+from safetensors import safe_open
+
+from rolling_kv.checkpoints.model import CausalModel
+from rolling_kv.checkpoints.transformer import build_transformer
+from rolling_kv.config import ALL_FRAMES, CacheConfig, ExecutionConfig, SamplingConfig
+from rolling_kv.presets import ModelPreset
+from rolling_kv.sampling.session import RollingSession
+
+from .slots import Slots, read_slots, turned
+
+
+class Prompt(NamedTuple):
+    """What a chunk is asked for: embeddings [B, L, D], and the switch that it begins with; None: the family's own way."""
+
+    embeds: torch.Tensor
+    switch: str | None = None
+
+
+class Made(NamedTuple):
+    """What the engine made of a case: the clean latents, [B, F, C, H, W], and each layer's slots at the end."""
+
+    output: torch.Tensor
+    slots: list[Slots]
+
+
+def read_config(path: Path) -> dict:
+    """The settings of the recording in a file. The first recordings, of Self-Forcing, do not name their family."""
+    with safe_open(path, framework="pt") as file:
+        return {"family": "self-forcing"} | json.loads(file.metadata()["config"])
+
+
+@dataclass(frozen=True)
+class Case:
+    """One file: the tensors are in the original's order of axes, [B, F, C, H, W].
+
+    A family says in its subclass what its settings mean to the engine, and which slots of the cache it recorded.
+    """
+
+    path: Path
+    config: dict
+    bfloat16_allowance: ClassVar[float] = 1.0
+    """How much larger than the recording's own the mean error in bfloat16 may be."""
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return read_tensors(self.path)
+
+    @property
+    def family(self) -> str:
+        return self.config["family"]
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}/{self.path.stem}"
+
+    @property
+    def dtype(self) -> str:
+        return self.config["dtype"]
+
+    @property
+    def quirk(self) -> bool:
+        """Whether the case shows a fault of the original, which the engine does not share."""
+        return self.config.get("quirk", False)
+
+    @property
+    def chunk(self) -> int:
+        return self.config["num_frame_per_block"]
+
+    @property
+    def given(self) -> int:
+        """Latent frames that the video goes on from."""
+        return self.config.get("num_initial", 0)
+
+    @property
+    def total(self) -> int:
+        """Latent frames of the output."""
+        return self.tensors["output"].shape[1]
+
+    def sampling(self) -> SamplingConfig:
+        config = self.config
+        return SamplingConfig(
+            chunk=self.chunk,
+            independent_first_frame=config["independent_first_frame"],
+            denoising_steps=tuple(config["denoising_step_list"]),
+            shift=config["timestep_shift"],
+            context_noise=config["context_noise"],
+        )
+
+    def cache(self) -> CacheConfig:
+        return CacheConfig(self.window, self.config["sink_size"], positions=self.config.get("rope", "absolute"))
+
+    @property
+    def window(self):
+        return ALL_FRAMES if self.config["local_attn_size"] == -1 else self.config["local_attn_size"]
+
+    def starts(self) -> list[int]:
+        """The first latent frame of every chunk that is generated."""
+        starts, sampling = [], self.sampling()
+        frame = self.given
+        while frame < self.total:
+            starts.append(frame)
+            frame += sampling.chunk_size(frame)
+        return starts
+
+    def prompts(self) -> dict[int, Prompt]:
+        """The prompt from each latent frame on where it changes."""
+        return {0: Prompt(self.tensors["prompt_embeds.0"])}
+
+    def noise(self, start: int, draw: int, shape: tuple) -> torch.Tensor:
+        """A `NoiseSource`: the recorded draws."""
+        if draw == 0:
+            begin = start - self.given
+            recorded = self.tensors["noise"][:, begin : begin + shape[2]]
+        else:
+            recorded = self.tensors[f"renoise.{self.starts().index(start)}.{draw - 1}"]
+        return recorded.transpose(1, 2)
+
+    def give(self, session: RollingSession) -> None:
+        """Hand over the frames that the video goes on from."""
+        if self.given:
+            session.prefill(self.tensors["initial_latent"].transpose(1, 2))
+
+    def model(self, dtype: torch.dtype) -> CausalModel:
+        heads = self.config["num_heads"]
+        transformer = build_transformer(
+            read_tensors(self.path.parent / self.config["weights"]),
+            dict(num_attention_heads=heads, attention_head_dim=self.config["dim"] // heads),
+            dtype=dtype,
+        )
+        return CausalModel(transformer, ModelPreset("case", self.sampling(), self.cache()))
+
+    def make(self, *, dtype: torch.dtype = torch.float32, exact: bool) -> Made:
+        """Everything the engine makes of the case, and where its cache stands then."""
+        model, prompts = self.model(dtype), self.prompts()
+        height, width = model.geometry.pixel_size(self.config["height"], self.config["width"])
+        session = RollingSession(
+            model,
+            prompts[0].embeds,
+            negative=self.negative(),
+            height=height,
+            width=width,
+            batch=self.config["batch"],
+            execution=ExecutionConfig(exact=exact),
+        )
+        with session:
+            self.give(session)
+            while session.state.frames < self.total:
+                start = session.state.frames
+                if start and start in prompts:
+                    session.set_prompt(*prompts[start])
+                for _ in session.generate(1, noise_source=self.noise):
+                    pass
+            return Made(session.state.latents().transpose(1, 2), read_slots(session))
+
+    def slots(self) -> dict[str, range]:
+        """Which slots of every layer were recorded, by the name of the recording."""
+        return {}
+
+    def recorded_positions(self, ours: list[int]) -> list[int | None]:
+        """Where in time the recorded keys of slots stand whose keys our cache keeps at `ours`; None: before RoPE."""
+        return ours if self.config.get("rope") == "absolute" else [None] * len(ours)
+
+    def slot_differences(self, made: Made) -> dict[str, float]:
+        """The largest difference from what was recorded of the slots, by the name of the recording.
+
+        Keys are compared before RoPE. Those that were recorded after it are turned back by the position at which our
+        cache has them, so that another position shows.
+        """
+        differences = {}
+        for name, which in self.slots().items():
+            for layer, held in enumerate(made.slots):
+                if f"{name}_k.{layer}" not in self.tensors:
+                    continue
+                ours = held.values[:, which], held.keys[:, which]
+                recorded = [self.tensors[f"{name}_{kind}.{layer}"].view_as(ours[0]) for kind in "vk"]
+                at = self.recorded_positions([held.positions[slot] for slot in which])
+                roped = [i for i, position in enumerate(at) if position is not None]
+                if roped:
+                    recorded[1] = recorded[1].clone()
+                    recorded[1][:, roped] = turned(recorded[1][:, roped], [at[i] for i in roped], held.grid, back=True)
+                differences |= {
+                    f"{name}_{kind}.{layer}": (a.double() - b.double()).abs().max().item()
+                    for kind, a, b in zip("vk", ours, recorded)
+                }
+        return differences
+
+    def negative(self) -> torch.Tensor | None:
+        return self.tensors.get("negative_prompt_embeds")
+
+    def run(self, *, dtype: torch.dtype = torch.float32, exact: bool) -> torch.Tensor:
+        """The clean latents that the engine makes of the case, [B, F, C, H, W]."""
+        return self.make(dtype=dtype, exact=exact).output
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}
