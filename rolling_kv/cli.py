@@ -120,8 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="tell what a checkpoint is")
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("file", type=Path, metavar="FILE", help="a .safetensors or .pt file, or a diffusers folder")
-    inspect.add_argument("--width", type=int, default=832, help="pixels (default: %(default)s)")
-    inspect.add_argument("--height", type=int, default=480, help="pixels (default: %(default)s)")
+    for side in ("width", "height"):
+        inspect.add_argument(f"--{side}", type=int, help="pixels (default: what such models were trained at)")
 
     tiny = commands.add_parser("make-tiny", help="write a complete model of a few MB, with random weights")
     tiny.set_defaults(run=_make_tiny)
@@ -198,7 +198,9 @@ def _inspect(args: argparse.Namespace) -> None:
     print(f"size       {_size(info.file_bytes)}, {info.parameters / 1e6:,.1f} million parameters")
     print(f"dtype      {', '.join(info.dtypes)}")
     print(f"model      {config['layers']} layers, dim {config['dim']}, {config['heads']} heads, ffn {config['ffn']}")
-    print(f"preset     {info.preset or 'none detected: self-forcing is assumed, choose another with --preset'}")
+    print(
+        f"preset     {info.preset or f'none detected: {info.settings.name} is assumed, choose another with --preset'}"
+    )
     if info.note:
         print(f"note       {info.note}")
     per_frame = info.kv_bytes_per_frame

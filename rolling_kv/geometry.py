@@ -18,18 +18,22 @@ TEXT_LENGTH = 512
 class Geometry:
     """The sizes that a VAE and its transformer impose on a video.
 
+    name: of the models that have it, for people.
     channels: of the latents.
     spatial: pixels per latent cell along height and width.
     temporal: pixel frames per latent frame; the very first latent frame is a single pixel frame.
     patch: latent cells per token, along time, height and width.
     fps: frames per second that the models were trained at.
+    size: height and width in pixels that they were trained at.
     """
 
+    name: str = "Wan 2.1"
     channels: int = 16
     spatial: int = 8
     temporal: int = 4
     patch: tuple[int, int, int] = (1, 2, 2)
     fps: int = 16
+    size: tuple[int, int] = (480, 832)
 
     @classmethod
     def of(cls, transformer) -> Geometry:
@@ -104,7 +108,10 @@ class Geometry:
 WAN_21 = Geometry()
 """Of the Wan 2.1 VAE and the 1.3B and 14B transformers: 8x8 pixels and 4 frames per latent cell, 16 channels, 16 fps."""
 
-GEOMETRIES = {geometry.channels: geometry for geometry in (WAN_21,)}
+WAN_22 = Geometry("Wan 2.2 5B", channels=48, spatial=16, fps=24, size=(704, 1280))
+"""Of the Wan 2.2 VAE and the 5B transformer (TI2V-5B) alone: Wan 2.2's 14B models have Wan 2.1's."""
+
+GEOMETRIES = {geometry.channels: geometry for geometry in (WAN_21, WAN_22)}
 """Every geometry that is known, by the number of latent channels: the one number that latents themselves tell."""
 
 

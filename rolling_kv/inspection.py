@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from .cache.sizes import CacheShape
-from .checkpoints.detect import assumption, detect_preset
+from .checkpoints.detect import assumed_preset, assumption, detect_preset
 from .checkpoints.dtypes import dtype_name, stored_dtypes
 from .checkpoints.gguf import gguf_types
 from .checkpoints.readers import open_checkpoint, telling
 from .checkpoints.transformer import empty_transformer, prepare, settings_of, transformer_path
 from .geometry import Geometry
-from .presets import DEFAULT_PRESET, ModelPreset
+from .presets import ModelPreset
 from .sampling.memory import Estimate, estimate
 
 
@@ -50,17 +50,21 @@ class CheckpointInfo:
     run: Estimate
 
 
-def inspect_checkpoint(path: str | Path, height: int = 480, width: int = 832) -> CheckpointInfo:
-    """Tell what a checkpoint is, from names and shapes alone. Raises CheckpointError as `load_model` does."""
+def inspect_checkpoint(path: str | Path, height: int | None = None, width: int | None = None) -> CheckpointInfo:
+    """Tell what a checkpoint is, from names and shapes alone. Raises CheckpointError as `load_model` does.
+
+    height, width: pixels, by default those that its kind of model was trained at.
+    """
     path = Path(path)
     with telling(path):
         checkpoint = open_checkpoint(transformer_path(path), values=False)
         weights, _, config, naming = prepare(checkpoint.tensors, settings_of(checkpoint))
         transformer = empty_transformer(weights, config)
         preset, note = detect_preset(path, checkpoint), assumption(path, checkpoint)
-    settings = preset or DEFAULT_PRESET
-    packings = gguf_types(checkpoint.tensors)
-    shape = CacheShape.of(transformer, 1, *Geometry.of(transformer).latent_size(height, width), torch.bfloat16)
+    settings = preset or assumed_preset(checkpoint)
+    packings, geometry = gguf_types(checkpoint.tensors), Geometry.of(transformer)
+    height, width = height or geometry.size[0], width or geometry.size[1]
+    shape = CacheShape.of(transformer, 1, *geometry.latent_size(height, width), torch.bfloat16)
     return CheckpointInfo(
         path=path,
         layout=", ".join(filter(None, (naming, checkpoint.wrapper and f"wrapper {checkpoint.wrapper}"))),
@@ -78,7 +82,7 @@ def inspect_checkpoint(path: str | Path, height: int = 480, width: int = 832) ->
         height=height,
         width=width,
         kv_bytes_per_frame=shape.bytes_per_frame(),
-        geometry=Geometry.of(transformer),
+        geometry=geometry,
         settings=settings,
         run=estimate(
             transformer,

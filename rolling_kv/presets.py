@@ -93,6 +93,8 @@ _CAUSAL_FORCING = f"{_HUB}/zhuhz22/Causal-Forcing"
 _CAUSAL_FORCING_PLUS = ModelFile(
     "framewise-2step.pt, framewise-1step.pt", f"{_CAUSAL_FORCING}/tree/main/causal-forcing%2B%2B"
 )
+_LONGLIVE_2 = f"{_HUB}/Efficient-Large-Model/LongLive-2.0-5B"
+_SHOTS = CacheConfig(32, sink=8, cut_flush=False, cut_offset=8, shot_sink=True)
 
 PRESETS: dict[str, ModelPreset] = {
     preset.name: preset
@@ -213,12 +215,41 @@ PRESETS: dict[str, ModelPreset] = {
                 ),
             ),
         ),
+        ModelPreset(
+            "longlive2",
+            SamplingConfig(chunk=8, sampler="unipc", num_inference_steps=4),
+            _SHOTS,
+            title="LongLive 2, 5B",
+            names=(r"long.?live.?2(?!\d)",),
+            files=(
+                ModelFile(
+                    "model_bf16.pt",
+                    f"{_LONGLIVE_2}/resolve/main/model_bf16.pt",
+                    "in a folder called `LongLive-2.0-5B`; its LoRA is merged already",
+                ),
+            ),
+        ),
+        ModelPreset(
+            "longlive2-2-step",
+            SamplingConfig(chunk=8, sampler="unipc", num_inference_steps=2),
+            _SHOTS,
+            title="LongLive 2, 5B",
+            names=(r"long.?live.?2(?!\d).*([^a-z\d]s2(?![a-z\d])|2.?step)",),
+            files=(
+                ModelFile(
+                    "model_te.pt",
+                    f"{_LONGLIVE_2}-NVFP4-S2/resolve/main/model_te.pt",
+                    "in a folder called `LongLive-2.0-5B-NVFP4-S2`; bfloat16 weights that were trained for NVFP4",
+                ),
+            ),
+        ),
     )
 }
 """Presets by name, from the published settings of each family. A family stands below those whose names it contains."""
 
 DEFAULT_PRESET = PRESETS["self-forcing"]
-"""What is assumed of a checkpoint that does not tell."""
+DEFAULT_PRESETS = {16: DEFAULT_PRESET, 48: PRESETS["longlive2"]}
+"""What is assumed of a checkpoint that does not tell, by its latent channels."""
 
 _REPACKAGED = f"{_HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
 TEXT_ENCODER_FILES = tuple(

@@ -1,20 +1,22 @@
-"""The Wan 2.1 video VAE: loading every layout users have, and decoding and encoding a stream chunk by chunk.
+"""Wan's video VAEs: loading every layout users have, and decoding and encoding a stream chunk by chunk.
 
-Two kinds of latents, both [B, 16, F, h, w] with h and w an eighth of the picture: *raw* latents are what the VAE reads
-and writes (and ComfyUI's LATENT carries); *model* latents are normalised per channel, as the transformer sees them.
+There are two: that of Wan 2.1 (16 latent channels, 8x8 pixels a cell) and that of Wan 2.2's 5B model (48, 16x16). Two
+kinds of latents, both [B, C, F, h, w]: *raw* latents are what the VAE reads and writes (and ComfyUI's LATENT carries);
+*model* latents are normalised per channel, as the transformer sees them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
 from torch import Tensor, nn
 
 from .checkpoints.dtypes import check_floating, choose_dtype
@@ -24,7 +26,7 @@ from .checkpoints.gguf import unpack
 from .checkpoints.names import VAE, check_fit, kind_of, strip_prefixes
 from .checkpoints.readers import CheckpointError, known_fields, open_checkpoint, telling
 from .config import check_flag, check_real, check_whole
-from .geometry import WAN_21, Geometry, geometry_of
+from .geometry import GEOMETRIES, WAN_21, WAN_22, Geometry, geometry_of
 from .messages import shown
 
 LATENTS_MEAN = (
@@ -37,15 +39,46 @@ LATENTS_STD = (
 )  # fmt: skip
 """Per-channel statistics of raw latents, published with Wan 2.1."""
 
+LATENTS_MEAN_22 = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)  # fmt: skip
+LATENTS_STD_22 = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)  # fmt: skip
+"""Those published with Wan 2.2's 5B model."""
+
+STATISTICS = {WAN_21.channels: (LATENTS_MEAN, LATENTS_STD), WAN_22.channels: (LATENTS_MEAN_22, LATENTS_STD_22)}
+"""Mean and standard deviation of raw latents, by the number of their channels."""
+ARCHITECTURES: dict[int, dict[str, Any]] = {
+    WAN_21.channels: {},
+    WAN_22.channels: {
+        "z_dim": 48,
+        "is_residual": True,
+        "patch_size": 2,
+        "in_channels": 12,
+        "out_channels": 12,
+        "scale_factor_spatial": 16,
+    },
+}
+"""What sets the VAEs apart from diffusers' defaults, by the number of their channels."""
+
 
 def to_model(latents: Tensor) -> Tensor:
-    """Normalise raw latents [B, 16, F, h, w] for the transformer."""
-    return (latents - _per_channel(LATENTS_MEAN, latents)) / _per_channel(LATENTS_STD, latents)
+    """Normalise raw latents [B, C, F, h, w] for the transformer."""
+    mean, std = STATISTICS[latents.shape[1]]
+    return (latents - _per_channel(mean, latents)) / _per_channel(std, latents)
 
 
 def to_raw(latents: Tensor) -> Tensor:
-    """Turn the transformer's latents [B, 16, F, h, w] back into raw ones: the inverse of `to_model`."""
-    return latents * _per_channel(LATENTS_STD, latents) + _per_channel(LATENTS_MEAN, latents)
+    """Turn the transformer's latents [B, C, F, h, w] back into raw ones: the inverse of `to_model`."""
+    mean, std = STATISTICS[latents.shape[1]]
+    return latents * _per_channel(std, latents) + _per_channel(mean, latents)
 
 
 def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
@@ -92,12 +125,11 @@ class WanVAE(nn.Module):
         return round(values_per_pixel * base_dim / 96 * pixels) * self.vae.quant_conv.weight.element_size()
 
     def encode_video(self, pixels: Tensor) -> Tensor:
-        """Encode a whole video [B, 3, T, H, W] in [-1, 1] into raw latents [B, 16, 1 + (T - 1) // 4, H / 8, W / 8].
+        """Encode a whole video [B, 3, T, H, W] in [-1, 1] into raw latents [B, C, 1 + (T - 1) // 4, h, w].
 
         The last frames beyond 1 + 4n are left out, as ComfyUI's VAEEncode does.
         """
-        frames = pixels.shape[2]
-        return self.encoder().encode(pixels[:, :, : frames - (frames - 1) % WAN_21.temporal])
+        return self.encoder().encode(pixels[:, :, : self.geometry.whole_frames(pixels.shape[2])])
 
 
 class _CausalStream:
@@ -109,25 +141,28 @@ class _CausalStream:
     def __init__(self, vae: AutoencoderKLWan, half: nn.Module):
         self._vae = vae
         self._half = half
+        self._geometry = geometry_of(vae.config["z_dim"])
+        self._patch = vae.config["patch_size"] or 1
         self._features = [None] * sum(isinstance(module, WanCausalConv3d) for module in half.modules())
         self._shape = None
 
-    def _step(self, x: Tensor) -> Tensor:
+    def _step(self, x: Tensor, **options) -> Tensor:
         if self._features is None:
             raise RuntimeError("this VAE stream broke off inside a frame: start a new one from the first frame")
         features, self._features = self._features, None
-        self._shape = (x.shape[0], *x.shape[3:])
-        x = self._half(x, feat_cache=features, feat_idx=[0])
+        x = self._half(x, feat_cache=features, feat_idx=[0], **options)
         self._features = features
         return x
 
-    def _check(self, x: Tensor, channels: int, what: str) -> None:
+    def _check(self, x: Tensor, channels: int, what: str) -> tuple[int, ...]:
+        """Batch, height and width. Raises ValueError unless they are those that the stream began with."""
         if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
             raise ValueError(f"{what} must be [B, {channels}, F, H, W], got {list(x.shape)}")
         shape = (x.shape[0], *x.shape[3:])
         if self._shape not in (None, shape):
             began = list(self._shape)
             raise ValueError(f"batch, height and width are {list(shape)}, but the stream began with {began}")
+        return shape
 
     def _to_weights(self, x: Tensor) -> Tensor:
         weight = self._vae.quant_conv.weight
@@ -147,21 +182,23 @@ class StreamingDecoder(_CausalStream):
         super().__init__(vae, vae.decoder)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode the next raw latents [B, 16, f, h, w] to float32 frames [B, 3, T, 8h, 8w] in [-1, 1].
+        """Decode the next raw latents [B, C, f, h, w] to float32 frames [B, 3, T, H, W] in [-1, 1].
 
         T is 4f; the first latent frame of a video gives a single pixel frame, so 1 + 4(f - 1) on the first call.
         """
         return torch.cat(list(self.decode_frames(latents)), dim=2)
 
     def decode_frames(self, latents: Tensor) -> Iterator[Tensor]:
-        """Like `decode`, one latent frame at a time: yields [B, 3, 1 or 4, 8h, 8w].
+        """Like `decode`, one latent frame at a time: yields [B, 3, 1 or 4, H, W].
 
         A caller may stop after any yield; the stream then continues with the next latent frame. Raises ValueError for
         frames with values that are no numbers.
         """
-        self._check(latents, WAN_21.channels, "latents")
+        shape = self._check(latents, self._geometry.channels, "latents")
         for frame in latents.split(1, dim=2):
-            x = self._step(self._vae.post_quant_conv(self._to_weights(frame)))
+            first, self._shape = self._shape is None, shape
+            x = self._step(self._vae.post_quant_conv(self._to_weights(frame)), first_chunk=first)
+            x = unpatchify(x, self._patch)
             if not x.isfinite().all():
                 raise ValueError(
                     "decoding gives values that are no numbers (NaN or infinity). Load the VAE in bfloat16 or float32: "
@@ -179,40 +216,47 @@ class StreamingEncoder(_CausalStream):
 
     def __init__(self, vae: AutoencoderKLWan):
         super().__init__(vae, vae.encoder)
-        self._started = False
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode the next frames [B, 3, T, H, W] in [-1, 1] to float32 raw latents [B, 16, f, H / 8, W / 8].
+        """Encode the next frames [B, 3, T, H, W] in [-1, 1] to float32 raw latents [B, C, f, h, w].
 
         T is 1 + 4n on the first call and 4n later, for f = 1 + n and n. Raises ValueError for any other count, which
-        `WanVAE.encode_video` trims instead, and for sizes that are not multiples of 8.
+        `WanVAE.encode_video` trims instead, and for sizes that are no multiples of a latent cell.
         """
         return torch.cat(list(self.encode_frames(pixels)), dim=2)
 
     def encode_frames(self, pixels: Tensor) -> Iterator[Tensor]:
-        """Like `encode`, one latent frame at a time: yields [B, 16, 1, H / 8, W / 8]."""
-        self._check(pixels, 3, "pixels")
+        """Like `encode`, one latent frame at a time: yields [B, C, 1, h, w]."""
+        shape, geometry = self._check(pixels, 3, "pixels"), self._geometry
         frames, height, width = pixels.shape[2:]
-        if height % WAN_21.spatial or width % WAN_21.spatial:
+        if height % geometry.spatial or width % geometry.spatial:
             size = f"{height}x{width}"
-            raise ValueError(f"height and width must be multiples of {WAN_21.spatial} pixels, got {size}")
-        first = 0 if self._started else 1
-        rest = (frames - first) % WAN_21.temporal
+            raise ValueError(f"height and width must be multiples of {geometry.spatial} pixels, got {size}")
+        first = 1 if self._shape is None else 0
+        rest = (frames - first) % geometry.temporal
         if rest:
             rule = "1 + 4n frames" if first else "4n frames after the first call"
-            more = WAN_21.temporal - rest
+            more = geometry.temporal - rest
             raise ValueError(f"the encoder takes {rule}, got {frames}: leave out the last {rest} or give {more} more")
-        self._started = True
-        sizes = [1] * first + [WAN_21.temporal] * (frames // WAN_21.temporal)
+        self._shape = shape
+        sizes = [1] * first + [geometry.temporal] * (frames // geometry.temporal)
         for piece in pixels.split(sizes, dim=2):
-            moments = self._vae.quant_conv(self._step(self._to_weights(piece)))
-            yield moments[:, : WAN_21.channels].float()
+            moments = self._vae.quant_conv(self._step(patchify(self._to_weights(piece), self._patch)))
+            yield moments[:, : geometry.channels].float()
 
 
 _ORIGINAL_MARKS = ("encoder.middle.0.residual.0.gamma", "decoder.middle.0.residual.0.gamma")
 _DIFFUSERS_MARKS = ("encoder.mid_block.resnets.0.norm1.gamma", "decoder.mid_block.resnets.0.norm1.gamma")
 _MIDDLE_WIDTH = 4
 """Channels of the VAE's middle block in units of its base width."""
+
+
+_RESIDUAL = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
+"""The layers of a residual block in the original code, and what diffusers calls them."""
+_CHOOSE = (
+    "Choose wan_2.1_vae.safetensors or Wan2.1_VAE.pth; for models of the kind of Wan 2.2 5B, wan2.2_vae.safetensors or "
+    "Wan2.2_VAE.pth."
+)
 
 
 def _check_list(name: str, value: object, check: Callable[[str, object], None]) -> None:
@@ -222,10 +266,9 @@ def _check_list(name: str, value: object, check: Callable[[str, object], None]) 
         check(f"each entry of {name}", entry)
 
 
-_CHECKS = {  # what config.json may tell of another architecture; a Wan 2.1 VAE is that of diffusers' defaults
+_CHECKS = {  # what config.json may tell of another architecture
     "base_dim": partial(check_whole, low=1, high=1024),
     "decoder_base_dim": partial(check_whole, low=1, high=1024),
-    "z_dim": partial(check_whole, low=WAN_21.channels, high=WAN_21.channels),
     "num_res_blocks": partial(check_whole, low=0, high=16),
     "dim_mult": partial(_check_list, check=partial(check_whole, low=1, high=16)),
     "temperal_downsample": partial(_check_list, check=check_flag),
@@ -240,29 +283,33 @@ def load_vae(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     runs_on: str | torch.device | None = None,
+    geometry: Geometry | None = None,
 ) -> WanVAE:
-    """Load a Wan 2.1 VAE of any width, from local files only.
+    """Load a Wan VAE of any width, from local files only.
 
     path: a diffusers folder (the VAE's own, or a pipeline with vae/ in it), or a single .safetensors or .pth file in
         the original Wan or the diffusers names.
     dtype: "float32", "float16", "bfloat16", a torch dtype, or "auto": the file's own, on CUDA float32 as bfloat16.
     runs_on: the device that "auto" chooses for, where the VAE is loaded to another one first.
-    Raises CheckpointError, a ValueError, when the path is missing, unreadable or not a Wan 2.1 VAE.
+    geometry: of the model whose latents it is for; None takes either VAE.
+    Raises CheckpointError, a ValueError, when the path is missing, unreadable, or not the VAE of such a model.
     """
     path = Path(path)
     with telling(path):
         checkpoint = open_checkpoint(path / "vae" if (path / "vae").is_dir() else path)
         tensors, _ = strip_prefixes(checkpoint.tensors)
         tensors = {name: unpack(tensor) for name, tensor in tensors.items()}
-        _check_statistics(checkpoint.config)
         widths, given = _widths(tensors), known_fields(checkpoint.config, _CHECKS)
+        family = _family(tensors, geometry)
+        _check_statistics(checkpoint.config, family)
         if len(given.get("temperal_downsample", "123")) != len(given.get("dim_mult", "1234")) - 1:
             raise CheckpointError("its temperal_downsample in config.json needs one entry less than its dim_mult.")
         if _ORIGINAL_MARKS[0] in tensors:
-            tensors = convert_wan_vae_to_diffusers(tensors)
+            tensors = convert_wan_vae_to_diffusers({_flat_name(name): tensor for name, tensor in tensors.items()})
+        config = widths | given | ARCHITECTURES[family.channels]
         with torch.device("meta"):  # `from_config` gives a pair only where unused settings are asked for
-            vae = cast(AutoencoderKLWan, AutoencoderKLWan.from_config(widths | given))
-        check_fit(tensors, vae.state_dict(), "the Wan 2.1 VAE")
+            vae = cast(AutoencoderKLWan, AutoencoderKLWan.from_config(config))
+        check_fit(tensors, vae.state_dict(), f"the {family.name} VAE")
         check_floating(tensors)
         dtype = choose_dtype(dtype, tensors, runs_on or device)
         loaded = {name: load_tensor(tensor, None, dtype, device) for name, tensor in tensors.items()}
@@ -272,30 +319,57 @@ def load_vae(
 
 
 def _widths(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """The widths of the VAE, read off its tensors; CheckpointError unless they are those of a Wan 2.1 VAE."""
+    """The widths of the VAE, read off its tensors; CheckpointError unless they are those of a Wan VAE."""
     marks = next((m for m in (_ORIGINAL_MARKS, _DIFFUSERS_MARKS) if all(name in tensors for name in m)), None)
     if marks is None:
         kind = kind_of(tensors)
         kind = "a VAE of another family, or part of one" if kind == VAE else kind
-        raise CheckpointError(f"this is {kind}, not a Wan 2.1 VAE. Choose wan_2.1_vae.safetensors or Wan2.1_VAE.pth.")
-    channels = next((tensors[n].shape[0] for n in ("conv2.weight", "post_quant_conv.weight") if n in tensors), None)
-    if channels not in (None, WAN_21.channels):
-        kind = "the VAE of Wan 2.2 5B" if channels == 48 else "another VAE"
-        raise CheckpointError(
-            f"this is {kind}, with {channels} latent channels. The causal models here need the Wan 2.1 VAE, with "
-            f"{WAN_21.channels}."
-        )
+        raise CheckpointError(f"this is {kind}, not a Wan 2.1 VAE or a {WAN_22.name} one. {_CHOOSE}")
     encoder, decoder = (tensors[name].shape[0] // _MIDDLE_WIDTH for name in marks)
     return {"base_dim": encoder} | ({"decoder_base_dim": decoder} if decoder != encoder else {})
 
 
-def _check_statistics(config: dict) -> None:
+def _family(tensors: dict[str, Tensor], needed: Geometry | None) -> Geometry:
+    """Which of the VAEs it is, told by its latent channels; CheckpointError unless the model needs that one."""
+    weight = next((tensors[name] for name in ("conv2.weight", "post_quant_conv.weight") if name in tensors), None)
+    if weight is None:
+        return needed or WAN_21  # the missing tensor will be named
+    family = GEOMETRIES.get(weight.shape[0])
+    if family is None:
+        known = " and ".join(f"{geometry.name} ({channels})" for channels, geometry in GEOMETRIES.items())
+        raise CheckpointError(
+            f"this is another VAE, with {weight.shape[0]} latent channels; those of {known} are read here. {_CHOOSE}"
+        )
+    if needed not in (None, family):
+        raise CheckpointError(
+            f"this is the {family.name} VAE, with {family.channels} latent channels, but the model is of the kind of "
+            f"{needed.name}, with {needed.channels}. {_CHOOSE}"
+        )
+    return family
+
+
+def _flat_name(name: str) -> str:
+    """A name of Wan 2.2's original code with its blocks in blocks, in the part that only diffusers' code has."""
+    inner = re.fullmatch(r"(encoder|decoder)\.(down|up)samples\.(\d+)\.\2samples\.(\d+)\.(\w+)\.(.+)", name)
+    if inner is None:
+        return name
+    half, way, block, index, part, rest = inner.groups()
+    start = f"{half}.{way}_blocks.{block}"
+    if part == "shortcut":
+        return f"{start}.resnets.{index}.conv_shortcut.{rest}"
+    if part != "residual":
+        return f"{start}.{way}sampler.{part}.{rest}"
+    layer, rest = rest.split(".", 1)
+    return f"{start}.resnets.{index}.{_RESIDUAL.get(layer, layer)}.{rest}"
+
+
+def _check_statistics(config: dict, family: Geometry) -> None:
     """A folder's config.json may name other statistics than those that LATENT has in ComfyUI."""
-    for name, known in (("latents_mean", LATENTS_MEAN), ("latents_std", LATENTS_STD)):
+    for name, known in zip(("latents_mean", "latents_std"), STATISTICS[family.channels]):
         given = config.get(name) or known
         if not isinstance(given, (list, tuple)) or list(given) != list(known):
             said = f"[{', '.join(map(shown, given[:4]))}, …]" if isinstance(given, list) else shown(given)
             raise CheckpointError(
-                f"its {name} in config.json is not that of Wan 2.1, which the models here are trained on: "
-                f"{said}. Use the Wan 2.1 VAE."
+                f"its {name} in config.json is not that of {family.name}, which the models here are trained on: "
+                f"{said}. Use the {family.name} VAE."
             )

@@ -6,7 +6,8 @@ import json
 import re
 from pathlib import Path
 
-from ..presets import CAUSAL_MARK_PRESET, DEFAULT_PRESET, PRESETS, ModelPreset, preset_for_name
+from ..presets import CAUSAL_MARK_PRESET, DEFAULT_PRESET, DEFAULT_PRESETS, PRESETS, ModelPreset, preset_for_name
+from .names import latent_channels
 from .readers import Checkpoint, CheckpointError, read_json
 
 PRESET_FILE = "rolling_kv.json"
@@ -31,11 +32,11 @@ _NOT_CAUSAL = (  # names of files that people have, and what is wrong with them 
 
 
 def choose_preset(preset: str | ModelPreset, path: Path, checkpoint: Checkpoint) -> ModelPreset:
-    """The preset asked for; for "auto" the detected one, or self-forcing when nothing tells."""
+    """The preset asked for; for "auto" the detected one, or `assumed_preset` when nothing tells."""
     if isinstance(preset, ModelPreset):
         return preset
     if preset == "auto":
-        return detect_preset(path, checkpoint) or DEFAULT_PRESET
+        return detect_preset(path, checkpoint) or assumed_preset(checkpoint)
     if preset not in PRESETS:
         raise ValueError(f"preset must be auto or one of {', '.join(PRESETS)}, got {preset!r}")
     return PRESETS[preset]
@@ -62,6 +63,11 @@ def detect_preset(path: Path, checkpoint: Checkpoint) -> ModelPreset | None:
     return None
 
 
+def assumed_preset(checkpoint: Checkpoint) -> ModelPreset:
+    """What a checkpoint is taken for that does not tell: the first family of models with such latents."""
+    return DEFAULT_PRESETS.get(latent_channels(checkpoint.tensors) or 0, DEFAULT_PRESET)
+
+
 def assumption(path: Path, checkpoint: Checkpoint) -> str:
     """What is assumed of a checkpoint that does not tell whether it is causal, and what to do; empty where it tells."""
     if detect_preset(path, checkpoint) is not None:
@@ -69,7 +75,8 @@ def assumption(path: Path, checkpoint: Checkpoint) -> str:
     name = f"{path.absolute().parent.name}/{path.name}" if path.is_file() else path.absolute().name
     reason = next((reason for pattern, reason in _NOT_CAUSAL if re.search(pattern, name, re.IGNORECASE)), None)
     reason = reason or "nothing in the file or its name tells which causal model this is"
-    return f"{reason}. It is treated as {DEFAULT_PRESET.name} ({DEFAULT_PRESET.trained_for()}). {_CHOOSE}."
+    assumed = assumed_preset(checkpoint)
+    return f"{reason}. It is treated as {assumed.name} ({assumed.trained_for()}). {_CHOOSE}."
 
 
 def _parse(source: str, content: dict) -> ModelPreset:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from torch import Tensor
 
+from ..geometry import WAN_21
 from ..messages import shortened
 from .readers import CheckpointError
 
@@ -47,6 +49,12 @@ def named(tensors: dict[str, Tensor], names: list[str]) -> str:
     """The names with shapes, for messages: at most three, then how many more."""
     listed = ", ".join(f"{shortened(name)} {list(tensors[name].shape)[:8]}" for name in names[:3])
     return listed + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def latent_channels(tensors: dict[str, Tensor]) -> int | None:
+    """Channels of the latents that a Wan transformer makes, told by its last bias; None where there is none."""
+    biases = [tensor for name, tensor in tensors.items() if name.endswith(("head.head.bias", "proj_out.bias"))]
+    return biases[0].numel() // math.prod(WAN_21.patch) if biases else None
 
 
 def count_layers(weights: dict[str, Tensor], block: str) -> int:

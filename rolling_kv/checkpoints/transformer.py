@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor
 
 from ..config import check_real, check_whole
-from ..geometry import WAN_21
+from ..geometry import GEOMETRIES, WAN_21
 from .detect import transformer_metadata
 from .dtypes import choose_dtype
 from .fingerprint import check_finite
@@ -124,7 +124,7 @@ def _unfolded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _config(weights: dict[str, Tensor], settings: dict) -> dict:
     def shape(name: str, dims: int = 2) -> list[int]:
         if name not in weights:
-            raise CheckpointError(f"{name} is missing. The file is incomplete, or not a Wan 2.1 text-to-video model.")
+            raise CheckpointError(f"{name} is missing. The file is incomplete, or not a Wan text-to-video model.")
         size = list(weights[name].shape)
         if len(size) != dims:
             raise CheckpointError(f"{name} has the shape {size}; a Wan model has {dims} dimensions there.")
@@ -134,15 +134,12 @@ def _config(weights: dict[str, Tensor], settings: dict) -> dict:
     if tuple(patch) != WAN_21.patch:
         raise CheckpointError(f"this model has patches of {patch}; those of a Wan model are {list(WAN_21.patch)}.")
     out_channels = shape("proj_out.weight")[0] // math.prod(patch)
-    latent_channels = WAN_21.channels
-    if out_channels == 48:
+    if out_channels not in GEOMETRIES:
+        known = " or ".join(f"{channels} ({geometry.name})" for channels, geometry in GEOMETRIES.items())
+        raise CheckpointError(f"this model's latents have {out_channels} channels; those of a Wan model have {known}.")
+    if channels != out_channels or any("image_embedder" in name for name in weights):
         raise CheckpointError(
-            f"this is the Wan 2.2 5B model (dim {dim}, {channels} latent channels), which belongs to another VAE. The "
-            f"causal models here have {latent_channels} latent channels (Wan 2.1, 1.3B or 14B)."
-        )
-    if channels != latent_channels or any("image_embedder" in name for name in weights):
-        raise CheckpointError(
-            f"this is an image-conditioned Wan model ({channels} input channels instead of {latent_channels}, or an "
+            f"this is an image-conditioned Wan model ({channels} input channels instead of {out_channels}, or an "
             "image encoder's projection). Use a causal text-to-video model: it also continues a given image."
         )
     ffn_dim = shape("blocks.0.ffn.net.0.proj.weight")[0]

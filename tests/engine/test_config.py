@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rolling_kv.config import ALL_FRAMES, CacheConfig, ExecutionConfig, SamplingConfig
-from rolling_kv.geometry import GEOMETRIES, WAN_21, Geometry, geometry_of
+from rolling_kv.geometry import GEOMETRIES, WAN_21, WAN_22, geometry_of
 
 
 def test_defaults_are_those_of_self_forcing():
@@ -73,14 +73,16 @@ def test_geometry_of_wan_2_1():
     assert [WAN_21.pixel_frames(frames) for frames in (0, 1, 2, 21)] == [0, 1, 5, 81]
     assert [WAN_21.latent_frames(frames) for frames in (0, 1, 2, 5, 6, 81)] == [0, 1, 2, 2, 3, 21]
     assert WAN_21.seconds(21) == 81 / 16
-    assert geometry_of(16) is WAN_21 and list(GEOMETRIES) == [16]
-    with pytest.raises(ValueError, match="have 16 channels, got 48"):
-        geometry_of(48)
+    assert geometry_of(16) is WAN_21 and list(GEOMETRIES) == [16, 48]
+    with pytest.raises(ValueError, match="have 16 or 48 channels, got 12"):
+        geometry_of(12)
 
 
-def test_a_model_of_another_compression_is_data():
+def test_geometry_of_wan_2_2():
     """Wan 2.2's VAE: 16x16x4, 24 frames per second."""
-    other = Geometry(channels=48, spatial=16, fps=24)
+    other = geometry_of(48)
+    assert other is WAN_22 and (other.channels, other.spatial, other.temporal, other.fps) == (48, 16, 4, 24)
+    assert other.size == (704, 1280)
     assert other.multiple == 32 and other.latent_size(704, 1280) == (44, 80)
     assert other.tokens_per_frame(44, 80) == 880
     assert other.latent_frames_for(1.0) == 7 and other.latent_frames_for(1.0, after=7) == 6

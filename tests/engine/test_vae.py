@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from rolling_kv.checkpoints.readers import CheckpointError
-from rolling_kv.vae import LATENTS_MEAN, LATENTS_STD, WanVAE, load_vae, to_model, to_raw
+from rolling_kv.geometry import GEOMETRIES, WAN_21, WAN_22
+from rolling_kv.vae import ARCHITECTURES, LATENTS_MEAN, LATENTS_STD, STATISTICS, WanVAE, load_vae, to_model, to_raw
 
 
 class Cancelled(BaseException):
@@ -46,12 +47,20 @@ def frame_by_frame(vae: AutoencoderKLWan) -> AutoencoderKLWan:
     return vae
 
 
+def make_vae_22(**config) -> AutoencoderKLWan:
+    """One of Wan 2.2's architecture, with the statistics that were published with it."""
+    mean, std = STATISTICS[48]
+    return make_vae(**ARCHITECTURES[48], latents_mean=list(mean), latents_std=list(std), **config)
+
+
 STOCK = make_vae()
 REFERENCE = frame_by_frame(STOCK)
+STOCK_22 = make_vae_22()
+REFERENCE_22 = frame_by_frame(STOCK_22)
 
 
-def latents(frames: int, height=2, width=4, seed=0) -> torch.Tensor:
-    return torch.randn(1, 16, frames, height, width, generator=torch.Generator().manual_seed(seed))
+def latents(frames: int, height=2, width=4, seed=0, channels=16) -> torch.Tensor:
+    return torch.randn(1, channels, frames, height, width, generator=torch.Generator().manual_seed(seed))
 
 
 def pixels(frames: int, height=16, width=24, seed=0) -> torch.Tensor:
@@ -88,6 +97,30 @@ def test_streaming_encode_equals_the_full_one(chunks):
     stream = WanVAE(STOCK).encoder()
     parts = [stream.encode(piece) for piece in video.split(sizes, dim=2)]
     assert torch.equal(torch.cat(parts, 2), full_encode(video))
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=4))
+def test_the_vae_of_wan_2_2_decodes_in_a_stream(chunks):
+    raw = latents(sum(chunks), channels=48)
+    stream = WanVAE(STOCK_22).decoder()
+    parts = [stream.decode(chunk) for chunk in raw.split(chunks, dim=2)]
+    assert [part.shape[2:] for part in parts] == [(4 * n - (i == 0) * 3, 32, 64) for i, n in enumerate(chunks)]
+    full = REFERENCE_22.decode(raw).sample
+    assert (full.abs() == 1).any() and (full.abs() < 1).any()
+    assert torch.equal(torch.cat(parts, 2), full)
+    torch.testing.assert_close(full, STOCK_22.decode(raw).sample, atol=5e-3, rtol=0)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=4))
+def test_the_vae_of_wan_2_2_encodes_in_a_stream(chunks):
+    sizes = [1 + 4 * chunks[0]] + [4 * n for n in chunks[1:] if n]
+    video = pixels(sum(sizes), height=32, width=64)
+    stream = WanVAE(STOCK_22).encoder()
+    encoded = torch.cat([stream.encode(piece) for piece in video.split(sizes, dim=2)], 2)
+    assert encoded.shape[1:] == (48, 1 + sum(chunks), 2, 4)
+    assert torch.equal(encoded, REFERENCE_22.encode(video).latent_dist.mode())
 
 
 def test_bfloat16_and_batches_stream_too():
@@ -193,6 +226,10 @@ def test_wrong_shapes_are_refused_without_harm():
     assert torch.equal(torch.cat([start, stream.decode(raw[:, :, 1:])], 2), full_decode(raw))
     with pytest.raises(ValueError, match="multiples of 8 pixels, got 12x24"):
         WanVAE(STOCK).encoder().encode(pixels(1, height=12))
+    with pytest.raises(ValueError, match="multiples of 16 pixels, got 16x24"):
+        WanVAE(STOCK_22).encoder().encode(pixels(1))
+    with pytest.raises(ValueError, match=r"\[B, 48, F, H, W\], got \[1, 16, 3, 2, 4\]"):
+        WanVAE(STOCK_22).decoder().decode(raw)
 
 
 def test_latent_statistics_are_those_of_the_stock_vae():
@@ -201,6 +238,14 @@ def test_latent_statistics_are_those_of_the_stock_vae():
     assert torch.allclose(to_raw(to_model(raw)), raw, atol=1e-6)
     shaped = to_model(torch.tensor(LATENTS_MEAN).view(1, 16, 1, 1, 1) + torch.tensor(LATENTS_STD).view(1, 16, 1, 1, 1))
     assert torch.allclose(shaped, torch.ones_like(shaped), atol=1e-5)
+
+
+def test_each_kind_of_latents_has_its_own_statistics():
+    for channels in GEOMETRIES:
+        raw = latents(2, channels=channels)
+        assert torch.allclose(to_raw(to_model(raw)), raw, atol=1e-6)
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in STATISTICS[channels])
+        assert torch.allclose(to_model(mean + std), torch.ones(1, channels, 1, 1, 1), atol=1e-5)
 
 
 def test_the_holder_takes_a_device_attribute():
@@ -238,12 +283,24 @@ def original_name(name: str) -> str:
     return name.replace("conv_in", "conv1").replace("post_quant_conv", "conv2").replace("quant_conv", "conv1")
 
 
+def original_name_22(name: str) -> str:
+    """The name in Wan 2.2's original code, whose blocks hold their layers in a list of their own."""
+    inner = re.fullmatch(r"(\w+)\.(down|up)_blocks\.(\d)\.(?:resnets\.(\d)|\w+sampler)\.(.+)", name)
+    if inner is None:
+        return original_name(name)
+    half, way, block, layer, rest = inner.groups()
+    layer = layer or {"down": "2", "up": "3"}[way]
+    rest = original_name(f"middle.0.{rest}").removeprefix("middle.0.")
+    return f"{half}.{way}samples.{block}.{way}samples.{layer}.{rest}"
+
+
 def tensors_of(vae: AutoencoderKLWan) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in vae.state_dict().items()}
 
 
 def originals_of(vae: AutoencoderKLWan) -> dict[str, torch.Tensor]:
-    return {original_name(name): tensor for name, tensor in tensors_of(vae).items()}
+    rename = original_name_22 if vae.config.is_residual else original_name
+    return {rename(name): tensor for name, tensor in tensors_of(vae).items()}
 
 
 def write_layout(layout: str, vae: AutoencoderKLWan, folder):
@@ -278,6 +335,27 @@ def test_every_layout_gives_the_same_vae(layout, config, tmp_path, offline):
     assert all(torch.equal(tensor, vae.state_dict()[name]) for name, tensor in loaded.vae.state_dict().items())
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     assert torch.equal(loaded.decoder().decode(latents(2)), frame_by_frame(vae).decode(latents(2)).sample)
+
+
+@pytest.mark.parametrize("layout", ["folder", "pipeline", "diffusers", "original", "prefixed pth"])
+def test_every_layout_of_the_vae_of_wan_2_2_loads(layout, tmp_path, offline):
+    vae = make_vae_22(decoder_base_dim=8)
+    loaded = load_vae(write_layout(layout, vae, tmp_path), geometry=WAN_22)
+    assert loaded.geometry is WAN_22
+    assert loaded.vae.state_dict().keys() == vae.state_dict().keys()
+    assert all(torch.equal(tensor, vae.state_dict()[name]) for name, tensor in loaded.vae.state_dict().items())
+    raw = latents(2, channels=48)
+    assert torch.equal(loaded.decoder().decode(raw), frame_by_frame(vae).decode(raw).sample)
+
+
+def test_the_vae_of_another_kind_of_model_is_refused_with_both_names(tmp_path):
+    file = tmp_path / "vae.safetensors"
+    save_file(originals_of(STOCK), file)
+    with pytest.raises(CheckpointError, match="the Wan 2.1 VAE, with 16 .* of Wan 2.2 5B, with 48.*wan2.2_vae"):
+        load_vae(file, geometry=WAN_22)
+    save_file(tensors_of(STOCK_22), file)
+    with pytest.raises(CheckpointError, match="the Wan 2.2 5B VAE, with 48 .* of Wan 2.1, with 16.*wan_2.1_vae"):
+        load_vae(file, geometry=WAN_21)
 
 
 def test_a_folder_may_have_another_architecture(tmp_path):
@@ -346,9 +424,9 @@ def test_other_models_are_named(tmp_path):
         save_file({name: torch.zeros(4, 3)}, file)
         with pytest.raises(CheckpointError, match=f"{said}.*, not a Wan 2.1 VAE"):
             load_vae(file)
-    for tensors in (tensors_of(make_vae(z_dim=48)), originals_of(make_vae(z_dim=48))):
+    for tensors in (tensors_of(make_vae(z_dim=24)), originals_of(make_vae(z_dim=24))):
         save_file(tensors, file)
-        with pytest.raises(CheckpointError, match="the VAE of Wan 2.2 5B, with 48 latent channels"):
+        with pytest.raises(CheckpointError, match="another VAE, with 24 latent channels"):
             load_vae(file)
 
 

@@ -10,6 +10,7 @@ from diffusers import WanTransformer3DModel
 from rolling_kv.checkpoints.model import load_model
 from rolling_kv.checkpoints.readers import CheckpointError, open_checkpoint
 from rolling_kv.checkpoints.transformer import build_transformer
+from rolling_kv.geometry import WAN_22
 from rolling_kv.inspection import inspect_checkpoint
 from rolling_kv.presets import PRESETS
 
@@ -113,12 +114,28 @@ def test_other_wan_models_are_named(tmp_path):
         write_weights(tmp_path / "control.safetensors", original_names(control.state_dict())),
         "image-conditioned .*48 i",
     )
+    fun = tiny_transformer(in_channels=100, out_channels=48)
+    refused(write_weights(tmp_path / "fun.pt", fun.state_dict()), "image-conditioned .*100 input .*instead of 48")
+    other = tiny_transformer(in_channels=12, out_channels=12)
+    refused(
+        write_weights(tmp_path / "other.pt", other.state_dict()),
+        r"latents have 12 channels; those of a Wan model have 16 \(Wan 2.1\) or 48 \(Wan 2.2 5B\)",
+    )
+
+
+def test_the_5b_of_wan_2_2_is_told_by_its_channels(tmp_path):
     with torch.device("meta"):
-        big = WanTransformer3DModel(num_attention_heads=24, in_channels=48, out_channels=48, num_layers=30)
+        big = WanTransformer3DModel(
+            num_attention_heads=24, in_channels=48, out_channels=48, num_layers=30, ffn_dim=14336
+        )
     shapes = {name: tensor.shape for name, tensor in original_names(big.state_dict()).items()}
-    write_sparse_safetensors(tmp_path / "ti2v.safetensors", shapes)
-    with pytest.raises(CheckpointError, match="Wan 2.2 5B model .dim 3072, 48 latent channels"):
-        inspect_checkpoint(tmp_path / "ti2v.safetensors")
+    write_sparse_safetensors(tmp_path / "wan2.2_ti2v_5B_fp16.safetensors", shapes)
+    info = inspect_checkpoint(tmp_path / "wan2.2_ti2v_5B_fp16.safetensors")
+    assert info.config == {"layers": 30, "dim": 3072, "heads": 24, "ffn": 14336}
+    assert info.geometry == WAN_22 and (info.height, info.width) == (704, 1280)
+    assert info.kv_bytes_per_frame == 30 * 2 * 880 * 3072 * 2  # layers, keys and values, tokens, dim, bytes
+    assert info.preset is None and info.settings == PRESETS["longlive2"]
+    assert "ordinary Wan model" in info.note and "treated as longlive2 (chunks of 8, window 32" in info.note
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])

@@ -13,6 +13,7 @@ from rolling_kv.checkpoints.dtypes import choose_dtype
 from rolling_kv.checkpoints.model import CausalModel, load_model
 from rolling_kv.checkpoints.readers import CheckpointError
 from rolling_kv.checkpoints.transformer import build_transformer
+from rolling_kv.geometry import WAN_22
 from rolling_kv.inspection import inspect_checkpoint
 from rolling_kv.presets import PRESETS
 
@@ -39,6 +40,28 @@ def test_every_file_layout_gives_the_same_weights(name, weights, source, tmp_pat
     model = load_model(write_weights(tmp_path / name, CHECKPOINTS[name](weights)))
     assert same(model, weights)
     assert model.identity == CausalModel(source).identity
+
+
+LATENTS_22 = dict(in_channels=48, out_channels=48)
+
+
+@pytest.mark.parametrize("name", ["original.safetensors", "comfyui.safetensors", "causal_forcing.pt", "folder"])
+def test_models_with_the_latents_of_wan_2_2_load(name, tmp_path):
+    source = tiny_transformer(**LATENTS_22)
+    if name == "folder":
+        source.save_pretrained(tmp_path / name)
+    else:
+        write_weights(tmp_path / name, CHECKPOINTS[name](source.state_dict()))
+    model = load_model(tmp_path / name, preset="auto")
+    assert same(model, source.state_dict()) and model.geometry == WAN_22
+
+
+def test_the_weights_of_wan_2_2_may_be_float8(tmp_path):
+    stored, meant = scaled_float8(original_names(tiny_transformer(**LATENTS_22).state_dict()))
+    model = load_model(write_weights(tmp_path / "fp8.safetensors", stored), dtype="float32")
+    assert model.geometry == WAN_22 and model.preset == PRESETS["longlive2"]
+    assert torch.equal(model.transformer.proj_out.weight, meant["head.head.weight"])
+    assert torch.equal(model.transformer.blocks[1].ffn.net[2].weight, meant["blocks.1.ffn.2.weight"])
 
 
 @pytest.mark.parametrize("place", ["model.sft", "folder/model.SFT"])

@@ -53,6 +53,31 @@ def test_presets_are_known_by_file_name(name, preset, weights, tmp_path):
     assert load_model(path).preset == PRESETS[preset or "self-forcing"]
 
 
+@pytest.mark.parametrize(
+    "name, preset",
+    [
+        ("LongLive-2.0-5B/model_bf16.pt", "longlive2"),
+        ("longlive2.safetensors", "longlive2"),
+        ("LongLive-2.0-5B-NVFP4-S4/model_te.pt", "longlive2"),
+        ("LongLive-2.0-5B-NVFP4-S2/model_te.pt", "longlive2-2-step"),
+        ("longlive2_2step_bf16.safetensors", "longlive2-2-step"),
+        ("model.safetensors", None),
+    ],
+)
+def test_models_with_the_latents_of_wan_2_2_are_longlive_2(name, preset, tmp_path):
+    path = tmp_path / "models" / name
+    path.parent.mkdir(parents=True)
+    write_weights(
+        path,
+        {"generator": dict(tiny_transformer(in_channels=48, out_channels=48).state_dict())}
+        if path.suffix == ".pt"
+        else tiny_transformer(in_channels=48, out_channels=48).state_dict(),
+    )
+    info, model = inspect_checkpoint(path), load_model(path)
+    assert info.preset == preset and model.preset == info.settings == PRESETS[preset or "longlive2"]
+    assert ("treated as longlive2" in model.note) == (preset is None)
+
+
 def test_presets_are_read_from_metadata(weights, tmp_path):
     path = tmp_path / "longlive.safetensors"
     save_file(weights, path, {"rolling_kv": json.dumps({"preset": CUSTOM.to_dict()})})

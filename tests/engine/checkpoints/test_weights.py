@@ -15,9 +15,11 @@ from rolling_kv.checkpoints.model import load_model
 from rolling_kv.checkpoints.readers import CheckpointError
 from rolling_kv.checkpoints.transformer import build_transformer
 from rolling_kv.config import CacheConfig, SamplingConfig
+from rolling_kv.geometry import WAN_22
 from rolling_kv.inspection import inspect_checkpoint
 from rolling_kv.lora.reader import read_lora
 from rolling_kv.lora.stack import applied_loras
+from rolling_kv.presets import PRESETS
 from rolling_kv.sampling.session import RollingSession
 
 gguf = pytest.importorskip("gguf")
@@ -185,6 +187,12 @@ def test_a_gguf_file_works_with_the_rolling_cache(prefix, weights, checkpoint, t
     assert distance(latents, video(load_model(checkpoint, dtype="bfloat16"))) < 0.015
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.identity == load_model(path).identity != load_model(path, dtype="float16").identity
+
+
+def test_a_gguf_file_of_the_5b_of_wan_2_2_is_told_by_its_channels(tmp_path):
+    write_gguf(tmp_path / "model.gguf", tiny_transformer(in_channels=48, out_channels=48).state_dict(), Kind.Q8_0)
+    model = load_model(tmp_path / "model.gguf")
+    assert model.geometry == WAN_22 and model.preset == PRESETS["longlive2"]
 
 
 def test_bfloat16_tensors_of_a_gguf_file_are_plain(weights, checkpoint, tmp_path):

@@ -83,6 +83,17 @@ def test_every_file_layout_changes_the_same_weights(name, model, tmp_path):
     assert lora.identity == read_lora(same).identity
 
 
+def test_the_lora_of_longlive_2_changes_every_layer_of_the_blocks(tmp_path):
+    """Rank and alpha are equal; the names are those of the original code, as in LongLive's."""
+    size = dict(in_channels=48, out_channels=48)
+    model, pairs = CausalModel(tiny_transformer(**size)), matrices(**size)
+    assert len(pairs) == 10 * len(model.transformer.blocks)
+    expected = changed(model.transformer.state_dict(), pairs)
+    path = write_weights(tmp_path / "lora.pt", {"generator_lora": peft(pairs, "base_model.model.", fsdp)})
+    with applied_loras(model, [(load_lora(path), 1.0)]):
+        assert close(model.transformer.state_dict(), expected)
+
+
 @pytest.mark.parametrize(
     "rename", [underscored, lambda module: module.replace(".", "_")], ids=["original", "diffusers"]
 )
