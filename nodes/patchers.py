@@ -56,7 +56,8 @@ class ManagedModel(ManagedModule):
         """Bytes that applying these takes on the device, beside the weights; none where they are applied already."""
         if self.loras.holds(self._with_strengths(loras)):
             return 0
-        return sum(self.open_lora(path).nbytes(self.model.dtype) for path, _ in loras)
+        sets = len(self.model.transformers)
+        return sum(self.open_lora(path).nbytes(self.model.dtype) * sets for path, _ in loras)
 
     def use_loras(self, loras: tuple[tuple[Path, float], ...]) -> None:
         """Make these the applied LoRAs, each with its strength; quick when they are already.

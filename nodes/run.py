@@ -63,7 +63,12 @@ def make_room(
     """
     transformer, workspace = model.engine.transformer, model.patcher.workspace
     session: dict[str, Any] = dict(
-        sampling=sampling, cache=model.cache, batch=batch, frames=frames, step_cache=model.step_cache
+        sampling=sampling,
+        cache=model.cache,
+        batch=batch,
+        frames=frames,
+        step_cache=model.step_cache,
+        weight_sets=len(model.engine.transformers),
     )
     device = model.patcher.load_device
     held = workspace.host_nbytes + (workspace.nbytes if device.type == "cpu" else 0)

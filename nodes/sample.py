@@ -2,6 +2,7 @@ from comfy_api.latest import io
 
 from ..rolling_kv.config import SamplingConfig
 from ..rolling_kv.geometry import Geometry
+from ..rolling_kv.sampling.checks import long_sink_note
 from ..rolling_kv.sampling.session import RollingSession
 from . import borders, inputs, run
 from .guard import guarded
@@ -92,6 +93,9 @@ class RollingKVSample(io.ComfyNode):
         frames = start.frames + sampling.frames_of(chunks, start.frames)
         size = {"height": start.height, "width": start.width, "batch": start.batch}
         run.make_room(model, sampling, frames=frames, **size)
+        notes = [note] if (note := long_sink_note(model.cache, frames)) else []
+        if notes:
+            run.say(notes[0], cls.hidden.unique_id)
         with run.progress(cls.hidden.unique_id) as on_pass:
             session = RollingSession(
                 model.engine,
@@ -106,7 +110,7 @@ class RollingKVSample(io.ComfyNode):
                 for _ in session.generate(chunks, seed=seed):
                     pass
         if session.step_report is not None:
-            run.say(session.step_report.summary(), cls.hidden.unique_id)
+            run.say("\n".join([*notes, session.step_report.summary()]), cls.hidden.unique_id)
         return io.NodeOutput(borders.latent_of(session.state), session.state)
 
 

@@ -230,8 +230,10 @@ class SamplingConfig:
     independent_first_frame: the video starts with a chunk of one latent frame: 1, k, k, …
     sampler: "renoise" is few-step (distilled models): predict the clean chunk, add fresh noise, repeat. "unipc" and
         "euler" integrate the flow in `num_inference_steps` steps, for models that are not distilled.
-    denoising_steps: for "renoise", the training timesteps (1000 is pure noise) before the shift warps them.
-    first_chunk_steps: the same for the chunk that starts the video, where it differs (Causal-Forcing++).
+    denoising_steps: for "renoise", the training timesteps (1000 is pure noise) before the shift warps them. The last may
+        be 0, the end of the schedule, as Krea Realtime has it.
+    first_chunk_steps: the same for the chunks that start the video, where they differ: the steps of the first chunk
+        (Causal-Forcing++), or of each of the first ones (DiagDistill). Kept as a tuple for each of them.
     shift: timestep shift of the flow schedule.
     guidance_scale: classifier-free guidance; 1 turns it off (one model pass per step instead of two).
     context_noise: timestep at which a finished chunk is written to the cache.
@@ -241,7 +243,7 @@ class SamplingConfig:
     independent_first_frame: bool = False
     sampler: str = "renoise"
     denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
-    first_chunk_steps: tuple[int, ...] | None = None
+    first_chunk_steps: tuple[tuple[int, ...], ...] | tuple[int, ...] | None = None
     num_inference_steps: int = 50
     shift: float = 5.0
     guidance_scale: float = 1.0
@@ -260,7 +262,7 @@ class SamplingConfig:
             raise ValueError(f"context_noise is a timestep from 0 to 1000, got {shown(self.context_noise)}")
         object.__setattr__(self, "denoising_steps", _falling(self.denoising_steps))
         if self.first_chunk_steps is not None:
-            object.__setattr__(self, "first_chunk_steps", _falling(self.first_chunk_steps))
+            object.__setattr__(self, "first_chunk_steps", _first_chunks(self.first_chunk_steps))
 
     @property
     def few_step(self) -> bool:
@@ -277,9 +279,21 @@ class SamplingConfig:
         """Guidance branches: 2 with guidance, else 1."""
         return 2 if self.guided else 1
 
+    @property
+    def passes(self) -> int:
+        """Denoising steps of a chunk that is none of the first ones, not counting its context pass."""
+        return len(self.denoising_steps) if self.few_step else self.num_inference_steps
+
+    @property
+    def first_passes(self) -> tuple[int, ...]:
+        """Denoising steps of each of the first chunks that have steps of their own."""
+        return tuple(map(len, self.first_chunk_steps or ())) if self.few_step else ()
+
     def steps_at(self, start_frame: int) -> tuple[int, ...]:
         """Few-step timesteps of the chunk that starts at absolute latent frame `start_frame`."""
-        return self.first_chunk_steps if self.first_chunk_steps and start_frame == 0 else self.denoising_steps
+        first = self.first_chunk_steps or ()
+        number = -(-start_frame // self.chunk)  # given frames count as the chunks that they fill or begin
+        return first[number] if number < len(first) else self.denoising_steps
 
     def passes_at(self, start_frame: int) -> int:
         """Denoising steps of the chunk that starts at `start_frame`, not counting its context pass."""
@@ -287,7 +301,11 @@ class SamplingConfig:
 
     def passes_for(self, chunks: int, start_frame: int = 0) -> int:
         """Passes that make `chunks` chunks, at least 1, from `start_frame` on: denoising steps, and a context pass between."""
-        return self.passes_at(start_frame) + (chunks - 1) * (self.passes_at(start_frame + 1) + 1)
+        steps = (chunks - 1) + chunks * self.passes
+        for size in self.chunk_sizes(min(chunks, len(self.first_passes)), start_frame):
+            steps += self.passes_at(start_frame) - self.passes
+            start_frame += size
+        return steps
 
     def prefill_sizes(self, frames: int, start_frame: int = 0) -> list[int]:
         """Chunk sizes in which given latent frames enter a cache that holds `start_frame`; an odd remainder comes first."""
@@ -326,11 +344,21 @@ def _falling(steps: Sequence[float]) -> tuple[float, ...]:
     if isinstance(steps, str) or not isinstance(steps, Sequence):
         raise ValueError(f"denoising steps must be a list of timesteps, got {shown(steps)}")
     steps = tuple(steps)
-    numbers = 0 < len(steps) <= MOST_STEPS and all(_is_timestep(step, 0) and step > 0 for step in steps)
-    if not numbers or list(steps) != sorted(set(steps), reverse=True):
+    numbers = 0 < len(steps) <= MOST_STEPS and all(_is_timestep(step, 0) for step in steps)
+    if not numbers or list(steps) != sorted(set(steps), reverse=True) or not steps[0]:
         got = f"[{', '.join(map(shown, steps[:9]))}{', …' if len(steps) > 9 else ''}]"
-        raise ValueError(f"denoising steps must fall from at most 1000 to above 0, got {shortened(got, 200)}")
+        raise ValueError(
+            f"denoising steps must fall from at most 1000, and only the last of several may be 0, got {shortened(got, 200)}"
+        )
     return steps
+
+
+def _first_chunks(steps: Sequence) -> tuple[tuple[float, ...], ...]:
+    """Denoising steps of each of the first chunks, given so or as those of the first alone. Raises ValueError."""
+    several = isinstance(steps, Sequence) and steps and all(isinstance(chunk, (list, tuple)) for chunk in steps)
+    if several and len(steps) > MOST_STEPS:
+        raise ValueError(f"first_chunk_steps are those of at most {MOST_STEPS} chunks, got {len(steps)}")
+    return tuple(map(_falling, steps if several else (steps,)))
 
 
 @dataclass(frozen=True)

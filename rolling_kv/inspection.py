@@ -11,6 +11,7 @@ from .cache.sizes import CacheShape
 from .checkpoints.detect import assumed_preset, assumption, detect_preset
 from .checkpoints.dtypes import dtype_name, stored_dtypes
 from .checkpoints.gguf import gguf_types
+from .checkpoints.names import split_context
 from .checkpoints.readers import open_checkpoint, telling
 from .checkpoints.transformer import empty_transformer, prepare, settings_of, transformer_path
 from .geometry import Geometry
@@ -26,6 +27,7 @@ class CheckpointInfo:
     file_bytes: of all weight files together.
     dtypes: of the stored weights, the one with the most values first; the packings of a GGUF file before the rest.
     config: layers, dim, heads, ffn.
+    parameters: of both sets of weights, where there is one for context passes too.
     preset: name of the detected preset, None where neither the file nor its name tells.
     note: what is then assumed, and what to do; empty otherwise.
     geometry: how pixels, latents and seconds follow from each other.
@@ -58,7 +60,9 @@ def inspect_checkpoint(path: str | Path, height: int | None = None, width: int |
     path = Path(path)
     with telling(path):
         checkpoint = open_checkpoint(transformer_path(path), values=False)
-        weights, _, config, naming = prepare(checkpoint.tensors, settings_of(checkpoint))
+        own, context = split_context(checkpoint.tensors)
+        sets = [prepare(tensors, settings_of(checkpoint)) for tensors in ((own, context) if context else (own,))]
+        weights, _, config, naming = sets[0]
         transformer = empty_transformer(weights, config)
         preset, note = detect_preset(path, checkpoint), assumption(path, checkpoint)
     settings = preset or assumed_preset(checkpoint)
@@ -67,7 +71,16 @@ def inspect_checkpoint(path: str | Path, height: int | None = None, width: int |
     shape = CacheShape.of(transformer, 1, *geometry.latent_size(height, width), torch.bfloat16)
     return CheckpointInfo(
         path=path,
-        layout=", ".join(filter(None, (naming, checkpoint.wrapper and f"wrapper {checkpoint.wrapper}"))),
+        layout=", ".join(
+            filter(
+                None,
+                (
+                    naming,
+                    checkpoint.wrapper and f"wrapper {checkpoint.wrapper}",
+                    "a second set of weights for context passes" if context else "",
+                ),
+            )
+        ),
         file_bytes=sum(file.stat().st_size for file in checkpoint.files),
         dtypes=(*packings, *map(dtype_name, stored_dtypes(checkpoint.tensors if packings else weights))),
         config={
@@ -76,7 +89,7 @@ def inspect_checkpoint(path: str | Path, height: int | None = None, width: int |
             "heads": config["num_attention_heads"],
             "ffn": config["ffn_dim"],
         },
-        parameters=sum(weight.numel() for weight in weights.values()),
+        parameters=sum(weight.numel() for weights, *_ in sets for weight in weights.values()),
         preset=preset and preset.name,
         note=note,
         height=height,
@@ -92,5 +105,6 @@ def inspect_checkpoint(path: str | Path, height: int | None = None, width: int |
             cache=settings.cache,
             dtype=torch.bfloat16,
             frames=settings.sampling.chunk,
+            weight_sets=len(sets),
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,14 @@ from .config import CacheConfig, ExecutionConfig, SamplingConfig
 from .devices import usable_device
 from .lora.reader import load_lora
 from .lora.stack import LoraStack
+from .sampling.checks import long_sink_note
 from .sampling.memory import check_fits
 from .sampling.session import RollingSession
 from .text import TextEncoder, load_text_encoder
 from .vae import WanVAE, load_vae, to_raw
 from .video import VideoWriter
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,10 @@ class Pipeline:
             frames=sampling.frames_of(chunks),
             dtype=self.model.dtype,
             decoding=self.vae.decode_bytes(height, width),
+            weight_sets=len(self.model.transformers),
         )
+        if note := long_sink_note(cache, sampling.frames_of(chunks)):
+            logger.warning("%s", note)
         session = RollingSession(
             self.model,
             self.text_encoder.encode([prompt]),

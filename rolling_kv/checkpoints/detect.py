@@ -6,8 +6,16 @@ import json
 import re
 from pathlib import Path
 
-from ..presets import CAUSAL_MARK_PRESET, DEFAULT_PRESET, DEFAULT_PRESETS, PRESETS, ModelPreset, preset_for_name
-from .names import latent_channels
+from ..presets import (
+    CAUSAL_MARK_PRESET,
+    CONTEXT_WEIGHTS_FAMILY,
+    DEFAULT_PRESET,
+    DEFAULT_PRESETS,
+    PRESETS,
+    ModelPreset,
+    preset_for_name,
+)
+from .names import latent_channels, split_context
 from .readers import Checkpoint, CheckpointError, read_json
 
 PRESET_FILE = "rolling_kv.json"
@@ -46,7 +54,8 @@ def detect_preset(path: Path, checkpoint: Checkpoint) -> ModelPreset | None:
     """What the checkpoint says it was trained for; None when it does not say.
 
     In this order: `rolling_kv.json` in or beside a diffusers folder and the safetensors metadata entry `rolling_kv`,
-    both `{"preset": {…}}`; well-known names of the file and its folder; ComfyUI's mark for causal models (frame-wise).
+    both `{"preset": {…}}`; a second set of weights, for context passes; well-known names of the file and its folders;
+    ComfyUI's mark for causal models (frame-wise).
     """
     weights = checkpoint.files[0]
     if path.is_dir():
@@ -55,8 +64,11 @@ def detect_preset(path: Path, checkpoint: Checkpoint) -> ModelPreset | None:
                 return _parse(PRESET_FILE, read_json(folder / PRESET_FILE))
     if METADATA_KEY in checkpoint.metadata:
         return _parse(f"the metadata entry {METADATA_KEY}", metadata_json(checkpoint, METADATA_KEY))
-    for name in (path.name, f"{path.absolute().parent.name}/{path.name}"):
-        if preset := preset_for_name(name):
+    parts = path.absolute().parts[-3:]
+    if split_context(checkpoint.tensors)[1]:
+        return preset_for_name("/".join((CONTEXT_WEIGHTS_FAMILY, *parts)))
+    for start in range(len(parts) - 1, -1, -1):  # what is nearest to the weights knows best
+        if preset := preset_for_name("/".join(parts[start:])):
             return preset
     if transformer_metadata(checkpoint).get("causal_ar"):
         return CAUSAL_MARK_PRESET

@@ -18,7 +18,8 @@ from .detect import assumption, choose_preset
 from .fingerprint import fingerprint
 from .float8 import store_float8
 from .gguf import gguf_types
-from .readers import open_checkpoint, telling
+from .names import split_context
+from .readers import CheckpointError, open_checkpoint, telling
 from .transformer import build_transformer, settings_of, transformer_path
 
 logger = logging.getLogger(__name__)
@@ -28,19 +29,36 @@ class CausalModel(nn.Module):
     """A holder of one transformer. It has no `device` attribute, so that a memory manager may assign one.
 
     transformer: the stock diffusers model.
+    context_transformer: the one that makes the passes that write the cache, where it has weights of its own (Self
+        Gradient Forcing Plus); None where the transformer makes them too.
     preset: the sampling and cache settings that the weights were trained for.
     note: what was assumed of a checkpoint that does not tell whether it is causal, and how to choose; empty otherwise.
     identity: 16 hex digits that tell these weights from others, the same for every file layout they are read from.
     """
 
-    def __init__(self, transformer: WanTransformer3DModel, preset: ModelPreset = DEFAULT_PRESET, note: str = ""):
+    def __init__(
+        self,
+        transformer: WanTransformer3DModel,
+        preset: ModelPreset = DEFAULT_PRESET,
+        note: str = "",
+        context_transformer: WanTransformer3DModel | None = None,
+    ):
         super().__init__()
         self.transformer = transformer
+        self.context_transformer = context_transformer
         self.preset = preset
         self.note = note
         about = {"heads": self.config.num_attention_heads, "patch": list(self.config.patch_size)}
-        self.identity = fingerprint(transformer.state_dict(), about)
+        weights = transformer.state_dict()
+        if context_transformer is not None:
+            weights |= {f"context.{name}": weight for name, weight in context_transformer.state_dict().items()}
+        self.identity = fingerprint(weights, about)
         self.train(transformer.training)
+
+    @property
+    def transformers(self) -> tuple[WanTransformer3DModel, ...]:
+        """Both sets of weights, or the only one. The prompt's keys and values are each set's own."""
+        return (self.transformer,) if self.context_transformer is None else (self.transformer, self.context_transformer)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,12 +114,41 @@ def load_model(
         note = assumption(path, checkpoint) if preset == "auto" else ""
         settings = settings_of(checkpoint) | (config or {})
         ExecutionConfig().check(weight_storage=storage, packings=gguf_types(checkpoint.tensors))
-        if storage == "model":
-            transformer = build_transformer(checkpoint.tensors, settings, dtype, device, runs_on, copy=True)
-        else:  # in float8 before it moves: the device may be too small for more
-            transformer = build_transformer(checkpoint.tensors, settings, dtype, runs_on=runs_on or device, copy=True)
-            store_float8(transformer)
-            transformer.to(device)  # pyright: ignore[reportArgumentType]: diffusers' wrapper hides that it is a method
+
+        weights, context_weights = split_context(checkpoint.tensors)
+        place = {"device": device, "runs_on": runs_on, "storage": storage}
+        transformer = _built(weights, settings, dtype, **place)
+        context_transformer = _built_context(context_weights, transformer, settings, dtype, **place)
     if note:
         logger.warning("%s: %s", printable(path.name), note)
-    return CausalModel(transformer, chosen, note)
+    return CausalModel(transformer, chosen, note, context_transformer)
+
+
+def _built(weights: dict, settings: dict, dtype, *, device, runs_on, storage: str) -> WanTransformer3DModel:
+    if storage == "model":
+        return build_transformer(weights, settings, dtype, device, runs_on, copy=True)
+    # In float8 before it moves: the device may be too small for more.
+    transformer = build_transformer(weights, settings, dtype, runs_on=runs_on or device, copy=True)
+    store_float8(transformer)
+    transformer.to(device)  # pyright: ignore[reportArgumentType]: diffusers' wrapper hides that it is a method
+    return transformer
+
+
+def _built_context(
+    weights: dict, transformer: WanTransformer3DModel, settings: dict, dtype, **place
+) -> WanTransformer3DModel | None:
+    """The transformer of a second set of weights, None for an empty one."""
+    if not weights:
+        return None
+    which = "its second set of weights, for context passes"
+    try:
+        made = _built(weights, settings, dtype, **place)
+    except CheckpointError as error:
+        raise CheckpointError(f"{which}: {error}") from error
+    if made.config != transformer.config:
+        layers = made.config.num_layers, transformer.config.num_layers
+        raise CheckpointError(
+            f"{which}, makes another model than the first ({layers[0]} layers, {layers[1]} in the first). The file is "
+            "incomplete: download it again."
+        )
+    return made

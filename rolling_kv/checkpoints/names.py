@@ -20,6 +20,10 @@ _SHARDING_PARTS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_mod
 _PREFIX_PARTS = _SHARDING_PARTS | {"model", "diffusion_model"}
 MOST_LAYERS = 200
 """Blocks of a model; Wan's 14B has 40. A thousand take ten seconds to set up, even without weights."""
+_CONTEXT_MARK = re.compile(
+    r"(^|\.)memory_(?=(patch_embedding|text_embedding|time_embedding|time_projection|head|modulation|weight|bias)(\.|$))"
+)
+"""In the name of a tensor of the second set of weights, which Self Gradient Forcing Plus calls its memory expert."""
 _SIGNS = (  # the first that matches any tensor name; LoRA names contain those of the model they belong to
     (
         r"\.lora_(A|B|down|up)(\.|$)|\.lora[AB]\.|\.lora\.(down|up)\.|(^|\.)lora_unet_|\.(lokr|hada|oft)_"
@@ -109,6 +113,16 @@ def strip_prefixes(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
             raise CheckpointError(f"the file holds {shortened(key)} twice, under different prefixes.")
         stripped[key] = tensor
     return stripped, max(prefixes, key=len)
+
+
+def split_context(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A model's tensors, and those of its second set of weights, for context passes, under the names of the first.
+
+    The second is empty where the file has one set, as nearly all do.
+    """
+    renamed = {name: _CONTEXT_MARK.sub(r"\1", name, count=1) for name in tensors}
+    own = {name: tensor for name, tensor in tensors.items() if renamed[name] == name}
+    return own, {renamed[name]: tensor for name, tensor in tensors.items() if name not in own}
 
 
 def to_diffusers_names(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:

@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from ..checkpoints.model import CausalModel
@@ -128,7 +129,8 @@ def _size(shape: tuple[int, ...]) -> str:
 class LoraStack:
     """The LoRAs that are applied to one model, and the way back to the model without them.
 
-    The transformer is mutated. While LoRAs are applied, `model.identity` differs from that of the bare model, so that
+    The transformer is mutated, and so is that of the context passes, where a model has one: both descend from the model
+    that LoRAs are made for. While LoRAs are applied, `model.identity` differs from that of the bare model, so that
     videos of different stacks are told apart. One stack per model.
 
     fuse: None decides as the module's text says; True and False choose.
@@ -139,7 +141,7 @@ class LoraStack:
         self.fuse = fuse
         self.applied: tuple[tuple[str, float], ...] = ()
         self._bare_identity = model.identity
-        self._originals: dict[str, Tensor] = {}
+        self._originals: dict[tuple[WanTransformer3DModel, str], Tensor] = {}
 
     def holds(self, loras: Iterable[tuple[Lora, float]]) -> bool:
         """Whether these are the applied LoRAs, at these strengths."""
@@ -159,7 +161,8 @@ class LoraStack:
         loras = [(fit_lora(lora, self.model), strength) for lora, strength in loras]
         self.clear()
         try:
-            self._apply(loras)
+            for transformer in self.model.transformers:
+                self._apply(transformer, loras)
         except BaseException:
             self.clear()
             raise
@@ -172,12 +175,12 @@ class LoraStack:
     @torch.inference_mode(False)
     def clear(self) -> None:
         """Take all LoRAs off: the module tree and every bit of the weights are what they were."""
-        transformer = self.model.transformer
-        if hasattr(transformer, "peft_config"):
-            transformer.unload_lora()
-        for name in _PEFT_TRACES:
-            vars(transformer).pop(name, None)
-        for name, original in self._originals.items():
+        for transformer in self.model.transformers:
+            if hasattr(transformer, "peft_config"):
+                transformer.unload_lora()
+            for name in _PEFT_TRACES:
+                vars(transformer).pop(name, None)
+        for (transformer, name), original in self._originals.items():
             parameter = transformer.get_parameter(name)
             parameter.data = original.to(parameter.device)
         self._originals.clear()
@@ -186,28 +189,27 @@ class LoraStack:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _apply(self, loras: Sequence[tuple[Lora, float]]) -> None:
-        transformer = self.model.transformer
+    def _apply(self, transformer: WanTransformer3DModel, loras: Sequence[tuple[Lora, float]]) -> None:
         for lora, strength in loras:
             for name, change in lora.changes.items():
-                self._add(name, change, strength)
+                self._add(transformer, name, change, strength)
         layered = {f"lora_{index}": (lora, strength) for index, (lora, strength) in enumerate(loras) if lora.layers}
         if not layered:
             return
         modules = {module: transformer.get_submodule(module) for lora, _ in layered.values() for module in lora.layers}
         for name, (lora, _) in layered.items():
-            self._inject(name, lora)
+            self._inject(transformer, name, lora)
         transformer.set_adapters(list(layered), [strength for _, strength in layered.values()])
         transformer.requires_grad_(False)
         if self.fuse is False or self.fuse is None and not all(map(_is_plain, modules.values())):
             return
         for module in modules:
-            self._keep(f"{module}.weight", transformer.get_parameter(f"{module}.weight"))
+            self._keep(transformer, f"{module}.weight")
         transformer.fuse_lora(safe_fusing=True)  # safe: into new tensors, the old ones may be mapped from a file
         transformer.unload_lora()
 
-    def _inject(self, name: str, lora: Lora) -> None:
-        transformer, dtype = self.model.transformer, self.model.dtype
+    def _inject(self, transformer: WanTransformer3DModel, name: str, lora: Lora) -> None:
+        dtype = self.model.dtype
         weights, alphas = {}, {}
         for module, layer in lora.layers.items():
             weights[f"transformer.{module}.lora_A.weight"] = layer.down.to(dtype)
@@ -223,13 +225,13 @@ class LoraStack:
                     exact = weights[f"transformer.{module}.{part}.weight"]
                     half[name].weight.data = exact.to(wrapper.weight.device)
 
-    def _keep(self, name: str, parameter: Tensor) -> None:
-        self._originals.setdefault(name, parameter.data.to("cpu"))
+    def _keep(self, transformer: WanTransformer3DModel, name: str) -> None:
+        self._originals.setdefault((transformer, name), transformer.get_parameter(name).data.to("cpu"))
 
-    def _add(self, name: str, change: Change, strength: float) -> None:
-        parameter = self.model.transformer.get_parameter(name)
-        original = self._originals.get(name, parameter.data).to(parameter.device, torch.float32)
-        self._keep(name, parameter)
+    def _add(self, transformer: WanTransformer3DModel, name: str, change: Change, strength: float) -> None:
+        parameter = transformer.get_parameter(name)
+        original = self._originals.get((transformer, name), parameter.data).to(parameter.device, torch.float32)
+        self._keep(transformer, name)
         parameter.data = (parameter.float() + strength * difference(change, original)).to(parameter.dtype)
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..checkpoints.model import CausalModel
+from ..config import CacheConfig
+
+LONG_SINK_FRAMES = 120
+"""Latent frames, half a minute, up to which a sink at absolute positions is no worry."""
 
 
 def fitted_embeds(model: CausalModel, batch: int, embeds: torch.Tensor, name: str) -> torch.Tensor:
@@ -35,3 +39,13 @@ def check_latents(
             f"{name} must be [batch {expected[0]}, channels {expected[1]}, frames, height {expected[2]}, "
             f"width {expected[3]}] (in latents, {geometry.spatial} pixels each), got {list(latents.shape)}"
         )
+
+
+def long_sink_note(cache: CacheConfig, frames: int) -> str:
+    """What is known of a video of `frames` latent frames under these rules, as a sentence; empty where it is nothing."""
+    if cache.positions != "absolute" or not cache.sink or cache.unlimited or frames <= LONG_SINK_FRAMES:
+        return ""
+    return (
+        f"This video has {frames} latent frames, and its sink stays where it was made: after about 130, such videos are "
+        'known to snap back to their first picture. Choose "window" positions for it.'
+    )

@@ -52,6 +52,7 @@ def estimate(
     frames: int = 0,
     prompt_tokens: int = TEXT_LENGTH,
     step_cache=None,
+    weight_sets: int = 1,
 ) -> Estimate:
     """What a session with these settings will take.
 
@@ -61,6 +62,7 @@ def estimate(
     frames: latent frames of the whole video; decides the size where the window is unlimited.
     prompt_tokens: padding included.
     step_cache: a method of `step_cache.METHODS`, or None.
+    weight_sets: 2 for a model that has weights of its own for context passes, and so two sets of a prompt's keys.
     """
     dtype = dtype or transformer.patch_embedding.weight.dtype
     shape = CacheShape.of(transformer, batch, *Geometry.of(transformer).latent_size(height, width), dtype)
@@ -71,7 +73,7 @@ def estimate(
         held = step_cache.bytes_held(_step_shape(transformer, shape, sampling, tokens))
     return Estimate(
         cache=kept.device * sampling.branches,
-        prompts=PromptCache.bytes_needed(shape, prompt_tokens) * sampling.branches,
+        prompts=PromptCache.bytes_needed(shape, prompt_tokens) * sampling.branches * weight_sets,
         step_cache=held,
         activations=tokens * _values_per_token(transformer.config) * torch.float32.itemsize,
         host=kept.host * sampling.branches,

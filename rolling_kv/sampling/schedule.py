@@ -45,8 +45,12 @@ def flow_schedule(shift: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def warp_steps(denoising_steps: tuple[int, ...], shift: float) -> list[Step]:
-    """Few-step timesteps after the shift: 1000, 750, 500, 250 become 1000, 937.5, 833.3, 625 at shift 5."""
+    """Few-step timesteps after the shift: 1000, 750, 500, 250 become 1000, 937.5, 833.3, 625 at shift 5.
+
+    The schedule has no sigma for timestep 0: there the model is told 0, and the sigma is the last one.
+    """
     timesteps, sigmas = flow_schedule(shift)
+    timesteps, sigmas = torch.cat([timesteps, timesteps.new_zeros(1)]), torch.cat([sigmas, sigmas[-1:]])
     return [Step(timesteps[TRAIN_TIMESTEPS - s].item(), sigmas[TRAIN_TIMESTEPS - s]) for s in denoising_steps]
 
 

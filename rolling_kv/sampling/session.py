@@ -178,7 +178,7 @@ class RollingSession:
             self._open = run = _Open(attachment, branches)
             if self.step_cache is not None:  # after the rolling cache, and off before it: its hooks wrap what they find
                 run.steps = start_step_cache(
-                    transformer, self.step_cache, steps=sampling.passes_at(1), few_step=sampling.few_step
+                    transformer, self.step_cache, steps=sampling.passes, few_step=sampling.few_step
                 )
                 ending.callback(run.steps.detach)
                 ending.callback(self._report_steps, run.steps)

@@ -142,7 +142,7 @@ def check(experiment: StepCacheExperiment, more: Sequence[Candidate] = ()) -> No
         height=experiment.height, width=experiment.width, sampling=experiment.sampling, cache=experiment.cache,
     )  # fmt: skip
     for method in filter(None, (candidate.method for candidate in more)):
-        method.config(StepClock(lambda: 0.0, experiment.sampling.passes_at(1)))
+        method.config(StepClock(lambda: 0.0, experiment.sampling.passes))
 
 
 def bytes_needed(experiment: StepCacheExperiment, names: Sequence[str], more: Sequence[Candidate] = ()) -> int:

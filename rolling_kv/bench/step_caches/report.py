@@ -23,7 +23,7 @@ COLUMNS = {"psnr": ("PSNR, dB", ".1f"), "ssim": ("SSIM", ".3f"), "lpips": ("LPIP
 def describe(experiment: StepCacheExperiment) -> str:
     """Two lines: model and run, then the machine."""
     config, sampling = experiment.model.config, experiment.sampling
-    steps = sampling.passes_at(1)
+    steps = sampling.passes
     if experiment.mode == "bidirectional":
         length = f"{experiment.clip_frames} latent frames at once"
     else:
