@@ -68,12 +68,33 @@ class ModelPreset:
             [
                 f"chunks of {sampling.chunk}",
                 window + sink,
-                *_rules(cache),
+                *self.rules(),
                 f"{steps} step{'s' * (steps != 1)}{guidance}",
                 *_first_chunks(sampling),
                 *([f"shift {sampling.shift:g}"] * (sampling.shift != SamplingConfig.shift)),
             ]
         )
+
+    def rules(self) -> list[str]:
+        """What the cache does beside keeping a window, as phrases."""
+        cache = self.cache
+        span = f" that end at {cache.span}" if cache.span else ""
+        said = [f"positions in the window{span}"] if cache.positions == "window" else []
+        if cache.leaving == "ema":
+            said.append("what leaves averaged into the sink")
+        elif cache.leaving == "memory":
+            said.append("what leaves averaged into 2 memory frames")
+        if cache.shot_sink:
+            said.append("a sink for every shot too")
+        if cache.context == "recomputed":
+            said.append("recomputed before every chunk")
+        if cache.switch in ("joint", "causal"):
+            how = " chunk by chunk" if cache.switch == "causal" else ""
+            sink = " and a new sink" if cache.sink and not cache.global_sink else ""
+            said.append(f"window computed anew{how} at a switch{sink}")
+        elif cache.switch != "hold":
+            said.append(f"{cache.switch} at a switch")
+        return said
 
     def to_dict(self) -> dict:
         """Plain JSON values; `from_dict` reads them back. Names and files are not among them."""
@@ -101,25 +122,6 @@ class ModelPreset:
         cache = CacheConfig(**{k: v for k, v in values.items() if k in _CACHE_FIELDS})
         cache.check_chunk(sampling.chunk)
         return cls(name, sampling, cache)
-
-
-def _rules(cache: CacheConfig) -> list[str]:
-    """What a cache does beside keeping a window, as phrases."""
-    span = f" that end at {cache.span}" if cache.span else ""
-    said = [f"positions in the window{span}"] if cache.positions == "window" else []
-    if cache.leaving == "ema":
-        said.append("what leaves averaged into the sink")
-    elif cache.leaving == "memory":
-        said.append("what leaves averaged into 2 memory frames")
-    if cache.context == "recomputed":
-        said.append("recomputed before every chunk")
-    if cache.switch in ("joint", "causal"):
-        how = " chunk by chunk" if cache.switch == "causal" else ""
-        sink = " and a new sink" if cache.sink and not cache.global_sink else ""
-        said.append(f"window computed anew{how} at a switch{sink}")
-    elif cache.switch != "hold":
-        said.append(f"{cache.switch} at a switch")
-    return said
 
 
 def _first_chunks(sampling: SamplingConfig) -> list[str]:

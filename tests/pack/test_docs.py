@@ -1,4 +1,4 @@
-"""docs/architecture.md and CONTRIBUTING.md speak of what is there."""
+"""docs/architecture.md, CONTRIBUTING.md and docs/models.md speak of what is there."""
 
 import re
 
@@ -22,8 +22,16 @@ def test_paths_and_modules_that_are_named_exist(page):
     for module in re.findall(r"python -m (tools(?:\.\w+)*)", text):
         path = PACK.joinpath(*module.split("."))
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert (PACK / page).parent.joinpath(target).exists(), target
+    check_links(page)
+
+
+def check_links(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", (PACK / page).read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (PACK / page).parent.joinpath(target).exists(), target
+
+
+def test_links_of_the_page_of_models_lead_somewhere():
+    check_links("docs/models.md")
 
 
 def test_every_module_of_the_engine_has_its_place_in_the_tree():

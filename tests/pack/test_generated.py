@@ -7,7 +7,7 @@ import pytest
 
 from rolling_kv.presets import PRESETS
 from tools.comfyui.env import PACK
-from tools.generate import help_pages, readme, schemas
+from tools.generate import help_pages, models, readme, schemas
 from tools.generate.workflows import WORKFLOWS, layout
 
 DUE = "run python -m tools.generate"
@@ -20,6 +20,13 @@ def load(path):
 
 def test_the_tables_of_the_readme_are_the_presets():
     assert readme.README.read_text(encoding="utf-8") == readme.generated(), DUE
+
+
+def test_the_table_of_families_is_the_presets():
+    page = models.PAGE.read_text(encoding="utf-8")
+    assert page == models.generated(), DUE
+    assert all(f"| `{name}` " in page for name in PRESETS)
+    assert all(preset.licence in page and preset.source in page and preset.note in page for preset in PRESETS.values())
 
 
 @pytest.mark.parametrize("language", help_pages.HEADS)

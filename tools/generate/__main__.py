@@ -9,6 +9,7 @@ Without a URL it starts a ComfyUI of its own. It writes
   web/docs/RollingKVLoadModel/   the tables of presets
   workflows/, workflows/api/     the examples, built and saved by the real frontend, with their thumbnails
   README.md                      the tables of files and models
+  docs/models.md                 the table of families
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import argparse
 from ..comfyui.client import ComfyClient
 from ..comfyui.env import ComfyError, find_install, install_missing
 from ..comfyui.server import ComfyServer
-from . import help_pages, readme, schemas, workflows
+from . import help_pages, models, readme, schemas, workflows
 
 
 def generate(client: ComfyClient, names: list[str]) -> None:
     readme.generate()
+    models.generate()
     help_pages.generate()
     schemas.generate(client)
     workflows.generate(client.url, names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from rolling_kv.config import SamplingConfig
 from rolling_kv.presets import PRESETS, ModelPreset
 
 from ..comfyui.env import PACK
@@ -13,20 +14,47 @@ from .readme import table
 
 PAGES = PACK / "web" / "docs" / "RollingKVLoadModel"
 HEADS = {
-    "en": ["Preset", "Chunk", "Window", "Sink", "Sampling"],
-    "zh": ["预设", "分块", "窗口", "汇聚帧", "采样"],
+    "en": ["Preset", "Chunk", "Window", "Sink", "Rules", "Sampling"],
+    "zh": ["预设", "分块", "窗口", "汇聚帧", "规则", "采样"],
 }
+CHINESE = (  # the phrases of `ModelPreset.rules`
+    (r"positions in the window that end at (\d+)", r"位置按窗口，终于 \1"),
+    (r"positions in the window", "位置按窗口"),
+    (r"what leaves averaged into the sink", "离开的帧平均到汇聚帧中"),
+    (r"what leaves averaged into (\d+) memory frames", r"离开的帧平均到 \1 个记忆帧中"),
+    (r"a sink for every shot too", "每个镜头另有汇聚帧"),
+    (r"recomputed before every chunk", "每个分块之前重新计算"),
+    (r"window computed anew at a switch", "切换提示词时重新计算窗口"),
+)
 
 
 def sampling_of(preset: ModelPreset, language: str) -> str:
     """How many steps a chunk takes, and the guidance, as the page's language says it."""
     sampling = preset.sampling
-    steps, first, scale = sampling.passes_at(1), sampling.passes_at(0), f"{sampling.guidance_scale:g}"
+    steps, first, scale = sampling.passes, sampling.first_passes, f"{sampling.guidance_scale:g}"
+    shifted = sampling.shift != SamplingConfig.shift
     if language == "zh":
         text = f"{steps} 步" + (f"，引导 {scale}" if sampling.guided else "")
-        return text + (f"，第一个分块 {first} 步" if first != steps else "")
+        chunks = "第一个分块" if len(first) == 1 else f"前 {len(first)} 个分块"
+        text += f"，{chunks} {'、'.join(map(str, first))} 步" if first else ""
+        return text + (f"，偏移 {sampling.shift:g}" if shifted else "")
     text = f"{steps} step{'s' * (steps != 1)}" + (f" with guidance {scale}" if sampling.guided else "")
-    return text + (f", the first chunk {first}" if first != steps else "")
+    text += f", the first chunk{'s' * (len(first) > 1)} {' and '.join(map(str, first))}" if first else ""
+    return text + (f", shift {sampling.shift:g}" if shifted else "")
+
+
+def rules_of(preset: ModelPreset, language: str) -> str:
+    """What its cache does beside keeping a window. Raises KeyError for a phrase that nobody has translated."""
+    if language == "en":
+        return ", ".join(preset.rules())
+    return "，".join(map(_chinese, preset.rules()))
+
+
+def _chinese(phrase: str) -> str:
+    for pattern, text in CHINESE:
+        if re.fullmatch(pattern, phrase):
+            return re.sub(pattern, text, phrase)
+    raise KeyError(phrase)
 
 
 def presets_table(language: str) -> str:
@@ -37,6 +65,7 @@ def presets_table(language: str) -> str:
             str(preset.sampling.chunk),
             str(preset.cache.window),
             str(preset.cache.sink),
+            rules_of(preset, language),
             sampling_of(preset, language),
         ]
         for preset in PRESETS.values()

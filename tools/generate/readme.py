@@ -22,8 +22,9 @@ def tables() -> str:
     ]
     models, above = [["Model", "File", "Preset", "Trained for"]], None
     for preset in PRESETS.values():
-        title = "" if above and preset.title == above.title else preset.title
-        weights = "" if above and preset.files == above.files else ", ".join(map(described, preset.files))
+        same_family = above and preset.title == above.title
+        title = "" if same_family else preset.title
+        weights = "" if same_family and preset.files == above.files else ", ".join(map(described, preset.files))
         models.append([title, weights, f"`{preset.name}`", preset.trained_for()])
         above = preset
     return table(files) + "\n" + table(models)
