@@ -119,7 +119,7 @@ class CacheConfig:
     switch: str = "hold"
     global_sink: bool = True
     cut_flush: bool = True
-    cut_offset: int = 42
+    cut_offset: float = 42
     shot_sink: bool = False
     shot_clean: bool = False
     context: str = "kept"
@@ -141,7 +141,7 @@ class CacheConfig:
                 )
             check_whole("window", self.window, 1, MOST_FRAMES, "latent frame")
         check_whole("sink", self.sink, 0, MOST_FRAMES, "latent frame")
-        check_whole("cut_offset", self.cut_offset, 0, MOST_FRAMES, "latent frame")
+        check_real("cut_offset", self.cut_offset, 0, MOST_FRAMES)
         check_real("ema_alpha", self.ema_alpha, 0, 1)
         alphas = self.memory_alphas
         if not isinstance(alphas, Sequence) or isinstance(alphas, str) or len(alphas) != 2:
@@ -159,6 +159,10 @@ class CacheConfig:
             raise ValueError(
                 f'a span of {self.span} needs "window" positions and a window of at most {self.span} latent frames, '
                 f"got {self.positions} positions and a window of {self.window}"
+            )
+        if self.shot_clean and self.cut_flush:
+            raise ValueError(
+                "shot_clean drops all but the sink, so there is nothing for cut_flush to keep: turn one of them off"
             )
         if self.leaving == "drop":
             return

@@ -31,10 +31,10 @@ def rotations(angles: torch.Tensor) -> torch.Tensor:
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotary_angles(head_dim: int, start_frame: int, frames: int, height: int, width: int) -> torch.Tensor:
+def rotary_angles(head_dim: int, start_frame: float, frames: int, height: int, width: int) -> torch.Tensor:
     """Angles of each token's position in float64, [frames * height * width, head_dim / 2], on the CPU.
 
-    start_frame: absolute latent frame. height, width: in tokens.
+    start_frame: absolute latent frame; cuts may put it between two. height, width: in tokens.
     """
     time, space = _split(head_dim)
     parts = []
@@ -46,7 +46,7 @@ def rotary_angles(head_dim: int, start_frame: int, frames: int, height: int, wid
     return torch.cat(parts, dim=-1).flatten(0, 2)
 
 
-def time_shift_angles(head_dim: int, frames: int) -> torch.Tensor:
+def time_shift_angles(head_dim: int, frames: float) -> torch.Tensor:
     """Angles that move any token by `frames` latent frames in time, [head_dim / 2], float64."""
     time, space = _split(head_dim)
     return torch.cat([frames * _frequencies(time), torch.zeros(2 * space, dtype=torch.float64)])

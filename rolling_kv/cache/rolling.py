@@ -1,32 +1,42 @@
-"""The rolling key/value cache: per layer one preallocated buffer, a sink and a ring, nothing shifted or concatenated.
+"""The rolling key/value cache: per layer one preallocated buffer, kept frames and a ring, nothing shifted or concatenated.
 
 Keys are stored after RoPE, and attention without a mask does not depend on the order of its keys. So a frame that
 leaves the window is simply overwritten by the next one, and until the first frame leaves, the layout is plain append.
 Every index is a host-side integer: no device synchronisation, static shapes once the window is full.
 
 Window semantics are Self-Forcing's (https://arxiv.org/abs/2506.08009): the window counts the sink and the chunk being
-made, and the oldest frames leave before the chunk attends.
+made, and the oldest frames leave before the chunk attends. Everything else that families of models do is a rule of
+`CacheConfig`, and work that is done once per chunk and layer, before the chunk's first pass writes there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from ..config import CacheConfig
 from ..devices import to_device
-from ..rope import rotate, rotations, time_shift_angles
+from ..rope import rotary_angles, rotate, rotations, time_shift_angles
+from .averages import MemoryAverages, SinkAverage
 from .codecs import CODECS, Parts
 from .offload import Offloaded
 from .sizes import CacheBytes, CacheShape
 from .stores import Resident, Sizes
 from .window import FrameWindow
 
+Spans = list[tuple[int, int]]
+"""(first token, count) each, in the buffer."""
+Work = Callable[[int, Parts], Spans]
+"""What is to be done in a layer before a chunk is written there: (layer, its parts) -> where it wrote."""
+
 
 class RollingKVCache:
     """Keys and values of the latent frames in the window, for one guidance branch.
 
     shape: everything that decides the bytes of one latent frame.
-    config: window and sink in latent frames, and how bytes are kept.
+    config: window, sink and their rules, and how bytes are kept.
     device: where the model computes.
     capacity: latent frames to allocate where the window is unlimited; `reserve` adds more at once, `begin` adds by halves
         of what there is. With a window, the capacity is the window.
@@ -42,12 +52,32 @@ class RollingKVCache:
         self.shape = shape
         self.config = config
         self.device = torch.device(device)
-        self.window = FrameWindow(capacity, config.sink)
         self.codec = CODECS[config.storage](shape.dtype)
         self.store = (Offloaded if config.offload else Resident)(shape.layers, self._sizes(capacity), self.device)
-        self._sink_keys: dict[int, Parts] = {}  # per layer, as first written: only with window positions
-        self._sink_shifts = [0] * shape.layers  # latent frames by which each layer's sink keys have been moved
-        self._sink_turn: torch.Tensor | None = None  # the open chunk's rotation of every layer's sink keys
+        self._forget(FrameWindow(capacity, self._held))
+
+    @property
+    def _held(self) -> int:
+        """Latent frames that never make room; where all stay, none has to be held."""
+        return 0 if self.config.unlimited else self.config.held
+
+    def _forget(self, window: FrameWindow) -> None:
+        """Hold nothing, with this window."""
+        self.window = window
+        self.offset: float = (
+            0  # latent frames by which cuts have moved all later positions, where positions are absolute
+        )
+        self._away: float = 0  # latent frames by which the open or last chunk stands away from the window's positions
+        self._away_next: float = 0
+        self._shot: range | None = None  # the current shot's first frames, once its first chunk is in the cache
+        self._work: list[Work] = []  # of the open chunk
+        self._worked: set[int] = set()  # layers in which it is done
+        self._reach = 0  # slots that the work reads
+        self._last = range(0)  # frames of the last chunk
+        self._originals: dict[int, Parts] = {}  # per layer, the kept frames' keys as first written
+        self._placed: tuple[tuple[int, int], ...] = ()  # kept frames, and by how much their keys have been moved
+        averages = {"drop": None, "ema": SinkAverage, "memory": MemoryAverages}[self.config.leaving]
+        self.averages = averages(self.shape, self.config) if averages else None
 
     @staticmethod
     def bytes_needed(shape: CacheShape, config: CacheConfig, frames: int) -> CacheBytes:
@@ -61,18 +91,27 @@ class RollingKVCache:
     def bytes_kept(shape: CacheShape, config: CacheConfig, frames: int) -> CacheBytes:
         """Bytes of a cache that holds `frames` latent frames, known before anything is allocated."""
         total = shape.bytes_per_frame(config.storage) * frames
-        sink_keys = shape.bytes_per_frame(config.storage) * config.sink // 2 if config.positions == "window" else 0
+        averages = 0
+        if config.leaving == "ema":
+            averages = SinkAverage.bytes_needed(shape, config)
+        elif config.leaving == "memory":
+            averages = MemoryAverages.bytes_needed(shape, config)
+        originals = (
+            config.positions == "window" and config.leaving != "ema"
+        )  # an average is turned, not what it began as
+        originals = shape.bytes_per_frame(config.storage) * config.sink // 2 if originals else 0
         if config.offload:
-            return CacheBytes(total // shape.layers * 2, total + sink_keys)
-        return CacheBytes(total + sink_keys, 0)
+            return CacheBytes(total // shape.layers * 2 + averages, total + originals)
+        return CacheBytes(total + originals + averages, 0)
 
     @property
     def nbytes(self) -> CacheBytes:
         """Bytes held now."""
-        sink_keys = sum(part.nbytes for parts in self._sink_keys.values() for part in parts)
+        originals = sum(part.nbytes for parts in self._originals.values() for part in parts)
+        averages = self.averages.nbytes if self.averages else 0
         if self.config.offload:
-            return CacheBytes(self.store.device_bytes, self.store.host_bytes + sink_keys)
-        return CacheBytes(self.store.device_bytes + sink_keys, self.store.host_bytes)
+            return CacheBytes(self.store.device_bytes + averages, self.store.host_bytes + originals)
+        return CacheBytes(self.store.device_bytes + originals + averages, self.store.host_bytes)
 
     def _sizes(self, frames: int) -> Sizes:
         shape = self.shape
@@ -97,39 +136,62 @@ class RollingKVCache:
 
     def reset(self) -> None:
         """Forget every frame; the buffers stay allocated."""
-        self.window = FrameWindow(self.window.capacity, self.window.sink)
-        self._sink_keys.clear()
-        self._sink_shifts = [0] * self.shape.layers
+        self._forget(FrameWindow(self.window.capacity, self._held))
         self.store.discard()
 
     def release(self) -> None:
         """Give the memory back now, whoever still refers to this cache, which is of no use any more."""
         self.store.release()
-        self._sink_keys.clear()
+        self._originals.clear()
+        self.averages = None
+
+    @property
+    def position(self) -> float:
+        """Where the open chunk's first frame stands in time, in latent frames."""
+        return self.window.end + self.offset + self._away
 
     def begin(self, frames: int) -> None:
-        """Open a chunk of `frames` latent frames. See `FrameWindow.begin`; an unlimited window grows if it must."""
-        self.grow(self.window.end + frames)
-        self.window.begin(frames)
-        self._sink_turn = None
+        """Open a chunk of `frames` latent frames. See `FrameWindow.begin`; an unlimited window grows if it must.
+
+        A chunk of this size that is open already, because it was cancelled, stays as it is: what has left, has left.
+        """
+        window = self.window
+        if not window.open:
+            self._open(frames)
+        elif window.open != frames:
+            window.begin(frames)
         tokens = self.shape.tokens_per_frame
-        self._writes = [tuple(tokens * n for n in segment) for segment in self.window.segments()]
-        self._used = self.window.filled * tokens
+        self._writes = [tuple(tokens * n for n in segment) for segment in window.segments()]
+        self._used = window.filled * tokens
+
+    def _open(self, frames: int) -> None:
+        window = self.window
+        self._reach = max(self._reach, window.filled)
+        self._bring_back()
+        self._place_shot(frames)
+        self.grow(window.filled + frames)
+        window.begin(frames)
+        self._away, self._away_next = self._away_next, 0
+        if self.averages is not None and window.leaving:
+            self._work.append(self._folding())
+        self._place_kept()
 
     @property
     def layout(self) -> tuple | None:
         """Where a pass over the open chunk writes, and how far it reads: all that the CPU decides about it.
 
-        None where no later chunk will find the same: the window is not full yet, a sink with window positions moves with every chunk,
-        or offloaded layers come and go.
+        None where no later chunk will find the same: the window is not full yet, kept frames move with every chunk, or
+        offloaded layers come and go.
         """
         config = self.config
-        repeats = self.window.filled == config.limit and config.positions == "absolute" and not config.offload
-        return (self._used, *self._writes) if repeats else None
+        plain = config.positions == "absolute" and config.leaving == "drop" and not config.offload and not self._work
+        return (self._used, *self._writes) if plain and self.window.filled == config.limit else None
 
     def commit(self) -> None:
         """The open chunk, as last written, becomes part of the past."""
+        self._last = range(self.window.end, self.window.end + self.window.open)
         self.window.commit()
+        self._work, self._worked, self._reach = [], set(), 0
 
     def update(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the open chunk's keys and values of one layer, and return everything it attends to.
@@ -146,10 +208,12 @@ class RollingKVCache:
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> Parts:
         """The writing half of `update`; returns the layer's stored parts."""
-        parts = self.store.open(layer, self._used)
-        written = [(slot, count) for _, slot, count in self._writes]
-        if self.config.positions == "window" and self._rebase_sink(layer, parts):
-            written.append((0, self.config.sink * self.shape.tokens_per_frame))
+        parts = self.store.open(layer, max(self._used, self._reach * self.shape.tokens_per_frame))
+        written: Spans = [(slot, count) for _, slot, count in self._writes]
+        if layer not in self._worked:
+            for work in self._work:
+                written += work(layer, parts)
+            self._worked.add(layer)
         for kind, packed in enumerate((self.codec.pack(key), self.codec.pack(value))):
             for part, fresh in zip(parts, packed):
                 for source, slot, count in self._writes:
@@ -157,20 +221,255 @@ class RollingKVCache:
         self.store.close(layer, written)
         return parts
 
-    def _rebase_sink(self, layer: int, parts: Parts) -> bool:
-        """Move the sink's keys in time to just before the rest of the window; tells whether they had to be."""
-        shift = max(0, self.window.end + self.window.open - self.window.capacity)
-        if shift == self._sink_shifts[layer]:
-            return False
-        tokens = self.config.sink * self.shape.tokens_per_frame
-        if layer not in self._sink_keys:
+    # What happens between two chunks.
+
+    def flush(self) -> None:
+        """Forget all but the first frame and the last two. Source: Infinity-RoPE (https://arxiv.org/abs/2511.20649)."""
+        self._bring_back()
+        end, sink = self.window.end, self.config.sink
+        staying = [*self._sink()[:1], end - 2, end - 1]
+        if end - (self._sink() or [self.window.oldest])[0] <= len(staying):
+            return
+        kept = staying[:sink]
+        if not self.config.unlimited:
+            kept += range(end, end + sink - len(kept))
+        self._shot = None
+        self._rearrange(kept, staying[sink] if sink < len(staying) else end)
+
+    def _sink(self) -> Sequence[int]:
+        """The sink's frames, as far as there are any yet."""
+        kept, sink = self.window.kept[: self.window.kept_until(self.window.end)], self.config.sink
+        return kept[:sink] if kept or not self.config.unlimited else range(min(sink, self.window.end))
+
+    def cut(self) -> None:
+        """Begin a new shot with the next chunk."""
+        self._bring_back()
+        if self.config.cut_flush:
+            self.flush()
+        if self.config.positions == "absolute":
+            self.offset += self.config.cut_offset
+        else:
+            self._away_next = self.config.cut_offset
+
+    def drop_to_sink(self) -> None:
+        """Forget all but the sink; an open chunk is opened anew."""
+        window = self.window
+        window.open = 0
+        self._work, self._worked, self._shot = [], set(), None
+        kept = self._sink() if self.config.unlimited else window.kept[: self.config.sink]
+        for layer, parts in self._originals.items():
+            self._originals[layer] = tuple(part[:, self._tokens(0, len(kept))] for part in parts)
+        self._rearrange(kept, window.end)
+
+    def keep_shot(self, start: int, frames: int) -> None:
+        """Keep the first frames of the chunk that has begun a shot, `frames` from `start` on, until the next cut."""
+        self._shot = range(start, start + min(self.config.sink, frames))
+
+    def restart(self, at: int, keep_sink: bool) -> int:
+        """Forget the frames that a window at the latent frame `at` holds, to write them anew; returns the first of them.
+
+        keep_sink: whether the kept frames stay where they are older than the window's rest. Otherwise the first frames
+            that are written become the sink.
+        """
+        limit, kept = self.config.limit, self.window.kept
+        start = max(0, at - (limit or at))
+        if keep_sink and limit is not None and at > limit and kept and kept[-1] < at - self.window.ring:
+            start = at - self.window.ring
+            self.window.restart(start, kept)
+            self._away = self._away_next = self._reach = 0
+            self._work, self._worked, self._shot = [], set(), None
+        else:
+            offset, window = self.offset, FrameWindow(self.window.capacity)
+            window.restart(start, range(start, start + self._held))
+            self._forget(window)
+            self.offset = offset
+        self.store.discard()
+        return start
+
+    # The work that this takes, in each layer.
+
+    def _tokens(self, slot: int, frames: int = 1) -> slice:
+        return slice(slot * self.shape.tokens_per_frame, (slot + frames) * self.shape.tokens_per_frame)
+
+    def _spans(self, slots: Sequence[tuple[int, int]]) -> Spans:
+        tokens = self.shape.tokens_per_frame
+        return [(slot * tokens, count * tokens) for slot, count in slots]
+
+    def _turn(self, shifts: Sequence[float]) -> torch.Tensor:
+        """The rotation that moves as many frames' keys by so many latent frames each, as `rope.rotate` takes it."""
+        angles = [time_shift_angles(self.shape.head_dim, shift) for shift in shifts]
+        if len(set(shifts)) == 1:
+            turn = rotations(angles[0])
+        else:
+            turn = rotations(torch.stack(angles)).repeat_interleave(self.shape.tokens_per_frame, 0)[None, :, None]
+        return to_device(turn.to(torch.complex64), self.device)
+
+    def _rearrange(self, kept: Sequence[int], oldest: int) -> None:
+        window = self.window
+        self._reach = max(self._reach, window.filled)
+        had = {frame: index for index, frame in enumerate(window.kept[: window.kept_until(window.end)])}
+        sources = [(had.get(frame), window.slot(frame)) for frame in kept if frame < window.end]
+        moves = window.rearrange(kept, oldest)
+        self._placed = ()
+        if moves or sources != [(index, index) for index in range(len(had))]:
+            self._work.append(partial(self._move, moves, sources))
+
+    def _move(
+        self, moves: list[tuple[int, int]], sources: list[tuple[int | None, int]], layer: int, parts: Parts
+    ) -> Spans:
+        """Bring frames to other slots. sources: for each kept frame, its place among the old kept ones, and its old slot."""
+        if layer in self._originals:
+            old = tuple(part.to(self.device) for part in self._originals[layer])
+            had = old[0].shape[1] // self.shape.tokens_per_frame
+            pieces = [
+                tuple(part[:, self._tokens(index)] for part in old)
+                if index is not None and index < had
+                else tuple(part[0, :, self._tokens(slot)] for part in parts)
+                for index, slot in sources
+            ]
+            self._originals.pop(layer)
+            if pieces:
+                joined = tuple(torch.cat(pieces, dim=1) for pieces in zip(*pieces))
+                self._originals[layer] = self.store.copied(joined)
+        for part in parts:
+            taken = [part[:, :, self._tokens(old)].clone() for old, _ in moves]
+            for (_, new), frame in zip(moves, taken):
+                part[:, :, self._tokens(new)] = frame
+        return self._spans([(new, 1) for _, new in moves])
+
+    def _bring_back(self) -> None:
+        """Let the last chunk, which a cut has put elsewhere in time, stand where its frames follow each other."""
+        if not self._away:
+            return
+        window = self.window
+        self._reach = max(self._reach, window.filled)
+        slots = [window.slot(frame) for frame in self._last if frame in window.kept or frame >= window.oldest]
+        turn, self._away = self._turn([-self._away]), 0
+
+        def work(layer: int, parts: Parts) -> Spans:
+            for slot in slots:
+                keys = self.codec.unpack(tuple(part[0, :, self._tokens(slot)] for part in parts))
+                for part, packed in zip(parts, self.codec.pack(rotate(keys, turn))):
+                    part[0, :, self._tokens(slot)] = packed
+            return self._spans([(slot, 1) for slot in slots])
+
+        self._work.append(work)
+
+    def _place_shot(self, frames: int) -> None:
+        """Let the shot's first frames be kept once they would leave, and those of an older shot be kept no more."""
+        window, sink = self.window, self.config.sink
+        total, newer = window.end + frames, self._shot is not None and self._shot[0] not in window.kept
+        if newer and len(window.kept) > sink:
+            self._rearrange(window.kept[:sink], max(window.oldest, total - (window.capacity - sink)))
+        shot = self._shot
+        if not newer or shot is None or total - window.ring <= shot[0]:
+            return
+        if shot[0] < window.oldest or window.ring - len(shot) < frames:
+            self._shot = None  # in the sink already, or there is no room for it
+            return
+        oldest = max(shot[-1] + 1, total - (window.ring - len(shot)))
+        self._rearrange([*window.kept, *shot], oldest)
+
+    def _places(self) -> range:
+        """Where the kept slots stand in time while the chunk is open that has been begun."""
+        window = self.window
+        total, filled = window.end + window.open, window.filled
+        span = filled if self.config.span is None else max(filled, min(total, self.config.span))
+        return range(total - span, total - span + len(window.kept))
+
+    def _place_kept(self) -> None:
+        """Plan to write the kept frames as they are now: moved in time to just before the rest of the window, or averaged."""
+        window, averages = self.window, self.averages
+        averaged = isinstance(averages, SinkAverage) and len(window.leaving) > 0
+        follows = self.config.positions == "window"
+        if not (follows or averaged):
+            return
+        known = window.kept[: window.kept_until(window.end)]
+        if isinstance(averages, MemoryAverages):
+            known = known[: self.config.sink]
+        shifts = [place - frame if follows else 0 for frame, place in zip(known, self._places())]
+        before, self._placed = self._placed, tuple(zip(known, shifts))
+        moved = self._placed != before and (any(shifts) or bool(self._originals))
+        if shifts and (moved or averaged):
+            self._work.append(partial(self._write_kept, len(shifts), self._turn(shifts) if any(shifts) else None))
+
+    def _write_kept(self, frames: int, turn: torch.Tensor | None, layer: int, parts: Parts) -> Spans:
+        place = self._tokens(0, frames)
+        if isinstance(self.averages, SinkAverage) and layer in self.averages.layers:
+            written = list(self.averages.layers[layer])
+        else:
             # Turned from the keys as they were written, every time: rounding does not add up.
-            self._sink_keys[layer] = self.store.copied(tuple(part[0, :, :tokens] for part in parts))
-        keys = self.codec.unpack(tuple(part.to(self.device, non_blocking=True) for part in self._sink_keys[layer]))
-        if self._sink_turn is None:
-            turn = rotations(time_shift_angles(self.shape.head_dim, shift)).to(torch.complex64)
-            self._sink_turn = to_device(turn, self.device)
-        for part, packed in zip(parts, self.codec.pack(rotate(keys, self._sink_turn))):
-            part[0, :, :tokens] = packed
-        self._sink_shifts[layer] = shift
-        return True
+            originals = self._original(layer, parts, frames)
+            written = [self.codec.unpack(tuple(part.to(self.device, non_blocking=True) for part in originals))]
+        if turn is not None:
+            written[0] = rotate(written[0], turn)
+        for kind, heads in enumerate(written):
+            for part, packed in zip(parts, self.codec.pack(heads.to(self.shape.dtype))):
+                part[kind, :, place] = packed
+        return self._spans([(0, frames)])
+
+    def _original(self, layer: int, parts: Parts, frames: int) -> Parts:
+        """The first `frames` kept frames' keys as they were written."""
+        kept = self._originals.get(layer)
+        had = kept[0].shape[1] // self.shape.tokens_per_frame if kept else 0
+        if kept is None or had < frames:
+            fresh = tuple(part[0, :, self._tokens(had, frames - had)] for part in parts)
+            if kept is not None:
+                fresh = tuple(torch.cat([old.to(self.device), new], dim=1) for old, new in zip(kept, fresh))
+            kept = self._originals[layer] = self.store.copied(fresh)
+        return kept
+
+    def _folding(self) -> Work:
+        """The work of averaging what leaves for the open chunk."""
+        window, kept = self.window, self.window.kept
+        slots = [window.slot(frame) for frame in window.leaving]
+        if isinstance(self.averages, SinkAverage):
+            # The i-th frame to leave goes into the sink's i-th, over and over.
+            targets = [(frame - kept[0]) % len(kept) for frame in window.leaving]
+            shifts = [kept[target] - frame for target, frame in zip(targets, window.leaving)]
+            return partial(self._fold_into_sink, slots, targets, self._turn(shifts))
+        sink, grid = self.config.sink, self.shape.grid
+        leaving = rotary_angles(self.shape.head_dim, window.leaving.start, len(slots), *grid)
+        memory = rotary_angles(self.shape.head_dim, self._places()[sink], 2, *grid)
+        turns = (
+            to_device(rotations(angles).to(torch.complex64)[None, :, None], self.device)
+            for angles in (-leaving, memory)
+        )
+        return partial(self._fold_into_memory, slots, *turns)
+
+    def _fold_into_sink(
+        self, slots: list[int], targets: list[int], turn: torch.Tensor, layer: int, parts: Parts
+    ) -> Spans:
+        averages = self.averages
+        assert isinstance(averages, SinkAverage)
+        if layer not in averages.layers:
+            averages.start(layer, *self._heads(parts, [(0, len(self.window.kept))]))
+        keys, values = self._heads(parts, [(slot, 1) for slot in slots])
+        keys = rotate(keys.to(averages.dtype), turn)
+        tokens = self.shape.tokens_per_frame
+        runs = [(0, len(slots))] if targets == list(range(targets[0], targets[0] + len(slots))) else None
+        for first, count in runs or [(index, 1) for index in range(len(slots))]:
+            place = slice(first * tokens, (first + count) * tokens)
+            averages.fold(layer, targets[first] * tokens, keys[:, place], values[:, place])
+        return []  # `_write_kept` brings it into view
+
+    def _fold_into_memory(
+        self, slots: list[int], back: torch.Tensor, place: torch.Tensor, layer: int, parts: Parts
+    ) -> Spans:
+        averages, sink, tokens = self.averages, self.config.sink, self.shape.tokens_per_frame
+        assert isinstance(averages, MemoryAverages)
+        keys, values = self._heads(parts, [(slot, 1) for slot in slots])
+        averages.fold(layer, rotate(keys.float(), back), values)
+        keys, values = (torch.cat(both, 1).repeat_interleave(tokens, 1) for both in zip(*averages.layers[layer]))
+        for kind, heads in enumerate((rotate(keys, place), values)):
+            for part, packed in zip(parts, self.codec.pack(heads.to(self.shape.dtype))):
+                part[kind, :, self._tokens(sink, 2)] = packed
+        return self._spans([(sink, 2)])
+
+    def _heads(self, parts: Parts, slots: list[tuple[int, int]]) -> list[torch.Tensor]:
+        """Keys and values of frames, (first slot, count) each, [B, S, H, D]."""
+        spans = [self._tokens(slot, count) for slot, count in slots]
+        return [
+            self.codec.unpack(tuple(torch.cat([part[kind, :, span] for span in spans], dim=1) for part in parts))
+            for kind in (0, 1)
+        ]

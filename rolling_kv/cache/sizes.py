@@ -20,6 +20,7 @@ class CacheShape:
     tokens_per_frame: tokens of one latent frame.
     heads, head_dim: of the attention.
     dtype: that the model computes in.
+    grid: tokens along height and width of one latent frame; needed where frames are averaged over their tokens.
     """
 
     layers: int
@@ -28,13 +29,15 @@ class CacheShape:
     heads: int
     head_dim: int
     dtype: torch.dtype
+    grid: tuple[int, int] = (1, 1)
 
     @classmethod
     def of(cls, transformer, batch: int, latent_height: int, latent_width: int, dtype: torch.dtype) -> CacheShape:
         """The shape for a diffusers `WanTransformer3DModel` at a latent size."""
         config = transformer.config
-        tokens = Geometry.of(transformer).tokens_per_frame(latent_height, latent_width)
-        return cls(config.num_layers, batch, tokens, config.num_attention_heads, config.attention_head_dim, dtype)
+        geometry = Geometry.of(transformer)
+        tokens, grid = (measure(latent_height, latent_width) for measure in (geometry.tokens_per_frame, geometry.grid))
+        return cls(config.num_layers, batch, tokens, config.num_attention_heads, config.attention_head_dim, dtype, grid)
 
     def bytes_per_frame(self, storage: str = "model") -> int:
         """Bytes that the keys and values of one latent frame take over all layers and the whole batch."""

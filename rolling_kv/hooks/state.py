@@ -191,7 +191,7 @@ class RollingKVCacheState(BaseState):
 @contextmanager
 def _borrowed(cache: RollingKVCache, start: int, key: torch.Tensor, value: torch.Tensor):
     """Write as a kept pass would, so that the same keys are attended in the same order; put back what was there."""
-    end = cache.window.end
+    end, oldest = cache.window.end, cache.window.oldest
     saved = []
     try:
         cache.window.end = start
@@ -204,7 +204,7 @@ def _borrowed(cache: RollingKVCache, start: int, key: torch.Tensor, value: torch
     finally:
         for place, before in saved:
             place.copy_(before)
-        cache.window.end, cache.window.open = end, 0
+        cache.window.end, cache.window.oldest, cache.window.open = end, oldest, 0
 
 
 class ContextStates(StateManager):

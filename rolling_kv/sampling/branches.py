@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 
 from ..cache.pinned import check_room
 from ..cache.prompt import Branch, PromptCache
 from ..cache.rolling import RollingKVCache
 from ..cache.sizes import CacheBytes
-from ..checkpoints.model import CausalModel
 from ..devices import to_device
-from .checks import fitted_embeds
 from .state import CacheState, same_values
 from .workspace import Caches, CacheSpec, Workspace
 
@@ -24,12 +19,14 @@ class GuidanceBranches:
     spec: the caches' shape and settings.
     caches: one for each branch of the spec.
     cached: chunks of the session's state whose context pass they have seen.
+    opened_with: the switch with which the last chunk was opened.
     """
 
     def __init__(self, spec: CacheSpec, caches: Caches, cached: int):
         self.spec = spec
         self.caches = caches
         self.cached = cached
+        self.opened_with = ""
         self.prompts: list[tuple[torch.Tensor, PromptCache]] = []  # with the embeddings on the CPU
 
     @classmethod
@@ -86,56 +83,25 @@ class GuidanceBranches:
         self.prompts.append((embeds, made))
         return made
 
-    def replay(
-        self,
-        state: CacheState,
-        model: CausalModel,
-        forward: Callable[..., object],
-        negative: torch.Tensor | None,
-        on_pass: Callable[[], None],
-    ) -> None:
-        """Run the context pass of every chunk of the state that the caches have not seen yet.
+    def leave_cancelled_chunk(self, state: CacheState, chunk: int, switch: str) -> None:
+        """Start over if a cancelled chunk is open that what comes next, of the state or of `chunk` frames, does not overwrite.
 
-        model: that the caches belong to; forward: of its attachment.
-        negative: the session's own negative prompt, with guidance.
-        on_pass: called before each context pass; whatever it raises cancels.
-        """
-        fit = partial(fitted_embeds, model, self.spec.shape.batch, name="a prompt of the cache state")
-
-        def past_negative(index: int) -> torch.Tensor | None:
-            if len(self.caches) == 1:
-                return None
-            known = state.negative_at(index)
-            return negative if known is None else fit(known)
-
-        for index in range(self.cached, len(state.records)):
-            record = state.records[index]
-            # Another model may have made this video, in another dtype.
-            latents = to_device(state.chunks[index].to(self.spec.shape.dtype), self.spec.device)
-            rows = 1 if record.seed is None else record.frames  # as the original embeds the timestep of given frames
-            on_pass()
-            branches = self.for_prompts(fit(state.prompts[record.prompt]), past_negative(index))
-            for branch in branches:
-                if not branch.cache.window.open:
-                    branch.cache.begin(record.frames)
-                with torch.inference_mode():
-                    forward(latents, record.timestep, branch, time_rows=rows, keys_only=True)
-            for branch in branches:  # all or none: a pass that fails leaves the branches at the same point
-                branch.cache.commit()
-            self.cached = index + 1
-
-    def leave_cancelled_chunk(self, state: CacheState, chunk: int) -> None:
-        """Start over if a cancelled chunk is open and what comes next, of the state or of `chunk` frames, is of another size.
-
-        A cancelled chunk may have overwritten frames that the next one still sees; one of the same size overwrites it
-        in turn.
+        It may have overwritten frames that a chunk of another size still sees. And a switch is done once.
         """
         waiting = state.records[self.cached :]
         frames = waiting[0].frames if waiting else chunk
-        if any(cache.window.open not in (0, frames) for cache in self.caches.values()):
-            for cache in self.caches.values():
-                cache.reset()
-            self.cached = 0
+        is_open = any(cache.window.open for cache in self.caches.values())
+        switched = is_open and not waiting and bool(self.opened_with or switch)
+        if switched or any(cache.window.open not in (0, frames) for cache in self.caches.values()):
+            self.start_over()
+
+    def start_over(self, cached: int = 0, offset: float = 0) -> None:
+        """Forget every frame. cached: chunks that need not be seen. offset: by which cuts among them move positions."""
+        for cache in self.caches.values():
+            cache.reset()
+            cache.offset = offset
+        self.cached = cached
+        self.opened_with = ""
 
     def close(self, workspace: Workspace | None, key: str) -> None:
         """Leave the caches in a workspace, at the state with that key; None: give their memory back.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +18,9 @@ from ..wan.attachment import RollingAttachment, apply_rolling_kv_cache
 from .branches import GuidanceBranches
 from .checks import check_latents, fitted_embeds
 from .denoiser import Denoiser, needed_negative, noise_dtype
+from .history import History
 from .schedule import NoiseSource, chunk_noise, sample_chunk
-from .state import CacheState, Chunk
+from .state import CacheState, Chunk, same_values
 from .workspace import CacheSpec, Workspace
 
 
@@ -28,7 +30,16 @@ class _Open:
 
     attachment: RollingAttachment
     branches: GuidanceBranches
+    history: History
     steps: StepCache | StepProbe | None = None
+
+
+class _Wanted(NamedTuple):
+    """What the next chunk is to be made with: embeddings [B, L, D] on the CPU, and how to switch to them."""
+
+    prompt: torch.Tensor
+    negative: torch.Tensor | None
+    switch: str | None = None
 
 
 class RollingSession:
@@ -48,6 +59,8 @@ class RollingSession:
     execution: how passes are computed.
     state: the video to continue; its tensors are only read.
     workspace: where to look for, and leave, a working cache.
+    switch: how to switch to this prompt where the state's last chunk had another: one of `config.SWITCHES`. None: in the
+        family's own way, and not at all if it is the same prompt.
     step_cache: a method of `step_cache.METHODS`, which skips work between denoising steps, never in a pass that writes
         the cache; `step_report` tells what it did, once the session is closed.
     on_pass: called as on_pass(done, total) before every model pass; whatever it raises cancels the run, and the working
@@ -70,6 +83,7 @@ class RollingSession:
         execution: ExecutionConfig | None = None,
         state: CacheState | None = None,
         workspace: Workspace | None = None,
+        switch: str | None = None,
         step_cache=None,
         on_pass: Callable[[int, int], None] | None = None,
     ):
@@ -92,28 +106,51 @@ class RollingSession:
         self.execution.check(step_cache=step_cache is not None)
         if self.state.chunks:
             check_latents(model, batch, self.latent_size, self.state.chunks[-1], "the cache state's latents")
-        self.set_prompt(prompt, negative)
+        self.set_prompt(prompt, negative, switch)
 
     @property
     def cache_bytes(self) -> CacheBytes:
         """Bytes that keys and values take now, of all guidance branches together; those of the prompt not counted."""
         return self._open.branches.nbytes if self._open else CacheBytes(0, 0)
 
-    def set_prompt(self, prompt: torch.Tensor, negative: torch.Tensor | None = None) -> None:
-        """Use another prompt from the next chunk on. Embeddings [B or 1, L, D]."""
+    def set_prompt(self, prompt: torch.Tensor, negative: torch.Tensor | None = None, switch: str | None = None) -> None:
+        """Use another prompt from the next chunk on.
+
+        prompt, negative: embeddings [B or 1, L, D].
+        switch: what is done to the cache before that chunk, one of `config.SWITCHES`; None: what the family does when the
+            prompt changes, and nothing where it does not.
+
+        Raises ValueError for a switch that the cache's rules cannot do.
+        """
+        if switch is not None:
+            self.cache_config.check_switch(switch)
         negative = needed_negative(self.sampling, negative)
         # Copies of its own, which the state takes over: the caller may go on to change what was given.
-        self._prompt = self._fitted(prompt, "the prompt").clone()
-        self._negative = None if negative is None else self._fitted(negative, "the negative prompt").clone()
+        fitted = self._fitted(prompt, "the prompt").clone()
+        fitted_negative = None if negative is None else self._fitted(negative, "the negative prompt").clone()
+        self._wanted = _Wanted(fitted, fitted_negative, switch)
+
+    def _next_switch(self) -> str:
+        """What is done to the cache before the next chunk; empty for nothing."""
+        if not self.state.records:
+            return ""
+        switch = self._wanted.switch
+        if switch is None:
+            last = self._fitted(self.state.prompts[self.state.records[-1].prompt], "a prompt of the cache state")
+            switch = "hold" if same_values(last.contiguous(), self._wanted.prompt) else self.cache_config.switch
+        return "" if switch == "hold" else switch
 
     def prefill(self, latents: torch.Tensor) -> None:
         """Append given clean latents, [B, C, F, h, w] in model space: an image, or a video to extend."""
         check_latents(self.model, self.batch, self.latent_size, latents, "the initial latents")
         sizes = self.sampling.prefill_sizes(latents.shape[2], self.state.frames)
         for chunk in latents.to(self.dtype).split(sizes, dim=2):
+            prompt, negative, _ = self._wanted
+            switch = self._next_switch()
             self.state = self.state.extended(
-                chunk, timestep=0.0, prompt=self._prompt, negative=self._negative, seed=None
+                chunk, timestep=0.0, prompt=prompt, negative=negative, seed=None, switch=switch
             )
+            self._wanted = _Wanted(prompt, negative)
 
     def generate(
         self, chunks: int, seed: int = 0, noise_source: NoiseSource | None = None
@@ -124,15 +161,16 @@ class RollingSession:
         unlimited window, room for all of them is taken at once. Raises ValueError unless the session is open.
         """
         branches, frames = self._running().branches, self.state.frames
-        branches.leave_cancelled_chunk(self.state, self.sampling.chunk_size(frames))
+        branches.leave_cancelled_chunk(self.state, self.sampling.chunk_size(frames), self._next_switch())
         branches.reserve(frames + self.sampling.frames_of(chunks, frames))
         on_step = partial(self._tick, self.passes_needed(chunks))
         for _ in range(chunks):
             run = self._running()
-            run.branches.replay(self.state, self.model, run.attachment.forward, self._negative, on_step)
-            start = self.state.frames
+            wanted = self._wanted  # `on_pass` may set others, for the next chunk
+            prompt, negative, switch = wanted.prompt, wanted.negative, self._next_switch()
+            start, context_noise = self.state.frames, self.sampling.context_noise
+            run.history.bring_to(self.state, switch, prompt, negative, context_noise, on_step)
             shape = (self.batch, self.model.geometry.channels, self.sampling.chunk_size(start), *self.latent_size)
-            prompt, negative = self._prompt, self._negative  # `on_pass` may set others, for the next chunk
             branches = run.branches.for_prompts(prompt, negative)
             for branch in branches:
                 branch.cache.begin(shape[2])
@@ -144,14 +182,19 @@ class RollingSession:
             with torch.inference_mode():
                 latents = sample_chunk(predict, noise, self.sampling, start).to(self.dtype)
             self.state = self.state.extended(
-                latents, timestep=self.sampling.context_noise, prompt=prompt, negative=negative, seed=seed
+                latents, timestep=context_noise, prompt=prompt, negative=negative, seed=seed, switch=switch
             )
+            if self._wanted is wanted:  # its switch is done
+                self._wanted = wanted._replace(switch=None)
             yield Chunk(start, latents)
 
     def passes_needed(self, chunks: int) -> int:
         """Model passes (counting a guided pair as one) until `chunks` more chunks are done, from the start."""
-        backlog = len(self.state.records) - (self._open.branches.cached if self._open else 0)
-        return self._passes_done + (backlog + self.sampling.passes_for(chunks, self.state.frames) if chunks else 0)
+        if not chunks:
+            return self._passes_done
+        run, switch = self._open, self._next_switch()
+        backlog = run.history.passes_to(self.state, switch) if run else len(self.state.records)
+        return self._passes_done + backlog + self.sampling.passes_for(chunks, self.state.frames)
 
     def _tick(self, total: int) -> None:
         if self.on_pass is not None:
@@ -175,7 +218,8 @@ class RollingSession:
             ending.callback(attachment.detach)
             capacity = max(self.state.frames, sampling.chunk)
             branches = GuidanceBranches.open(spec, self._workspace or Workspace(), self.state.key, capacity)
-            self._open = run = _Open(attachment, branches)
+            history = History(branches, self.model, attachment.forward, sampling.chunk)
+            self._open = run = _Open(attachment, branches, history)
             if self.step_cache is not None:  # after the rolling cache, and off before it: its hooks wrap what they find
                 run.steps = start_step_cache(
                     transformer, self.step_cache, steps=sampling.passes, few_step=sampling.few_step

@@ -39,6 +39,7 @@ class ChunkRecord(NamedTuple):
     prompt: index into `CacheState.prompts`.
     negative: likewise, or -1 without guidance.
     seed: None where the frames were given, not generated.
+    switch: what was done to the cache before this chunk, one of `config.SWITCHES`; empty where nothing was.
     """
 
     frames: int
@@ -46,6 +47,7 @@ class ChunkRecord(NamedTuple):
     prompt: int
     negative: int
     seed: int | None
+    switch: str = ""
 
 
 class CacheState(NamedTuple):
@@ -83,6 +85,16 @@ class CacheState(NamedTuple):
             raise ValueError("this cache state holds no frames yet")
         return torch.cat(self.chunks, dim=2)
 
+    def frames_between(self, start: int, end: int) -> torch.Tensor:
+        """The clean latents of the absolute latent frames from `start` up to `end`, [B, C, F, h, w], in model space."""
+        pieces, at = [], 0
+        for chunk in self.chunks:
+            first, last = max(start - at, 0), min(end - at, chunk.shape[2])
+            if first < last:
+                pieces.append(chunk[:, :, first:last])
+            at += chunk.shape[2]
+        return torch.cat(pieces, dim=2)
+
     def negative_at(self, index: int) -> torch.Tensor | None:
         """The negative prompt with which chunk number `index` enters a cache that has guidance; None for no known one.
 
@@ -101,6 +113,7 @@ class CacheState(NamedTuple):
         prompt: torch.Tensor,
         negative: torch.Tensor | None,
         seed: int | None,
+        switch: str = "",
     ) -> CacheState:
         """This video with one more chunk. The prompts are kept as they are: nobody may change them.
 
@@ -108,6 +121,7 @@ class CacheState(NamedTuple):
         timestep: of the context pass that will write it to a cache.
         prompt, negative: embeddings [B, L, D]; negative is None without guidance.
         seed: None where the frames were given, not generated.
+        switch: what was done to the cache before this chunk.
 
         Raises ValueError for a chunk with values that are no numbers, so that none is decoded or continued.
         """
@@ -117,7 +131,7 @@ class CacheState(NamedTuple):
         prompts = self.prompts
         prompts, prompt_index = _with_prompt(prompts, prompt)
         prompts, negative_index = _with_prompt(prompts, negative)
-        record = ChunkRecord(chunk.shape[2], float(timestep), prompt_index, negative_index, seed)
+        record = ChunkRecord(chunk.shape[2], float(timestep), prompt_index, negative_index, seed, switch)
         digest = hashlib.sha256(f"{self.key} {self.model} {tuple(record)} {tuple(chunk.shape)}".encode())
         for tensor in (chunk, *prompts[len(self.prompts) :]):
             digest.update(tensor.contiguous().view(torch.uint8).numpy().data)

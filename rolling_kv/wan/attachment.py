@@ -70,7 +70,7 @@ class RollingAttachment:
         context.current = Pass(branch, time_rows or frames, keys_only)
         try:
             timesteps = self.inputs.timesteps(timestep, batch, latents.device)
-            rotation = self.inputs.rotation(cache.window.end, latents)
+            rotation = self.inputs.rotation(cache.position, latents)
             inputs = latents, timesteps, rotation, self.inputs.sinusoid(timestep, latents.device)
             if self.graphs is None or (layout := cache.layout) is None:
                 return self._run(*inputs)

@@ -22,7 +22,7 @@ class PassInputs:
         self._rotations: dict[tuple, torch.Tensor] = {}
         self._sinusoids: dict[tuple, torch.Tensor] = {}
 
-    def rotation(self, start_frame: int, latents: torch.Tensor) -> torch.Tensor:
+    def rotation(self, start_frame: float, latents: torch.Tensor) -> torch.Tensor:
         """The rotation for latents [B, C, f, h, w] that begin at an absolute latent frame, as `rope.rotate` takes it."""
         frames, height, width = latents.shape[2:]
         grid = (frames, *Geometry.of(self.transformer).grid(height, width))

@@ -131,8 +131,9 @@ def test_a_result_is_not_overwritten_by_the_next_pass(model, recorders):
     with RollingSession(model, words(model, 0), execution=ExecutionConfig(cuda_graphs=True), **SIZE) as session:
         list(session.generate(6, seed=7))
         caches, forward = session._open.branches, session._open.attachment.forward
-        caches.replay(session.state, model, forward, None, lambda: None)
-        (branch,) = caches.for_prompts(session._prompt, None)
+        prompt = words(model, 0)
+        session._open.history.bring_to(session.state, "", prompt, None, 0.0, lambda: None)
+        (branch,) = caches.for_prompts(prompt, None)
         branch.cache.begin(CHUNK)
         with torch.inference_mode():
             shape = (1, 16, CHUNK, *session.latent_size)
