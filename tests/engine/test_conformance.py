@@ -30,7 +30,7 @@ QUIRKS = {
     "infinity-rope/quirk_sink_0": 0.13,
     "infinity-rope/quirk_window_7": 0.44,
     "longlive/quirk_sink_6": 0.62,
-    "longlive2/quirk_lost_pin": 0.67,
+    "longlive2/quirk_lost_pin": 0.56,  # the README's 0.67 is that of another way to keep the pin
     "memrope/quirk_adaptive": 0.060,
     "memrope/quirk_sink_5": 0.419,
     "reward-forcing/quirk_sink_1": "make the sink 3",
@@ -40,9 +40,7 @@ QUIRKS = {
 
 
 def by_name(cases):
-    coming = pytest.mark.xfail(reason="not every family's rules are in the engine yet")
-    marked = [pytest.param(case, marks=[coming] * (case.family != "self-forcing")) for case in cases]
-    return pytest.mark.parametrize("case", marked, ids=lambda case: case.name)
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
 def difference(a, b):
@@ -73,20 +71,24 @@ def test_bit_equal_while_all_frames_stay(case):
 def test_float32(case, exact):
     made = case.make(exact=exact)
     assert difference(made.output, case.tensors["output"]) <= 1e-5
-    apart = {name: largest for name, largest in case.slot_differences(made).items() if not largest <= 1e-4}
-    assert not apart, "slots of the cache"
+    apart = {name: difference(*slots) for name, slots in case.held(made).items()}
+    assert not {name: largest for name, largest in apart.items() if not largest <= 1e-4}
 
 
 @by_name(BFLOAT16)
 @either_way
 def test_bfloat16_is_no_worse_than_the_original(case, exact):
-    reference = case.run(dtype=torch.float32, exact=True)
-    ours = case.run(dtype=torch.bfloat16, exact=exact)
+    reference = case.make(dtype=torch.float32, exact=True)
+    ours = case.make(dtype=torch.bfloat16, exact=exact)
 
-    def error(x):
+    def error(x, reference=reference.output):
         return (x.double() - reference.double()).abs().mean().item()
 
-    assert error(ours) <= case.bfloat16_allowance * error(case.tensors["output"])
+    assert error(ours.output) <= case.bfloat16_allowance * error(case.tensors["output"])
+    right = case.held(reference)
+    for name, (held, recorded) in case.held(ours).items():
+        if name.startswith("memory"):
+            assert error(held, right[name][0]) <= case.bfloat16_allowance * error(recorded, right[name][0])
 
 
 @by_name([case for case in CASES if case.quirk and case.path.is_relative_to(DATA)])

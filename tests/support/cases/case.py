@@ -15,7 +15,7 @@ from rolling_kv.config import ALL_FRAMES, CacheConfig, ExecutionConfig, Sampling
 from rolling_kv.presets import ModelPreset
 from rolling_kv.sampling.session import RollingSession
 
-from .slots import Slots, read_slots, turned
+from .slots import Slots, read_slots
 
 
 class Prompt(NamedTuple):
@@ -156,7 +156,7 @@ class Case:
             while session.state.frames < self.total:
                 start = session.state.frames
                 if start and start in prompts:
-                    session.set_prompt(*prompts[start])
+                    session.set_prompt(prompts[start].embeds, self.negative(), prompts[start].switch)
                 for _ in session.generate(1, noise_source=self.noise):
                     pass
             return Made(session.state.latents().transpose(1, 2), read_slots(session))
@@ -165,33 +165,20 @@ class Case:
         """Which slots of every layer were recorded, by the name of the recording."""
         return {}
 
-    def recorded_positions(self, ours: list[int]) -> list[int | None]:
-        """Where in time the recorded keys of slots stand whose keys our cache keeps at `ours`; None: before RoPE."""
-        return ours if self.config.get("rope") == "absolute" else [None] * len(ours)
+    def recorded(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """What was recorded of some slots, in the shape of ours."""
+        return self.tensors[name].view_as(like)
 
-    def slot_differences(self, made: Made) -> dict[str, float]:
-        """The largest difference from what was recorded of the slots, by the name of the recording.
-
-        Keys are compared before RoPE. Those that were recorded after it are turned back by the position at which our
-        cache has them, so that another position shows.
-        """
-        differences = {}
+    def held(self, made: Made) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Our slots and the recorded ones, by the name of the recording."""
+        held = {}
         for name, which in self.slots().items():
-            for layer, held in enumerate(made.slots):
-                if f"{name}_k.{layer}" not in self.tensors:
-                    continue
-                ours = held.values[:, which], held.keys[:, which]
-                recorded = [self.tensors[f"{name}_{kind}.{layer}"].view_as(ours[0]) for kind in "vk"]
-                at = self.recorded_positions([held.positions[slot] for slot in which])
-                roped = [i for i, position in enumerate(at) if position is not None]
-                if roped:
-                    recorded[1] = recorded[1].clone()
-                    recorded[1][:, roped] = turned(recorded[1][:, roped], [at[i] for i in roped], held.grid, back=True)
-                differences |= {
-                    f"{name}_{kind}.{layer}": (a.double() - b.double()).abs().max().item()
-                    for kind, a, b in zip("vk", ours, recorded)
-                }
-        return differences
+            for layer, slots in enumerate(made.slots):
+                if f"{name}_k.{layer}" in self.tensors:
+                    for kind, ours in (("k", slots.keys[:, which]), ("v", slots.values[:, which])):
+                        key = f"{name}_{kind}.{layer}"
+                        held[key] = ours, self.recorded(key, ours)
+        return held
 
     def negative(self) -> torch.Tensor | None:
         return self.tensors.get("negative_prompt_embeds")

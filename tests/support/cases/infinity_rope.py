@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 
+import torch
+
 from rolling_kv.config import CacheConfig
 
 from .case import Case, Prompt
+from .slots import turned
 
 
 class InfinityRope(Case):
@@ -21,6 +24,10 @@ class InfinityRope(Case):
     def slots(self) -> dict[str]:
         return {"slots": range(3)}
 
-    def recorded_positions(self, ours: list[int]) -> list[int | None]:
-        """Slot 0 alone was recorded after RoPE."""
-        return [0, None, None]
+    def recorded(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """The key of slot 0 alone was recorded after RoPE, at position 0."""
+        recorded = super().recorded(name, like)
+        if "_k" not in name:
+            return recorded
+        grid = self.config["height"] // 2, self.config["width"] // 2
+        return torch.cat([turned(recorded[:, :1], [0], grid, back=True), recorded[:, 1:]], dim=1)

@@ -31,12 +31,12 @@ class LongLive2(Case):
         )
 
     def cache(self) -> CacheConfig:
-        config = self.config
+        config, cache = self.config, super().cache()
         return replace(
-            super().cache(),
+            cache,
             switch="hold",
             cut_flush=False,
-            cut_offset=int(config["multi_shot_rope_offset"]),
+            cut_offset=int(config["multi_shot_rope_offset"]) if cache.positions == "absolute" else 0,
             shot_sink=config["multi_shot_sink"],
             shot_clean=config["shot_clean_recache"],
         )

@@ -8,42 +8,41 @@ from rolling_kv.rope import rotary_angles, rotate, rotations
 
 
 class Slots(NamedTuple):
-    """What one layer of the conditional cache holds, a frame a slot: what is held for good first, then by age.
+    """What one layer of the conditional cache holds, a frame a slot: first what is held for good, then the rest by age.
 
-    keys: before RoPE, [B, slots, tokens, H, D].
+    keys: [B, slots, tokens, H, D]; before RoPE where positions are those of the window, else after it.
     values: likewise.
-    positions: in time, at which the cache keeps each slot's key.
-    grid: tokens along height and width.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    positions: list[int]
-    grid: tuple[int, int]
 
 
 def turned(keys: torch.Tensor, positions: list[int], grid: tuple[int, int], back: bool = False) -> torch.Tensor:
-    """Keys [B, slots, tokens, H, D] with RoPE of each slot's position, or with that taken back."""
-    angles = torch.stack([rotary_angles(keys.shape[-1], position, 1, *grid) for position in positions])
-    return rotate(keys.flatten(1, 2), rotations(-angles if back else angles).flatten(0, 1)[None, :, None]).view_as(keys)
+    """Keys [B, slots, tokens, H, D] with the RoPE of each slot's position, or with that taken back.
+
+    positions: in time. grid: tokens along height and width.
+    """
+    angles = torch.cat([rotary_angles(keys.shape[-1], position, 1, *grid) for position in positions])
+    return rotate(keys.flatten(1, 2), rotations(-angles if back else angles)[None, :, None]).view_as(keys)
 
 
 def read_slots(session) -> list[Slots]:
-    """Each layer's slots in the open session, the chunk that was made last included."""
-    cache = session._running().branches.caches["cond"]
-    grid = session.model.geometry.grid(*session.latent_size)
-    frames = cache.window.frames()
-    sink = cache.config.sink
-    shift = max(0, cache.window.end + cache.window.open - cache.window.capacity)
-    order = sorted(range(len(frames)), key=lambda slot: frames[slot])
-    positions = [
-        frame + (shift if cache.config.positions == "window" and frame < sink else 0)
-        for frame in map(frames.__getitem__, order)
-    ]
+    """Each layer's slots in the open session, once the context pass of the last chunk is done."""
+    run = session._running()
+    run.history.bring_to(session.state, "", None, None, 0.0, lambda: None)  # no switch, so no prompts
+    cache = run.branches.caches["cond"]
+    window, tokens = cache.window, cache.shape.tokens_per_frame
+    held = list(window.kept[: window.kept_until(window.end)])
+    others = sorted(set(window.frames()) - set(held))
+    order = [window.slot(frame) for frame in held + others]
+    positions = [*cache._places()[: len(held)], *others]
     layers = []
     for layer in range(cache.shape.layers):
-        (part,) = cache.store.open(layer, cache.window.filled * cache.shape.tokens_per_frame)
-        roped, values = part.unflatten(2, (-1, cache.shape.tokens_per_frame))[:, :, order]
+        (part,) = cache.store.open(layer, window.filled * tokens)
+        keys, values = part.unflatten(2, (-1, tokens))[:, :, order]
         cache.store.close(layer, [])
-        layers.append(Slots(turned(roped, positions, grid, back=True), values, positions, grid))
+        if cache.config.positions == "window":
+            keys = turned(keys, positions, cache.shape.grid, back=True)
+        layers.append(Slots(keys, values))
     return layers
