@@ -13,7 +13,8 @@ from cases import DATA, FOLDER, load_cases
 from reference import NaiveRun, guided_chunk
 
 from rolling_kv.config import ALL_FRAMES, CacheConfig, ExecutionConfig
-from rolling_kv.sampling.schedule import seeded_noise
+from rolling_kv.sampling import rolling
+from rolling_kv.sampling.schedule import clean_prediction, seeded_noise
 from rolling_kv.sampling.session import RollingSession
 
 CASES = load_cases()
@@ -89,6 +90,22 @@ def test_bfloat16_is_no_worse_than_the_original(case, exact):
     for name, (held, recorded) in case.held(ours).items():
         if name.startswith("memory"):
             assert error(held, right[name][0]) <= case.bfloat16_allowance * error(recorded, right[name][0])
+
+
+@by_name([case for case in FLOAT32 if case.config.get("record_windows")])
+def test_what_joint_passes_predict(case, monkeypatch):
+    """All chunks of every pass of Rolling-Forcing, also those that are still noisy."""
+    predicted = []
+
+    def watched(*args):
+        predicted.append(clean_prediction(*args))
+        return predicted[-1]
+
+    monkeypatch.setattr(rolling, "clean_prediction", watched)
+    case.run(exact=True)
+    passes = case.config["num_blocks"] + case.config["window_blocks"] - 1
+    recorded = torch.cat([case.tensors[f"window.{number}"] for number in range(passes)], dim=1)
+    assert difference(torch.cat(predicted, dim=2).transpose(1, 2), recorded) <= 1e-5
 
 
 @by_name([case for case in CASES if case.quirk and case.path.is_relative_to(DATA)])

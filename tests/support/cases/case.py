@@ -151,15 +151,18 @@ class Case:
             batch=self.config["batch"],
             execution=ExecutionConfig(exact=exact),
         )
+        starts = self.starts()
         with session:
             self.give(session)
-            while session.state.frames < self.total:
-                start = session.state.frames
-                if start and start in prompts:
-                    session.set_prompt(prompts[start].embeds, self.negative(), prompts[start].switch)
-                for _ in session.generate(1, noise_source=self.noise):
-                    pass
-            return Made(session.state.latents().transpose(1, 2), read_slots(session))
+            self.ask(session, prompts.get(starts[0]))
+            for _ in session.generate(len(starts), noise_source=self.noise):
+                self.ask(session, prompts.get(session.state.frames))
+            return Made(session.state.latents().transpose(1, 2), read_slots(session) if self.slots() else [])
+
+    def ask(self, session: RollingSession, prompt: Prompt | None) -> None:
+        """Make the next chunk with another prompt, if there is one."""
+        if prompt is not None:
+            session.set_prompt(prompt.embeds, self.negative(), prompt.switch)
 
     def slots(self) -> dict[str, range]:
         """Which slots of every layer were recorded, by the name of the recording."""
@@ -181,6 +184,7 @@ class Case:
         return held
 
     def negative(self) -> torch.Tensor | None:
+        """Embeddings of the negative prompt, [B or 1, L, D]; None without guidance."""
         return self.tensors.get("negative_prompt_embeds")
 
     def run(self, *, dtype: torch.dtype = torch.float32, exact: bool) -> torch.Tensor:
