@@ -64,8 +64,8 @@ class RollingKVBenchmark(io.ComfyNode):
                 io.Int.Input(
                     "first_seed", default=0, min=0, max=0xFFFFFFFF, tooltip="Of the noise of the first video."
                 ),
-                inputs.side("width", "Pixels, a multiple of 16."),
-                inputs.side("height", "Pixels, a multiple of 16."),
+                inputs.side("width", ""),
+                inputs.side("height", ""),
                 VAE.Input(
                     "vae",
                     optional=True,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import comfy.model_management as mm
 import torch
 
-from ..rolling_kv.geometry import TEXT_LENGTH, Geometry
+from ..rolling_kv.geometry import GEOMETRIES, TEXT_LENGTH, Geometry
 from ..rolling_kv.sampling.state import CacheState
 from ..rolling_kv.vae import to_model, to_raw
 
@@ -59,8 +59,9 @@ def initial_latents(latent: dict, geometry: Geometry) -> torch.Tensor:
     samples = latent["samples"]
     if not _fits(samples, geometry):
         raise ValueError(
-            f"The initial latent must be a Wan 2.1 video latent [batch, {geometry.channels}, frames, height, width], got "
-            f"{list(samples.shape)}. Encode the image or video with Encode Video, or VAE Encode with the Wan 2.1 VAE."
+            f"The initial latent must be a {geometry.name} video latent [batch, {geometry.channels}, frames, height, "
+            f"width], got {_described(samples)}. Encode the image or video with Encode Video, or VAE Encode, with the "
+            f"{geometry.name} VAE."
         )
     if not samples.any():
         raise ValueError(
@@ -75,8 +76,8 @@ def latents_to_decode(latent: dict, geometry: Geometry) -> torch.Tensor:
     samples = latent["samples"]
     if not _fits(samples, geometry):
         raise ValueError(
-            f"This decodes Wan 2.1 video latents [batch, {geometry.channels}, frames, height, width], got "
-            f"{list(samples.shape)}. Connect the latent of Sample Video."
+            f"This decodes {geometry.name} video latents [batch, {geometry.channels}, frames, height, width], got "
+            f"{_described(samples)}. Connect the latent of Sample Video, and the VAE of its model."
         )
     return samples
 
@@ -84,6 +85,12 @@ def latents_to_decode(latent: dict, geometry: Geometry) -> torch.Tensor:
 def latent_of(state: CacheState) -> dict:
     """The whole video so far as a LATENT."""
     return {"samples": to_raw(state.latents().float()).to(mm.intermediate_device())}
+
+
+def _described(samples: torch.Tensor) -> str:
+    """The shape of latents, and whose they are."""
+    owner = GEOMETRIES.get(samples.shape[1]) if samples.ndim == 5 else None
+    return f"{list(samples.shape)}" + (f" (of {owner.name})" if owner else "")
 
 
 def _fits(samples: torch.Tensor, geometry: Geometry) -> bool:

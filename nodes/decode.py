@@ -8,9 +8,8 @@ import torch
 from comfy_api.latest import InputImpl, io
 
 from ..rolling_kv.devices import check_memory
-from ..rolling_kv.geometry import WAN_21
 from ..rolling_kv.video import VideoWriter
-from . import borders, run
+from . import borders, inputs, run
 from .guard import guarded
 from .types import CATEGORY, VAE
 
@@ -32,16 +31,7 @@ class RollingKVDecodeVideo(io.ComfyNode):
             inputs=[
                 VAE.Input("vae", tooltip="From Load Streaming VAE."),
                 io.Latent.Input("latent", tooltip="From Sample Video."),
-                io.Float.Input(
-                    "fps",
-                    default=float(WAN_21.fps),
-                    min=1.0,
-                    max=120.0,
-                    step=1.0,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Frames per second of the file. The models make 16.",
-                ),
+                inputs.fps(),
                 io.Int.Input(
                     "enlarge",
                     default=1,
@@ -58,13 +48,14 @@ class RollingKVDecodeVideo(io.ComfyNode):
 
     @classmethod
     @guarded
-    def execute(cls, vae, latent, fps=WAN_21.fps, enlarge=1) -> io.NodeOutput:
-        samples = borders.latents_to_decode(latent, vae.model.geometry)
+    def execute(cls, vae, latent, fps=None, enlarge=1) -> io.NodeOutput:
+        geometry = vae.model.geometry
+        samples = borders.latents_to_decode(latent, geometry)
         if samples.shape[0] != 1:
             raise ValueError(f"A video file holds one video, but the latent is a batch of {samples.shape[0]}.")
-        height, width = vae.model.geometry.pixel_size(*samples.shape[-2:])
+        height, width = geometry.pixel_size(*samples.shape[-2:])
         path = Path(folder_paths.get_temp_directory()) / f"rolling_kv_{uuid.uuid4().hex}.mp4"
-        with VideoWriter(path, width, height, fps=fps, scale=enlarge) as writer:
+        with VideoWriter(path, width, height, fps=inputs.fps_of(geometry, fps), scale=enlarge) as writer:
             for frames in _decode(vae, samples, cls.hidden.unique_id):
                 writer.write(frames)
         return io.NodeOutput(DecodedVideo(path))
@@ -86,7 +77,7 @@ class RollingKVDecodeImages(io.ComfyNode):
                 VAE.Input("vae", tooltip="From Load Streaming VAE."),
                 io.Latent.Input("latent", tooltip="From Sample Video."),
             ],
-            outputs=[io.Image.Output(display_name="images", tooltip="The frames in order, 16 per second.")],
+            outputs=[io.Image.Output(display_name="images", tooltip="The frames in order.")],
             hidden=[io.Hidden.unique_id],
         )
 

@@ -7,7 +7,7 @@ from . import inputs, run
 from .guard import guarded
 from .types import CATEGORY, VAE
 
-SIZE = "Pixels, a multiple of 16. The picture is scaled to fill it, and what sticks out is cut off."
+SIZE = "The picture is scaled to fill it, and what sticks out is cut off."
 
 
 class RollingKVEncodeVideo(io.ComfyNode):
@@ -26,8 +26,8 @@ class RollingKVEncodeVideo(io.ComfyNode):
                 VAE.Input("vae", tooltip="From Load Streaming VAE."),
                 io.Image.Input(
                     "images",
-                    tooltip="One image, or the frames of a video in order (16 per second). Of a video, the last "
-                    "frames beyond 1 + 4n are left out.",
+                    tooltip="One image, or the frames of a video in order, as many a second as the model makes (16; Wan 2.2 "
+                    "5B: 24). Of a video, the last frames beyond 1 + 4n are left out.",
                 ),
                 inputs.side("width", SIZE),
                 inputs.side("height", SIZE),

@@ -10,6 +10,7 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..rolling_kv.config import ALL_FRAMES, CacheConfig, SamplingConfig
+from ..rolling_kv.geometry import WAN_21, WAN_22, Geometry
 
 OWN = "the model's own"
 """The choice that leaves a setting as the model was trained."""
@@ -36,7 +37,9 @@ def choice(
 
 
 def side(name: str, tooltip: str) -> io.Int.Input:
-    """Width or height in pixels."""
+    """Width or height in pixels. tooltip: what else is to be said of it."""
+    multiple = f"Pixels, a multiple of {WAN_21.multiple} (of {WAN_22.multiple} for {WAN_22.name})."
+    tooltip = f"{multiple} {tooltip}".rstrip()
     return io.Int.Input(name, default=SIDES[name], min=16, max=8192, step=16, tooltip=tooltip)
 
 
@@ -88,6 +91,18 @@ def guidance(*, advanced: bool) -> io.DynamicCombo.Input:
     )
 
 
+def fps() -> io.DynamicCombo.Input:
+    rate = io.Float.Input("rate", default=16.0, min=1.0, max=120.0, step=1.0, tooltip="Frames per second of the file.")
+    return choice(
+        "fps",
+        {OWN: [], SO_MANY: [rate]},
+        "Frames per second of the file. The models make 16, those with the latents of Wan 2.2 5B 24; another number changes "
+        "the speed, not the motion.",
+        optional=True,
+        advanced=True,
+    )
+
+
 def with_window(cache: CacheConfig, chosen: dict) -> CacheConfig:
     """The cache settings with what `window` gives."""
     windows = {OWN: cache.window, SO_MANY_FRAMES: chosen.get("frames"), EVERY_FRAME: ALL_FRAMES}
@@ -104,3 +119,8 @@ def with_guidance(sampling: SamplingConfig, chosen: dict | None) -> SamplingConf
     chosen = chosen or {"guidance": OWN}
     scales = {OWN: sampling.guidance_scale, OFF: 1.0, THIS_STRENGTH: chosen.get("strength")}
     return replace(sampling, guidance_scale=scales[chosen["guidance"]])
+
+
+def fps_of(geometry: Geometry, chosen: dict | None) -> float:
+    """The rate that `fps` gives for a model of that geometry, None where it was left out."""
+    return (chosen or {}).get("rate", geometry.fps)

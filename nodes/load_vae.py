@@ -16,16 +16,18 @@ class RollingKVLoadVAE(io.ComfyNode):
             display_name="Load Streaming VAE",
             category=CATEGORY,
             description=(
-                "Loads the Wan 2.1 VAE for streaming: Decode Video then writes a video of any length frame by frame, in "
-                "constant memory. ComfyUI's own VAE Decode with Load VAE works on the same latents, all at once."
+                "Loads the VAE of Wan 2.1, or of Wan 2.2 5B, for streaming: Decode Video then writes a video of any length "
+                "frame by frame, in constant memory. ComfyUI's own VAE Decode with Load VAE works on the same latents, all at "
+                "once."
             ),
             search_aliases=["wan vae", "load vae", "video vae"],
             inputs=[
                 io.Combo.Input(
                     "vae_name",
                     options=model_files.choices(model_files.VAE),
-                    tooltip="wan_2.1_vae.safetensors from models/vae, or a diffusers folder from models/diffusers. "
-                    f"It is at {model_files.VAE.link}.",
+                    tooltip="wan_2.1_vae.safetensors from models/vae (for models with the latents of Wan 2.2 5B, such as "
+                    "LongLive 2, wan2.2_vae.safetensors), or a diffusers folder from models/diffusers. It is at "
+                    f"{model_files.VAE.link}.",
                 ),
                 inputs.dtype("Precision of the VAE. Auto: the file's own, bfloat16 for float32 files on a GPU."),
             ],

@@ -8,7 +8,7 @@ from . import borders, inputs, run
 from .guard import guarded
 from .types import CATEGORY, Model, State
 
-SIZE = "Pixels, a multiple of 16. Ignored when a state or an initial latent sets the size."
+SIZE = "Ignored when a state or an initial latent sets the size."
 
 
 class RollingKVSample(io.ComfyNode):
@@ -40,7 +40,8 @@ class RollingKVSample(io.ComfyNode):
                 io.Combo.Input(
                     "length_unit",
                     options=["seconds", "chunks"],
-                    tooltip="Seconds at 16 frames per second, or chunks (3 latent frames, or 1 for frame-wise models).",
+                    tooltip="Seconds at the model's rate (16 frames per second; Wan 2.2 5B: 24), or chunks (3 latent frames, "
+                    "1 for frame-wise models, 8 for LongLive 2).",
                 ),
                 io.Int.Input(
                     "seed",

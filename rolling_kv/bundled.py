@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .geometry import WAN_21, Geometry
+
 BUNDLED = Path(__file__).resolve().parent.parent / "models" / "tiny"
 """Where the pack looks for the tiny model."""
 BUNDLED_SIZE = 64
@@ -18,6 +20,6 @@ def check_model(model: Path) -> None:
         raise ValueError(f"{model}: there is no such file or folder")
 
 
-def default_size(model: Path) -> tuple[int, int]:
-    """Height and width in pixels that a model makes unless told otherwise."""
-    return (BUNDLED_SIZE, BUNDLED_SIZE) if model == BUNDLED else (480, 832)
+def default_size(model: Path, geometry: Geometry = WAN_21) -> tuple[int, int]:
+    """Height and width in pixels that a model of that geometry makes unless told otherwise."""
+    return (BUNDLED_SIZE, BUNDLED_SIZE) if model == BUNDLED else geometry.size

@@ -14,8 +14,9 @@ from tqdm import tqdm
 from . import options
 from .bench.cli import add_command as add_bench
 from .bench.figures import BenchError
-from .bundled import BUNDLED, check_model, default_size
+from .bundled import BUNDLED, BUNDLED_SIZE, check_model, default_size
 from .config import WEIGHT_STORAGES
+from .geometry import GEOMETRIES, WAN_21, WAN_22
 from .inspection import inspect_checkpoint
 from .messages import printable
 from .pipeline import Pipeline
@@ -88,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
         "--model", type=Path, default=BUNDLED, help="a causal Wan model: a diffusers folder, .safetensors, .gguf or .pt"
     )
     generate.add_argument("--text-encoder", type=Path, help="UMT5, where the model is a single file")
-    generate.add_argument("--vae", type=Path, help="the Wan 2.1 VAE, where the model is a single file")
+    generate.add_argument(
+        "--vae", type=Path, help="the Wan VAE of the model's latents, where the model is a single file"
+    )
     generate.add_argument(
         "--lora",
         nargs="+",
@@ -98,12 +101,14 @@ def _parser() -> argparse.ArgumentParser:
         help="a LoRA for the model, and how much of it (1 where left out); give it again for each further one",
     )
     generate.add_argument("--preset", choices=["auto", *PRESETS], default="auto", help="what the model was trained for")
-    generate.add_argument(
-        "--width", type=int, help="pixels, a multiple of 16 (default: 64 for the tiny model, else 832)"
-    )
-    generate.add_argument(
-        "--height", type=int, help="pixels, a multiple of 16 (default: 64 for the tiny model, else 480)"
-    )
+    multiple = f"a multiple of {WAN_21.multiple} ({WAN_22.name}: {WAN_22.multiple})"
+    for axis, side in enumerate(("height", "width")):
+        generate.add_argument(
+            f"--{side}",
+            type=int,
+            help=f"pixels, {multiple} (default: {BUNDLED_SIZE} for the tiny model, else {WAN_21.size[axis]}; "
+            f"{WAN_22.name}: {WAN_22.size[axis]})",
+        )
     options.add_cache(generate, "the preset's")
     generate.add_argument("--guidance", type=float, help="classifier-free guidance, 1 is off (default: the preset's)")
     generate.add_argument("--negative-prompt", default="", help="what to avoid; only read with guidance")
@@ -127,6 +132,11 @@ def _parser() -> argparse.ArgumentParser:
     tiny.set_defaults(run=_make_tiny)
     tiny.add_argument("folder", type=Path, metavar="DIR")
     tiny.add_argument("--seed", type=int, default=0, help="of the random weights (default: %(default)s)")
+    tiny.add_argument(
+        "--channels", type=int, choices=list(GEOMETRIES), default=WAN_21.channels,
+        help=f"of its latents: {WAN_21.channels} as {WAN_21.name} has them, {WAN_22.channels} as {WAN_22.name} "
+        "(default: %(default)s)",
+    )  # fmt: skip
 
     add_bench(commands)
     return parser
@@ -138,8 +148,8 @@ def _generate(args: argparse.Namespace) -> None:
     execution.check(args.device, weight_storage=args.weight_storage)
     loras = [_lora(*values) for values in args.lora]
     height, width = default_size(args.model)
-    height, width = args.height or height, args.width or width
-    VideoWriter(args.output, width, height, scale=args.scale)  # raises for what no video can be
+    # Raises for what no video can be, before anything is loaded.
+    VideoWriter(args.output, args.width or width, args.height or height, scale=args.scale)
     pipeline = Pipeline.load(
         args.model,
         text_encoder=args.text_encoder,
@@ -150,6 +160,8 @@ def _generate(args: argparse.Namespace) -> None:
         loras=loras,
         device=args.device,
     )
+    height, width = default_size(args.model, pipeline.model.geometry)
+    height, width = args.height or height, args.width or width
     preset = pipeline.model.preset
     cache = options.cache_of(args, preset.cache)
     sampling = preset.sampling
@@ -222,6 +234,6 @@ def _size(count: int) -> str:
 
 
 def _make_tiny(args: argparse.Namespace) -> None:
-    folder = make_tiny(args.folder, seed=args.seed)
+    folder = make_tiny(args.folder, seed=args.seed, geometry=GEOMETRIES[args.channels])
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{folder}: a complete model, {_size(size)}, random weights")

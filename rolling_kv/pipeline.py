@@ -48,6 +48,8 @@ class Pipeline:
     ) -> Pipeline:
         """Load all three. A diffusers folder holds the text encoder and the VAE too; give them for single files.
 
+        The VAE has to be that of the model's latents.
+
         storage: how the model's weights are kept, see `load_model`. loras: files, each with its strength; they add up,
         and stay for good (`lora.stack` has the way back).
         Raises CheckpointError for files that are missing or cannot be used.
@@ -65,7 +67,7 @@ class Pipeline:
         return cls(
             causal,
             load_text_encoder(parts["text_encoder"], dtype=dtype, device=device),
-            load_vae(parts["vae"], dtype=dtype, device=device),
+            load_vae(parts["vae"], dtype=dtype, device=device, geometry=causal.geometry),
         )
 
     def generate(
@@ -87,13 +89,20 @@ class Pipeline:
         """Write a video of at least `seconds` to `output` (.mp4), decoding each chunk as it is done; returns the path.
 
         Memory does not grow with the length, up to the clean latents (0.4 MB per latent frame at 480x832).
-        height, width: pixels, multiples of 16. scale: enlarge each pixel so many times. sampling, cache: by default the
-        model's preset. execution, on_pass: see `RollingSession`.
+        height, width: pixels, multiples of 16 (for Wan 2.2 5B: 32). scale: enlarge each pixel so many times.
+        sampling, cache: by default the model's preset. execution, on_pass: see `RollingSession`.
         Raises ValueError, before anything is sampled, for settings that cannot work or take more memory than there is.
         """
         sampling = sampling or self.model.preset.sampling
         cache = cache or self.model.preset.cache
-        writer = VideoWriter(output, width, height, scale=scale, metadata={"prompt": prompt, "seed": str(seed)})
+        writer = VideoWriter(
+            output,
+            width,
+            height,
+            fps=self.model.geometry.fps,
+            scale=scale,
+            metadata={"prompt": prompt, "seed": str(seed)},
+        )
         chunks = sampling.chunks_for_seconds(seconds, geometry=self.model.geometry)
         check_fits(
             self.model.transformer,

@@ -12,6 +12,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,16 +26,26 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from .atomic import replacing
 from .config import CacheConfig
-from .geometry import TEXT_LENGTH
-from .presets import ModelPreset
+from .geometry import TEXT_LENGTH, WAN_21, Geometry
+from .presets import PRESETS, ModelPreset
+from .vae import ARCHITECTURES, STATISTICS
 
 TINY_TRANSFORMER: dict[str, Any] = dict(
     num_attention_heads=4, attention_head_dim=32, num_layers=4, ffn_dim=256, text_dim=64, freq_dim=64,
-    in_channels=16, out_channels=16,
 )  # fmt: skip
-TINY_VAE: dict[str, Any] = dict(base_dim=8, z_dim=16)
+TINY_VAE: dict[str, Any] = dict(base_dim=8)
 TINY_TEXT: dict[str, Any] = dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
-TINY_PRESET = ModelPreset("tiny", cache=CacheConfig(window=9))
+_LONGLIVE_2 = PRESETS["longlive2"]
+TINY_PRESETS = {
+    16: ModelPreset("tiny", cache=CacheConfig(window=9)),
+    48: replace(
+        _LONGLIVE_2,
+        name="tiny longlive2",
+        sampling=replace(_LONGLIVE_2.sampling, chunk=2, num_inference_steps=2),
+        cache=replace(_LONGLIVE_2.cache, window=8, sink=2),
+    ),
+}
+"""Settings of the tiny models by their latent channels: those of a family, with little to compute."""
 VOCABULARY = 400
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,8 +54,10 @@ _RANDOM_MARK = "random_weights_seed"
 _PAD, _EOS, _UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
-def make_tiny(folder: str | Path, seed: int = 0) -> Path:
+def make_tiny(folder: str | Path, seed: int = 0, geometry: Geometry = WAN_21) -> Path:
     """Write the tiny model with random weights into `folder` and return the path; the same seed gives the same files.
+
+    geometry: of the latents that it makes.
 
     Replaces an empty folder or an earlier model of its own. Raises ValueError for a folder with anything else in it.
     """
@@ -52,11 +65,16 @@ def make_tiny(folder: str | Path, seed: int = 0) -> Path:
     _check_replaceable(folder)
     tokenizer = train_tokenizer(corpus())
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer).get_piece_size()
-    transformer = _randomize(WanTransformer3DModel(**TINY_TRANSFORMER), seed)
-    vae = _randomize(AutoencoderKLWan(**TINY_VAE), seed)
+    channels = geometry.channels
+    mean, std = map(list, STATISTICS[channels])
+    size = TINY_TRANSFORMER | dict(in_channels=channels, out_channels=channels)
+    transformer = _randomize(WanTransformer3DModel(**size), seed)
+    vae = AutoencoderKLWan(**TINY_VAE, **ARCHITECTURES[channels], latents_mean=mean, latents_std=std)
+    vae = _randomize(vae, seed)
     text_encoder = _randomize(UMT5EncoderModel(UMT5Config(vocab_size=pieces, **TINY_TEXT)), seed)
     with replacing(folder, folder=True, what="model") as unfinished:
-        save_model(unfinished, transformer, vae, text_encoder, tokenizer, TINY_PRESET, {_RANDOM_MARK: seed})
+        preset = TINY_PRESETS[channels]
+        save_model(unfinished, transformer, vae, text_encoder, tokenizer, preset, {_RANDOM_MARK: seed})
         if folder.exists():
             shutil.rmtree(folder.resolve())
     return folder

@@ -85,6 +85,11 @@ def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
     return like.new_tensor(values).view(1, -1, 1, 1, 1)
 
 
+_DECODING = {WAN_21.channels: (7000, 96), WAN_22.channels: (7600, 256)}
+_ENCODING = {WAN_21.channels: (5000, 96), WAN_22.channels: (2600, 160)}
+"""Values per pixel at the peak of each, and the width at which they were counted, by the number of latent channels."""
+
+
 class WanVAE(nn.Module):
     """Holds a stock `AutoencoderKLWan` as `.vae` and hands out streams over it.
 
@@ -112,17 +117,18 @@ class WanVAE(nn.Module):
     def decode_bytes(self, height: int, width: int, batch: int = 1) -> int:
         """Rough bytes that decoding needs at its peak, weights excluded, for a picture of `height` x `width` pixels.
 
-        Basis: at base_dim 96 the tensors alive at the peak hold 5100 values per pixel (2400 of them the stream's
-        features, which stay between calls), counted on the meta device; a third on top for convolution workspaces.
+        Basis: the values alive at the peak, counted on the meta device (a third to a half of them the stream's features,
+        which stay between calls), and a third on top for convolution workspaces.
         """
-        return self._activation_bytes(7000, self.vae.decoder.dim, height * width * batch)
+        return self._activation_bytes(_DECODING, self.vae.decoder.dim, height * width * batch)
 
     def encode_bytes(self, height: int, width: int, batch: int = 1) -> int:
-        """Like `decode_bytes`, for encoding: 3800 values per pixel (1400 of them features), and a third on top."""
-        return self._activation_bytes(5000, self.vae.encoder.dim, height * width * batch)
+        """Like `decode_bytes`, for encoding."""
+        return self._activation_bytes(_ENCODING, self.vae.encoder.dim, height * width * batch)
 
-    def _activation_bytes(self, values_per_pixel: int, base_dim: int, pixels: int) -> int:
-        return round(values_per_pixel * base_dim / 96 * pixels) * self.vae.quant_conv.weight.element_size()
+    def _activation_bytes(self, peaks: dict[int, tuple[int, int]], base_dim: int, pixels: int) -> int:
+        values_per_pixel, counted_at = peaks[self.geometry.channels]
+        return round(values_per_pixel * base_dim / counted_at * pixels) * self.vae.quant_conv.weight.element_size()
 
     def encode_video(self, pixels: Tensor) -> Tensor:
         """Encode a whole video [B, 3, T, H, W] in [-1, 1] into raw latents [B, C, 1 + (T - 1) // 4, h, w].

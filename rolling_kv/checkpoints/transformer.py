@@ -102,6 +102,11 @@ def prepare(tensors: dict[str, Tensor], settings: dict) -> tuple[dict[str, Tenso
     kind = kind_of(stripped)
     if kind != WAN:
         raise CheckpointError(f"this is {kind}, not a Wan video model. {_ADVICE.get(kind, '')}".rstrip())
+    if any(name.endswith("quantized_weight_values") for name in stripped):
+        raise CheckpointError(
+            "its weights are packed as NVFP4 for FourOverSix, which is not read here. Use the model in bfloat16: of "
+            "LongLive 2 that is model_bf16.pt, or model_te.pt."
+        )
     renamed, naming = to_diffusers_names(stripped)
     weights, scales = split_scales(_unfolded(renamed))
     return weights, scales, _config(weights, settings), f"{naming}, prefix {prefix}." if prefix else naming

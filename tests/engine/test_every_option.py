@@ -7,6 +7,7 @@ import torch
 
 from rolling_kv import cli
 from rolling_kv import pipeline as pipeline_module
+from rolling_kv.geometry import WAN_21
 from rolling_kv.pipeline import Pipeline
 from rolling_kv.presets import DEFAULT_PRESET
 from rolling_kv.sampling.session import RollingSession
@@ -51,7 +52,7 @@ def reached(monkeypatch, arguments):
             calls.append((args, kwargs))
             raise Reached
 
-    Loaded.model.preset = DEFAULT_PRESET
+    Loaded.model.preset, Loaded.model.geometry = DEFAULT_PRESET, WAN_21
     monkeypatch.setattr(Pipeline, "load", lambda *args, **kwargs: calls.append((args, kwargs)) or Loaded())
     monkeypatch.setattr(cli, "check_model", lambda model: None)
     monkeypatch.setattr("rolling_kv.config.ExecutionConfig.check", lambda *_, **__: None)

@@ -109,6 +109,15 @@ def test_float8_cannot_be_compiled(folder, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_model_with_the_latents_of_wan_2_2_makes_its_own_rate_and_size(folder, tmp_path):
+    main(["make-tiny", str(tmp_path / "tiny"), "--channels", "48"])
+    generate(tmp_path / "tiny", tmp_path / "video.mp4", "--seconds", 0.4)
+    info = read_video_info(tmp_path / "video.mp4")
+    assert (info.frames, info.width, info.height, info.fps) == (13, 32, 32, 24)  # two chunks of 2: 0.4 s are 10 frames
+    with pytest.raises(CheckpointError, match="the Wan 2.1 VAE, with 16 latent channels.* Wan 2.2 5B, with 48"):
+        Pipeline.load(tmp_path / "tiny", vae=folder)
+
+
 # The command line
 
 

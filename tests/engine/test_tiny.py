@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 
 from rolling_kv import tiny
 from rolling_kv.checkpoints.model import load_model
+from rolling_kv.geometry import WAN_22
 from rolling_kv.text import load_text_encoder
-from rolling_kv.tiny import TINY_PRESET, make_tiny, save_tokenizer, train_tokenizer
+from rolling_kv.tiny import TINY_PRESETS, make_tiny, save_tokenizer, train_tokenizer
 from rolling_kv.vae import load_vae, to_raw
 
 FILES = {
@@ -56,7 +57,7 @@ def test_the_same_seed_gives_the_same_files(model, tmp_path):
 
 def test_every_part_loads_in_the_engine(model):
     causal = load_model(model)
-    assert causal.preset == TINY_PRESET
+    assert causal.preset == TINY_PRESETS[16]
     text = load_text_encoder(model)
     embedding = text.encode(["a red circle moving left", "a blue square standing still"])
     assert embedding.shape == (2, 512, causal.transformer.config.text_dim)
@@ -78,6 +79,16 @@ def test_the_picture_is_a_moving_texture(model):
     assert (frames.abs() == 1).float().mean() < 0.2
     encoded = vae.encode_video(frames[None])
     assert encoded.shape == latents.shape and encoded.isfinite().all() and encoded.std() > 0.1
+
+
+def test_it_may_have_the_latents_of_wan_2_2(tmp_path):
+    folder = make_tiny(tmp_path / "tiny", geometry=WAN_22)
+    assert contents(folder).keys() == FILES
+    causal, vae = load_model(folder), load_vae(folder, geometry=WAN_22)
+    assert causal.preset == TINY_PRESETS[48] and causal.geometry == vae.geometry == WAN_22
+    latents = torch.randn(1, 48, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    frames = vae.decoder().decode(to_raw(latents))[0]
+    assert frames.shape == (3, 5, 64, 64) and frames.flatten(2).std(2).min() > 0.1
 
 
 def test_it_is_a_diffusers_pipeline(model):

@@ -141,7 +141,7 @@ def test_a_literal_in_the_place_of_a_link_is_told(client, given, value):
 
 
 def test_literals_where_the_vae_and_latents_belong(client):
-    graph = {**loaders(), "decode": node("RollingKVDecodeVideo", vae=["vae", 0], latent="none", fps=16, enlarge=1)}
+    graph = {**loaders(), "decode": node("RollingKVDecodeVideo", vae=["vae", 0], latent="none", enlarge=1)}
     graph["save"] = node("SaveVideo", video=["decode", 0], filename_prefix="x", format="auto", codec="auto")
     assert "latent cannot be" in told(client, graph)
     graph["decode"]["inputs"] |= {"vae": None, "latent": None}
@@ -152,9 +152,10 @@ def test_literals_where_the_vae_and_latents_belong(client):
 def test_a_rate_that_no_video_has_is_told(client, fps):
     graph = one_sampler(1)
     graph["vae"] = loaders()["vae"]
-    graph["decode"] = node("RollingKVDecodeVideo", vae=["vae", 0], latent=["sample", 0], fps=16, enlarge=1)
+    rate = chosen("fps", "this many", rate=16)
+    graph["decode"] = node("RollingKVDecodeVideo", vae=["vae", 0], latent=["sample", 0], enlarge=1, **rate)
     graph["save"] = node("SaveVideo", video=["decode", 0], filename_prefix="x", format="auto", codec="auto")
-    assert "fps cannot be" in told(client, linked(graph, "decode", {"fps": fps}))
+    assert "rate cannot be" in told(client, linked(graph, "decode", {"fps.rate": fps}))
 
 
 def test_half_a_character_is_told_and_the_worker_lives(client):
@@ -207,7 +208,7 @@ def test_a_picture_may_be_cut_to_any_shape(client, width, height):
 def test_a_video_whose_file_is_gone_says_how_to_get_it_again(client):
     graph = one_sampler(1)
     graph["vae"] = loaders()["vae"]
-    graph["decode"] = node("RollingKVDecodeVideo", vae=["vae", 0], latent=["sample", 0], fps=16, enlarge=1)
+    graph["decode"] = node("RollingKVDecodeVideo", vae=["vae", 0], latent=["sample", 0], enlarge=1)
     graph["save"] = node("SaveVideo", video=["decode", 0], filename_prefix="a", format="auto", codec="auto")
     client.run(graph)
     for path in client.folder.rglob("temp/**/rolling_kv_*.mp4"):

@@ -69,7 +69,7 @@ def sample(positive: str, length: float, seed: int, **inputs: str) -> tuple:
 
 def output(latent: str, name: str) -> dict:
     return {
-        "decode": ("RollingKVDecodeVideo", {"vae": "vae.0", "latent": latent, "fps": 16, "enlarge": 6}),
+        "decode": ("RollingKVDecodeVideo", {"vae": "vae.0", "latent": latent, "enlarge": 6}),
         "save": ("SaveVideo", {"video": "decode.0", "filename_prefix": f"video/{name}"}),
     }
 

@@ -123,6 +123,11 @@ def test_other_wan_models_are_named(tmp_path):
     )
 
 
+def test_weights_in_nvfp4_are_named(tmp_path):
+    weights = {"blocks.0.self_attn.q.quantized_weight_values": torch.zeros(4), "patch_embedding.bias": torch.zeros(4)}
+    refused(write_weights(tmp_path / "model_4o6.pt", {"generator": weights}), "packed as NVFP4 .*model_bf16.pt")
+
+
 def test_the_5b_of_wan_2_2_is_told_by_its_channels(tmp_path):
     with torch.device("meta"):
         big = WanTransformer3DModel(
