@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ..cache.pinned import check_room
@@ -11,6 +13,14 @@ from ..cache.sizes import CacheBytes
 from ..devices import to_device
 from .state import CacheState, same_values
 from .workspace import Caches, CacheSpec, Workspace
+
+
+class _Known(NamedTuple):
+    """A prompt's keys and values in one set of weights; the embeddings are on the CPU."""
+
+    embeds: torch.Tensor
+    weights: int
+    prompt: PromptCache
 
 
 class GuidanceBranches:
@@ -27,7 +37,7 @@ class GuidanceBranches:
         self.caches = caches
         self.cached = cached
         self.opened_with = ""
-        self.prompts: list[tuple[torch.Tensor, PromptCache]] = []  # with the embeddings on the CPU
+        self.prompts: list[_Known] = []
 
     @classmethod
     def open(cls, spec: CacheSpec, workspace: Workspace, key: str, capacity: int) -> GuidanceBranches:
@@ -63,24 +73,27 @@ class GuidanceBranches:
         for cache in self.caches.values():
             cache.reserve(frames)
 
-    def for_prompts(self, prompt: torch.Tensor, negative: torch.Tensor | None) -> list[Branch]:
-        """The conditional branch, and with guidance the unconditional one, for embeddings [B, L, D] on the CPU."""
+    def for_prompts(self, prompt: torch.Tensor, negative: torch.Tensor | None, weights: int = 0) -> list[Branch]:
+        """The conditional branch, and with guidance the unconditional one, for embeddings [B, L, D] on the CPU.
+
+        weights: which of the model's `transformers` the pass runs through.
+        """
         branches = [
-            Branch(cache, self._prompt_cache(embeds))
+            Branch(cache, self._prompt_cache(embeds, weights))
             for cache, embeds in zip(self.caches.values(), (prompt, negative))
             if embeds is not None
         ]
         used = [branch.prompt for branch in branches]  # a long video has many others, one after the other
-        self.prompts = [(source, known) for source, known in self.prompts if known in used]
+        self.prompts = [known for known in self.prompts if known.weights != weights or known.prompt in used]
         return branches
 
-    def _prompt_cache(self, embeds: torch.Tensor) -> PromptCache:
+    def _prompt_cache(self, embeds: torch.Tensor, weights: int) -> PromptCache:
         # On the CPU, where comparing them does not wait for the device.
-        for source, known in self.prompts:
-            if same_values(source, embeds):
-                return known
+        for known in self.prompts:
+            if known.weights == weights and same_values(known.embeds, embeds):
+                return known.prompt
         made = PromptCache(to_device(embeds, self.spec.device))
-        self.prompts.append((embeds, made))
+        self.prompts.append(_Known(embeds, weights, made))
         return made
 
     def leave_cancelled_chunk(self, state: CacheState, chunk: int, switch: str) -> None:
@@ -109,8 +122,8 @@ class GuidanceBranches:
         Whatever an exception still refers to holds no memory any more.
         """
         caches, prompts, self.caches, self.prompts = self.caches, self.prompts, {}, []
-        for _, prompt in prompts:
-            prompt.release()
+        for known in prompts:
+            known.prompt.release()
         if workspace is not None:
             workspace.leave(self.spec, caches, key, self.cached)
         else:

@@ -25,7 +25,7 @@ class History:
 
     branches: the caches.
     model: that they belong to.
-    forward: of the model's attachment.
+    forward: of the attachment of the transformer that makes context passes, the last of the model's `transformers`.
     chunk: latent frames of a chunk, in which a causal switch computes the window.
     """
 
@@ -58,7 +58,7 @@ class History:
             prompts = self._prompts_of(state, index, negative)
             if not self._is_open():
                 self._switch(record.switch, state, at, prompts, record.timestep, on_pass)
-            self._context_pass(state, index, at, branches.for_prompts(*prompts), on_pass)
+            self._context_pass(state, index, at, self._for_prompts(*prompts), on_pass)
             at += record.frames
         self._switch(switch, state, at, (prompt, negative), timestep, on_pass)
         branches.opened_with = switch
@@ -97,6 +97,9 @@ class History:
         config = self.branches.spec.config
         cuts = sum(record.switch == "cut" for record in state.records[:chunks])
         return cuts * config.cut_offset if config.positions == "absolute" else 0
+
+    def _for_prompts(self, prompt: torch.Tensor, negative: torch.Tensor | None) -> list[Branch]:
+        return self.branches.for_prompts(prompt, negative, len(self.model.transformers) - 1)
 
     def _prompts_of(self, state: CacheState, index: int, negative: torch.Tensor | None):
         """The prompts with which chunk number `index` enters the caches. negative: the session's own, with guidance."""
@@ -137,7 +140,7 @@ class History:
                 elif switch == "cut":
                     cache.cut()
             if switch in RECOMPUTING:
-                self._recompute(switch, state, at, self.branches.for_prompts(*prompts), timestep, on_pass)
+                self._recompute(switch, state, at, self._for_prompts(*prompts), timestep, on_pass)
         except BaseException:
             self.branches.start_over()  # neither before the switch nor behind it
             raise

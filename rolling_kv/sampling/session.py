@@ -214,12 +214,14 @@ class RollingSession:
         self._passes_done = 0
         with ExitStack() as ending:  # last in, first out, whatever fails
             ending.push(self._leave_caches)
-            attachment = apply_rolling_kv_cache(transformer, self.execution)
-            ending.callback(attachment.detach)
+            attachments = []
+            for weights in self.model.transformers:
+                attachments.append(apply_rolling_kv_cache(weights, self.execution))
+                ending.callback(attachments[-1].detach)
             capacity = max(self.state.frames, sampling.chunk)
             branches = GuidanceBranches.open(spec, self._workspace or Workspace(), self.state.key, capacity)
-            history = History(branches, self.model, attachment.forward, sampling.chunk)
-            self._open = run = _Open(attachment, branches, history)
+            history = History(branches, self.model, attachments[-1].forward, sampling.chunk)
+            self._open = run = _Open(attachments[0], branches, history)
             if self.step_cache is not None:  # after the rolling cache, and off before it: its hooks wrap what they find
                 run.steps = start_step_cache(
                     transformer, self.step_cache, steps=sampling.passes, few_step=sampling.few_step
