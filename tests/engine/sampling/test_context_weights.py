@@ -80,6 +80,20 @@ def test_two_runs_equal_one(model, workspace):
     assert same(sample(model, 3, state=part, workspace=shared), whole)
 
 
+@pytest.mark.parametrize("switch", ["joint", "causal", "flush", "cut"])
+def test_a_switch_writes_with_the_second_set_and_is_replayed(model, switch):
+    settings = dict(cache=CacheConfig(6, sink=1), **SIZE)
+    with RollingSession(model, prompt(model), **settings) as session:
+        list(session.generate(3, seed=1))
+        session.set_prompt(prompt(model, 5), switch=switch)
+        list(session.generate(2, seed=1))
+    with RollingSession(model, prompt(model, 5), state=session.state, **settings) as again:
+        list(again.generate(1, seed=1))
+    with session:
+        list(session.generate(1, seed=1))
+    assert same(session.state, again.state)
+
+
 def test_prompts_of_either_set_and_branch_never_mix(model):
     """With guidance, and another prompt on the way: the same as in runs of their own, from the state."""
     sampling = replace(SAMPLING, guidance_scale=2.0)

@@ -108,7 +108,7 @@ def test_a_closed_session_holds_no_memory(model, ends):
 
     def note():
         layers = [parts for cache in session._open.branches.caches.values() for parts in cache.store.layers]
-        layers += [parts for _, known in session._open.branches.prompts for parts in known.layers.values()]
+        layers += [parts for known in session._open.branches.prompts for parts in known.prompt.layers.values()]
         held.extend(weakref.ref(part) for parts in layers for part in parts)
 
     def on_pass(done, total):
