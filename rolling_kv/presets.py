@@ -356,7 +356,7 @@ PRESETS: dict[str, ModelPreset] = {
         ModelPreset(
             "krea-realtime",
             replace(_CHUNKWISE, denoising_steps=(1000, 750, 500, 250, 0)),
-            CacheConfig(6, context="recomputed"),
+            CacheConfig(6, positions="window", context="recomputed"),
             title="Krea Realtime, 14B",
             names=(r"krea.?real.?time",),
             files=(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import DATA, load_cases
 
 from rolling_kv.checkpoints.detect import detect_preset
 from rolling_kv.checkpoints.readers import Checkpoint
@@ -72,7 +73,7 @@ def test_published_settings():
         ("deep-sink", CacheConfig(21, sink=10, positions="window")),
         ("memrope", CacheConfig(12, sink=3, positions="window", leaving="memory", memory_alphas=(0.01, 0.1))),
         ("reward-forcing", CacheConfig(9, sink=3, positions="window", leaving="ema", ema_alpha=0.999)),
-        ("krea-realtime", CacheConfig(6, context="recomputed")),
+        ("krea-realtime", CacheConfig(6, positions="window", context="recomputed")),
         ("self-gradient-forcing-chunkwise", CacheConfig(12, sink=3, positions="window", span=21)),
         ("self-gradient-forcing-framewise", CacheConfig(21, sink=4, positions="window")),
         ("self-gradient-forcing-plus-chunkwise", CacheConfig(12, sink=3, positions="window")),
@@ -83,6 +84,18 @@ def test_published_settings():
 def test_published_cache_rules(name, cache):
     assert PRESETS[name].cache == cache
     assert cache.accumulate == "float32"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["memrope", "longlive", "longlive-infinity", "reward-forcing", "krea-realtime", "self-gradient-forcing-chunkwise"]
+    + ["opsd-v-longlive", "opsd-v-self-forcing", "longlive2"],
+)
+def test_a_preset_has_the_settings_with_which_its_family_was_recorded(name):
+    preset = PRESETS[name]
+    wanted = (preset.cache, preset.sampling.chunk, preset.sampling.denoising_steps, preset.sampling.shift)
+    recorded = [(case.cache(), case.sampling()) for case in load_cases(preset.compared, folder=DATA) if not case.quirk]
+    assert wanted in [(cache, each.chunk, each.denoising_steps, each.shift) for cache, each in recorded]
 
 
 def test_every_chunk_has_the_steps_of_its_number():
@@ -122,7 +135,7 @@ def test_the_rules_are_told_in_words():
         "chunks of 3, window 9 with a sink of 3, positions in the window, what leaves averaged into the sink, 4 steps"
     )
     words = {
-        "krea-realtime": "window 6, recomputed before every chunk, 5 steps",
+        "krea-realtime": "window 6, positions in the window, recomputed before every chunk, 5 steps",
         "longlive": "window computed anew at a switch",
         "memrope": "what leaves averaged into 2 memory frames",
         "self-gradient-forcing-chunkwise": "positions in the window that end at 21",
