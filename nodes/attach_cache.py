@@ -60,5 +60,5 @@ class RollingKVAttachCache(io.ComfyNode):
         if positions != inputs.OWN:
             cache = replace(cache, positions=positions)
         cache = replace(cache, storage=storage, offload=offload)
-        cache.check_chunk(model.sampling.chunk)
+        model.sampling.check_cache(cache)
         return io.NodeOutput(model._replace(cache=cache))

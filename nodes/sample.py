@@ -90,11 +90,14 @@ class RollingKVSample(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         given, start = borders.start_of(initial_latent, state, model.geometry, height, width)
         sampling = inputs.with_guidance(model.sampling, guidance)
+        if given is not None:
+            sampling.check_given()
         chunks = _chunks(length, length_unit, sampling, start.frames, model.geometry)
+        sampling.check_length(chunks, start.frames, model.geometry)
         frames = start.frames + sampling.frames_of(chunks, start.frames)
         size = {"height": start.height, "width": start.width, "batch": start.batch}
         run.make_room(model, sampling, frames=frames, **size)
-        notes = [note] if (note := long_sink_note(model.cache, frames)) else []
+        notes = [note] if not sampling.joint and (note := long_sink_note(model.cache, frames)) else []
         if notes:
             run.say(notes[0], cls.hidden.unique_id)
         with run.progress(cls.hidden.unique_id) as on_pass:

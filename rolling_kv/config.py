@@ -27,7 +27,7 @@ MOST_CHUNK_FRAMES = 64
 MOST_STEPS = 1000
 """Denoising steps of a chunk: as many as there are training timesteps."""
 
-SAMPLERS = ("renoise", "unipc", "euler")
+SAMPLERS = ("renoise", "rolling", "unipc", "euler")
 POSITIONS = ("absolute", "window")
 LEAVING = ("drop", "ema", "memory")
 ACCUMULATION = ("float32", "model")
@@ -232,10 +232,11 @@ class SamplingConfig:
 
     chunk: latent frames per chunk, as the checkpoint was trained (3: chunk-wise, 1: frame-wise).
     independent_first_frame: the video starts with a chunk of one latent frame: 1, k, k, …
-    sampler: "renoise" is few-step (distilled models): predict the clean chunk, add fresh noise, repeat. "unipc" and
-        "euler" integrate the flow in `num_inference_steps` steps, for models that are not distilled.
-    denoising_steps: for "renoise", the training timesteps (1000 is pure noise) before the shift warps them. The last may
-        be 0, the end of the schedule, as Krea Realtime has it.
+    sampler: "renoise" is few-step (distilled models): predict the clean chunk, add fresh noise, repeat. "rolling" does
+        that to as many chunks as there are steps at once, each a step behind the one before it (Rolling-Forcing). "unipc"
+        and "euler" integrate the flow in `num_inference_steps` steps, for models that are not distilled.
+    denoising_steps: for "renoise" and "rolling", the training timesteps (1000 is pure noise) before the shift warps them.
+        The last may be 0, the end of the schedule, as Krea Realtime has it.
     first_chunk_steps: the same for the chunks that start the video, where they differ: the steps of the first chunk
         (Causal-Forcing++), or of each of the first ones (DiagDistill). Kept as a tuple for each of them.
     shift: timestep shift of the flow schedule.
@@ -267,11 +268,26 @@ class SamplingConfig:
         object.__setattr__(self, "denoising_steps", _falling(self.denoising_steps))
         if self.first_chunk_steps is not None:
             object.__setattr__(self, "first_chunk_steps", _first_chunks(self.first_chunk_steps))
+        if self.joint and (self.independent_first_frame or self.first_chunk_steps):
+            other = "a first chunk of one frame" if self.independent_first_frame else "first_chunk_steps"
+            raise ValueError(
+                f'the sampler "rolling" makes chunks together, in equal sizes and steps: it cannot go with {other}'
+            )
 
     @property
     def few_step(self) -> bool:
         """Whether chunks are made in a few re-noised steps, as distilled models do, rather than by a solver in many."""
-        return self.sampler == "renoise"
+        return self.sampler in ("renoise", "rolling")
+
+    @property
+    def joint(self) -> bool:
+        """Whether one pass holds several chunks, each at a noise level of its own."""
+        return self.sampler == "rolling"
+
+    @property
+    def frames_at_once(self) -> int:
+        """Latent frames of the largest pass."""
+        return self.chunk * (len(self.denoising_steps) if self.joint else 1)
 
     @property
     def guided(self) -> bool:
@@ -305,11 +321,48 @@ class SamplingConfig:
 
     def passes_for(self, chunks: int, start_frame: int = 0) -> int:
         """Passes that make `chunks` chunks, at least 1, from `start_frame` on: denoising steps, and a context pass between."""
+        if self.joint:  # every chunk enters with a pass, and the last one takes its other steps
+            return chunks + self.passes - 1 + (chunks - 1)
         steps = (chunks - 1) + chunks * self.passes
         for size in self.chunk_sizes(min(chunks, len(self.first_passes)), start_frame):
             steps += self.passes_at(start_frame) - self.passes
             start_frame += size
         return steps
+
+    def check_length(self, chunks: int, start_frame: int = 0, geometry: Geometry = WAN_21) -> None:
+        """Raise ValueError if `chunks` chunks cannot be made in one go, from absolute latent frame `start_frame` on."""
+        least = len(self.denoising_steps) if self.joint else 1
+        if 0 < chunks < least:
+            frames = least * self.chunk
+            seconds = geometry.seconds(start_frame + frames) - geometry.seconds(start_frame)
+            raise ValueError(
+                f'the sampler "rolling" makes at least as many chunks at a time as it has steps: {least}, not {chunks}. '
+                f"The shortest length is {least} chunks, {frames} latent frames or {math.ceil(seconds * 100) / 100:g} s"
+            )
+
+    def check_given(self) -> None:
+        """Raise ValueError if no frames can be given to start from."""
+        if self.joint:
+            raise ValueError(
+                'the sampler "rolling" starts from noise, as its models were trained: it takes no image or video to start '
+                "from. Leave the initial latents out; a video that has been made can be continued from its cache state"
+            )
+
+    def check_cache(self, cache: CacheConfig) -> None:
+        """Raise ValueError unless a cache with these rules can be sampled with."""
+        cache.check_chunk(self.chunk)
+        if not self.joint:
+            return
+        if cache.unlimited:
+            raise ValueError(
+                f'the sampler "rolling" needs a window, the latent frames that its passes see, got {ALL_FRAMES} frames'
+            )
+        rules = {"positions": "absolute", "leaving": "drop", "switch": "hold", "context": "kept"}
+        for name, only in rules.items():
+            if (chosen := getattr(cache, name)) != only:
+                raise ValueError(
+                    f'the sampler "rolling" has rules of its own for the cache: {name} must be "{only}", got "{chosen}"'
+                )
 
     def prefill_sizes(self, frames: int, start_frame: int = 0) -> list[int]:
         """Chunk sizes in which given latent frames enter a cache that holds `start_frame`; an odd remainder comes first."""

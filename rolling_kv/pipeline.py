@@ -104,6 +104,7 @@ class Pipeline:
             metadata={"prompt": prompt, "seed": str(seed)},
         )
         chunks = sampling.chunks_for_seconds(seconds, geometry=self.model.geometry)
+        sampling.check_length(chunks, geometry=self.model.geometry)
         check_fits(
             self.model.transformer,
             height,
@@ -116,7 +117,7 @@ class Pipeline:
             decoding=self.vae.decode_bytes(height, width),
             weight_sets=len(self.model.transformers),
         )
-        if note := long_sink_note(cache, sampling.frames_of(chunks)):
+        if not sampling.joint and (note := long_sink_note(cache, sampling.frames_of(chunks))):
             logger.warning("%s", note)
         session = RollingSession(
             self.model,

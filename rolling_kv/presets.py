@@ -120,7 +120,7 @@ class ModelPreset:
             raise ValueError(f"the name of a preset is a text of at most {NAME_LENGTH} characters, got {shown(name)}")
         sampling = SamplingConfig(**{k: v for k, v in values.items() if k in known})
         cache = CacheConfig(**{k: v for k, v in values.items() if k in _CACHE_FIELDS})
-        cache.check_chunk(sampling.chunk)
+        sampling.check_cache(cache)
         return cls(name, sampling, cache)
 
 

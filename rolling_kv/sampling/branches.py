@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..cache.joint import JointKVCache
 from ..cache.pinned import check_room
 from ..cache.prompt import Branch, PromptCache
 from ..cache.rolling import RollingKVCache
@@ -48,11 +49,12 @@ class GuidanceBranches:
         """
         caches, cached = workspace.take(spec, key)
         if caches is None:
-            kept = RollingKVCache.bytes_kept(spec.shape, spec.config, spec.config.limit or capacity)
+            made = JointKVCache if spec.joint else RollingKVCache
+            kept = made.bytes_kept(spec.shape, spec.config, spec.config.limit or capacity)
             if spec.config.offload:
                 check_room(kept.host * len(spec.branches))
             with torch.inference_mode():
-                caches = {n: RollingKVCache(spec.shape, spec.config, spec.device, capacity) for n in spec.branches}
+                caches = {n: made(spec.shape, spec.config, spec.device, capacity) for n in spec.branches}
         return cls(spec, caches, cached)
 
     @property

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from ..config import SamplingConfig
-from ..step_cache import Pass, StepCache, StepProbe
+from ..step_cache import StepCache, StepProbe
 
 
 class Denoiser:
@@ -22,13 +23,13 @@ class Denoiser:
 
     def __init__(
         self,
-        passes: list[Pass],
+        passes: Sequence[Callable[[torch.Tensor, Any], torch.Tensor]],
         sampling: SamplingConfig,
         dtype: torch.dtype,
         step_cache: StepCache | StepProbe | None,
         on_step: Callable[[], None],
     ):
-        self.passes = passes
+        self.passes = list(passes)
         self.sampling = sampling
         self.dtype = dtype
         self.step_cache = step_cache
@@ -36,8 +37,8 @@ class Denoiser:
         if step_cache is not None:
             step_cache.begin()
 
-    def __call__(self, x: torch.Tensor, timestep: float) -> torch.Tensor:
-        """The predicted flow of x_t, [B, C, f, h, w]; timestep: 0 to 1000."""
+    def __call__(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
+        """The predicted flow of x_t, [B, C, f, h, w]; timestep: 0 to 1000, or without a step cache one for each frame."""
         self.on_step()
         x = x.to(self.dtype)
         if self.step_cache is not None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..cache.joint import JointKVCache
 from ..cache.prompt import PromptCache
 from ..cache.rolling import RollingKVCache
 from ..cache.sizes import CacheShape
@@ -24,7 +25,8 @@ class Estimate(NamedTuple):
     cache: keys and values on the device, at their peak.
     prompts: keys and values of the prompts, on the device.
     step_cache: what a step cache keeps from step to step, on the device.
-    activations: roughly what a pass over one chunk needs beside these, on the device.
+    activations: roughly what a pass needs beside these, on the device; it holds one chunk, or several with the sampler
+        "rolling".
     host: keys and values that are kept in CPU memory.
     """
 
@@ -66,8 +68,11 @@ def estimate(
     """
     dtype = dtype or transformer.patch_embedding.weight.dtype
     shape = CacheShape.of(transformer, batch, *Geometry.of(transformer).latent_size(height, width), dtype)
-    kept = RollingKVCache.bytes_needed(shape, cache, cache.limit or frames)
-    tokens = batch * sampling.chunk * shape.tokens_per_frame
+    kind = JointKVCache if sampling.joint else RollingKVCache
+    kept = kind.bytes_needed(shape, cache, cache.limit or frames)
+    at_once = sampling.frames_at_once
+    gathered = JointKVCache.bytes_gathered(shape, cache, at_once) if sampling.joint else 0
+    tokens = batch * at_once * shape.tokens_per_frame
     held = 0
     if step_cache is not None and not sampling.few_step:  # few-step sampling has none, see `start_step_cache`
         held = step_cache.bytes_held(_step_shape(transformer, shape, sampling, tokens))
@@ -75,7 +80,7 @@ def estimate(
         cache=kept.device * sampling.branches,
         prompts=PromptCache.bytes_needed(shape, prompt_tokens) * sampling.branches * weight_sets,
         step_cache=held,
-        activations=tokens * _values_per_token(transformer.config) * torch.float32.itemsize,
+        activations=tokens * _values_per_token(transformer.config) * torch.float32.itemsize + gathered,
         host=kept.host * sampling.branches,
     )
 

@@ -57,17 +57,23 @@ def warp_steps(denoising_steps: tuple[int, ...], shift: float) -> list[Step]:
 def renoise_chunk(predict: Predict, noise: Noise, steps: list[Step]) -> torch.Tensor:
     """Few-step sampling: predict the clean chunk, add fresh noise at the next level, repeat. [B, C, f, h, w]"""
     x = noise(0)
-    wide = torch.float64 if has_float64(x.device) else torch.float32
     for index, step in enumerate(steps):
-        flow = predict(x, step.timestep)
-        # Numbers of the CPU, not tensors: they go to the device with the operation itself.
-        clean = (x.to(wide) - step.sigma.item() * flow.to(wide)).to(flow.dtype)
+        clean = clean_prediction(x, predict(x, step.timestep), step)
         if index + 1 < len(steps):
-            sigma = steps[index + 1].sigma
-            # Half-precision latents are mixed in float32, as in training.
-            mixed = (1 - sigma).item() * clean.float() + sigma.item() * noise(index + 1).float()
-            x = mixed.to(x.dtype)
+            x = renoised(clean, noise(index + 1), steps[index + 1]).to(x.dtype)
     return clean
+
+
+def clean_prediction(x: torch.Tensor, flow: torch.Tensor, step: Step) -> torch.Tensor:
+    """The clean latents that a flow predicted at `step` means, in the flow's dtype."""
+    wide = torch.float64 if has_float64(x.device) else torch.float32
+    # Numbers of the CPU, not tensors: they go to the device with the operation itself.
+    return (x.to(wide) - step.sigma.item() * flow.to(wide)).to(flow.dtype)
+
+
+def renoised(clean: torch.Tensor, noise: torch.Tensor, step: Step) -> torch.Tensor:
+    """Clean latents with fresh noise, at the level of `step`. Half-precision latents are mixed in float32, as in training."""
+    return (1 - step.sigma).item() * clean.float() + step.sigma.item() * noise.float()
 
 
 def integrate_chunk(predict: Predict, noise: Noise, config: SamplingConfig) -> torch.Tensor:

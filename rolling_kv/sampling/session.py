@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from ..cache.joint import JointPass
+from ..cache.prompt import Branch
 from ..cache.sizes import CacheBytes
 from ..checkpoints.model import CausalModel
 from ..config import CacheConfig, ExecutionConfig, SamplingConfig
@@ -19,7 +21,8 @@ from .branches import GuidanceBranches
 from .checks import check_latents, fitted_embeds
 from .denoiser import Denoiser, needed_negative, noise_dtype
 from .history import History
-from .schedule import NoiseSource, chunk_noise, sample_chunk
+from .rolling import check_rolling, rolling_chunks
+from .schedule import Noise, NoiseSource, chunk_noise, sample_chunk, warp_steps
 from .state import CacheState, Chunk, same_values
 from .workspace import CacheSpec, Workspace
 
@@ -102,10 +105,12 @@ class RollingSession:
         self._fitted = partial(fitted_embeds, model, batch)
         self._open: _Open | None = None
         self._passes_done = 0
-        self.cache_config.check_chunk(self.sampling.chunk)
+        self.sampling.check_cache(self.cache_config)
         self.execution.check(step_cache=step_cache is not None)
         if self.state.chunks:
             check_latents(model, batch, self.latent_size, self.state.chunks[-1], "the cache state's latents")
+        if self.sampling.joint:
+            check_rolling(self.state, step_cache is not None)
         self.set_prompt(prompt, negative, switch)
 
     @property
@@ -124,6 +129,7 @@ class RollingSession:
         """
         if switch is not None:
             self.cache_config.check_switch(switch)
+            self.sampling.check_cache(replace(self.cache_config, switch=switch))
         negative = needed_negative(self.sampling, negative)
         # Copies of its own, which the state takes over: the caller may go on to change what was given.
         fitted = self._fitted(prompt, "the prompt").clone()
@@ -142,6 +148,7 @@ class RollingSession:
 
     def prefill(self, latents: torch.Tensor) -> None:
         """Append given clean latents, [B, C, F, h, w] in model space: an image, or a video to extend."""
+        self.sampling.check_given()
         check_latents(self.model, self.batch, self.latent_size, latents, "the initial latents")
         sizes = self.sampling.prefill_sizes(latents.shape[2], self.state.frames)
         for chunk in latents.to(self.dtype).split(sizes, dim=2):
@@ -158,12 +165,22 @@ class RollingSession:
         """Sample `chunks` more chunks, yielding each as it is done; `self.state` then includes it.
 
         The context pass of a chunk runs only when another chunk follows it, in this run or in a later one. With an
-        unlimited window, room for all of them is taken at once. Raises ValueError unless the session is open.
+        unlimited window, room for all of them is taken at once.
+
+        With the sampler "rolling", chunks that are still noisy when the last one is done, or when the run is cancelled, are
+        given up: what follows begins with new ones, right after those that are done. So a video made in two runs is not
+        that of one run, but always the same one. A new prompt holds from the next joint pass on, for all chunks in it.
+
+        Raises ValueError unless the session is open, and for fewer chunks than the sampler can make at a time.
         """
         branches, frames = self._running().branches, self.state.frames
+        self.sampling.check_length(chunks, frames, self.model.geometry)
         branches.leave_cancelled_chunk(self.state, self.sampling.chunk_size(frames), self._next_switch())
         branches.reserve(frames + self.sampling.frames_of(chunks, frames))
         on_step = partial(self._tick, self.passes_needed(chunks))
+        if self.sampling.joint:
+            yield from self._generate_jointly(chunks, seed, noise_source, on_step)
+            return
         for _ in range(chunks):
             run = self._running()
             wanted = self._wanted  # `on_pass` may set others, for the next chunk
@@ -188,6 +205,39 @@ class RollingSession:
                 self._wanted = wanted._replace(switch=None)
             yield Chunk(start, latents)
 
+    def _generate_jointly(
+        self, chunks: int, seed: int, noise_source: NoiseSource | None, on_step: Callable[[], None]
+    ) -> Generator[Chunk, None, None]:
+        sampling, first = self.sampling, self.state.frames
+        shape = (self.batch, self.model.geometry.channels, sampling.chunk, *self.latent_size)
+        dtype, device = noise_dtype(sampling, self.dtype), self.model.compute_device()
+        wanted = self._wanted
+
+        def noise(number: int) -> Noise:
+            return chunk_noise(noise_source, seed, first + number * sampling.chunk, shape, dtype, device)
+
+        def predict(x: torch.Tensor, timesteps: Sequence[float]) -> torch.Tensor:
+            nonlocal wanted
+            run, (prompt, negative, _) = self._running(), self._wanted
+            run.history.bring_to(self.state, "", prompt, negative, sampling.context_noise, on_step)
+            wanted = self._wanted  # `on_pass` may set others, for the next pass
+            passes = [
+                partial(run.attachment.predict, branch=_looking_at(branch, x.shape[2]))
+                for branch in run.branches.for_prompts(wanted.prompt, wanted.negative)
+            ]
+            return Denoiser(passes, sampling, self.dtype, None, on_step)(x, timesteps)
+
+        steps = warp_steps(sampling.denoising_steps, sampling.shift)
+        made = rolling_chunks(predict, noise, steps, chunks)
+        for _ in range(chunks):
+            with torch.inference_mode():
+                latents = next(made).to(self.dtype)
+            start = self.state.frames
+            self.state = self.state.extended(
+                latents, timestep=sampling.context_noise, prompt=wanted.prompt, negative=wanted.negative, seed=seed
+            )
+            yield Chunk(start, latents)
+
     def passes_needed(self, chunks: int) -> int:
         """Model passes (counting a guided pair as one) until `chunks` more chunks are done, from the start."""
         if not chunks:
@@ -209,7 +259,13 @@ class RollingSession:
     def __enter__(self) -> RollingSession:
         transformer, sampling = self.model.transformer, self.sampling
         spec = CacheSpec.of(
-            self.model, self.batch, self.latent_size, self.cache_config, self.execution, sampling.branches
+            self.model,
+            self.batch,
+            self.latent_size,
+            self.cache_config,
+            self.execution,
+            sampling.branches,
+            sampling.joint,
         )
         self._passes_done = 0
         with ExitStack() as ending:  # last in, first out, whatever fails
@@ -245,3 +301,10 @@ class RollingSession:
         recorded = not self.sampling.guided or not run.branches.cached or self.state.records[-1].negative >= 0
         keep = exception_type is None and recorded
         run.branches.close(self._workspace if keep else None, self.state.key)
+
+
+def _looking_at(branch: Branch, frames: int) -> Branch:
+    """The branch for a joint pass over `frames` latent frames, which reads its cache and writes nothing."""
+    cache: Any = branch.cache
+    seen: Any = JointPass(cache, frames)
+    return Branch(seen, branch.prompt)

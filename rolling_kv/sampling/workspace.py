@@ -28,6 +28,7 @@ class CacheSpec(NamedTuple):
     branches: tuple[str, ...]
     execution: ExecutionConfig
     device: torch.device
+    joint: bool = False  # whether passes hold several chunks, and context passes see what those of Rolling-Forcing see
 
     @classmethod
     def of(
@@ -38,11 +39,12 @@ class CacheSpec(NamedTuple):
         config: CacheConfig,
         execution: ExecutionConfig,
         branches: int,
+        joint: bool = False,
     ) -> CacheSpec:
         """What a run of `branches` guidance branches on `batch` videos of that latent size needs."""
         shape = CacheShape.of(model.transformer, batch, *latent_size, model.dtype)
         execution = replace(execution, cuda_graphs=False)  # whether passes are recorded changes no key
-        return cls(model.identity, shape, config, BRANCHES[:branches], execution, model.compute_device())
+        return cls(model.identity, shape, config, BRANCHES[:branches], execution, model.compute_device(), joint)
 
 
 @dataclass

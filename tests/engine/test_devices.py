@@ -20,6 +20,8 @@ from rolling_kv.sampling.session import RollingSession
 from rolling_kv.sampling.state import CacheState
 from rolling_kv.wan.attachment import apply_rolling_kv_cache
 
+CHUNKWISE = [name for name in SAMPLERS if name != "rolling"]
+
 
 @pytest.fixture
 def model():
@@ -53,7 +55,7 @@ def video(model, sampler, cache):
     assert session.state.frames == 10
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", CHUNKWISE)
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("storage", CACHE_STORAGES)
 def test_no_step_and_no_context_pass_waits(model, storage, positions, sampler):
@@ -67,6 +69,16 @@ def test_no_step_and_no_context_pass_waits(model, storage, positions, sampler):
     assert len(crossings.free) == moved + turns
 
 
+@pytest.mark.parametrize("storage", CACHE_STORAGES)
+def test_no_joint_and_no_clean_pass_waits(model, storage):
+    with Crossings() as crossings:
+        video(model, "rolling", CacheConfig(5, 1, storage=storage))
+    assert not crossings.waiting
+    # The two prompts; two draws of each chunk; for each joint pass the positions, and the anchor's for each branch; for each
+    # clean pass the positions and the clean latents; once the timesteps of a pass: ramping up, in full, ramping down, clean.
+    assert len(crossings.free) == 2 + 5 * 2 + 6 * (1 + 2) + 4 * 2 + 4
+
+
 class NoFloat64(TorchDispatchMode):
     """Refuses what MPS refuses: tensors of doubles on the device."""
 
@@ -78,11 +90,12 @@ class NoFloat64(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", CHUNKWISE)
 def test_a_device_without_float64_is_asked_for_none(model, sampler, monkeypatch):
     monkeypatch.setattr(devices, "FLOAT64", ("cpu",))
     with NoFloat64():
         video(model, sampler, CacheConfig(5, 1, "window"))
+        video(model, "rolling", CacheConfig(5, 1))
     with pytest.raises(ValueError, match="exact passes rotate in float64, which meta does not have: turn exact off"):
         apply_rolling_kv_cache(model.transformer, ExecutionConfig(exact=True))
 

@@ -201,7 +201,7 @@ def test_lengths_in_seconds_are_the_fewest_chunks_that_reach_them(chunk, indepen
         (dict(first_chunk_steps=((1000,), 500)), "must fall"),
         (dict(denoising_steps=(1000, 0, 0)), "must fall"),
         (dict(denoising_steps=(0,)), "only the last of several may be 0"),
-        (dict(sampler="magic"), "sampler must be one of renoise, unipc, euler, got 'magic'"),
+        (dict(sampler="magic"), "sampler must be one of renoise, rolling, unipc, euler, got 'magic'"),
         (dict(chunk=0), "chunk must be at least 1"),
         (dict(shift=0), "shift must be positive"),
         (dict(context_noise=1001), "timestep from 0 to 1000"),

@@ -38,7 +38,7 @@ class Workload:
 
     def __post_init__(self):
         WAN_21.latent_size(self.height, self.width)
-        self.cache.check_chunk(self.sampling.chunk)
+        self.sampling.check_cache(self.cache)
         self.execution.check(self.device)
         if self.chunks < 1:
             raise ValueError(f"at least 1 chunk must be measured, got {self.chunks}")

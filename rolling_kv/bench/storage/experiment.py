@@ -47,7 +47,7 @@ class StorageExperiment:
 
     def __post_init__(self):
         WAN_21.latent_size(self.height, self.width)
-        self.preset.cache.check_chunk(self.preset.sampling.chunk)
+        self.preset.sampling.check_cache(self.preset.cache)
 
     @property
     def full_window(self) -> list[int]:
