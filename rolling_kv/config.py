@@ -248,7 +248,7 @@ class SamplingConfig:
     independent_first_frame: bool = False
     sampler: str = "renoise"
     denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
-    first_chunk_steps: tuple[tuple[int, ...], ...] | tuple[int, ...] | None = None
+    first_chunk_steps: tuple[tuple[int, ...], ...] | None = None
     num_inference_steps: int = 50
     shift: float = 5.0
     guidance_scale: float = 1.0

@@ -146,7 +146,7 @@ def _built_context(
     except CheckpointError as error:
         raise CheckpointError(f"{which}: {error}") from error
     if made.config != transformer.config:
-        layers = made.config.num_layers, transformer.config.num_layers
+        layers = len(made.blocks), len(transformer.blocks)
         raise CheckpointError(
             f"{which}, makes another model than the first ({layers[0]} layers, {layers[1]} in the first). The file is "
             "incomplete: download it again."

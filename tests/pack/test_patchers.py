@@ -55,10 +55,13 @@ def test_loras_come_off_where_the_weights_end_up(managed):
 
 
 def test_bytes_of_loras_that_are_applied_are_not_announced_again(managed, monkeypatch):
-    patcher = managed.ManagedModel(SimpleNamespace(device="gpu", dtype=None), offload_device="cpu")
+    model = SimpleNamespace(device="gpu", dtype=None, transformers=("weights",))
+    patcher = managed.ManagedModel(model, offload_device="cpu")
     patcher.loras.holds = lambda loras: loras == [("a file", 1.0)]
     monkeypatch.setattr(patcher, "open_lora", lambda path: path)
     monkeypatch.setattr(managed.ManagedModel, "_with_strengths", lambda self, loras: list(loras))
     assert patcher.lora_bytes((("a file", 1.0),)) == 0
     monkeypatch.setattr(patcher, "open_lora", lambda path: SimpleNamespace(nbytes=lambda dtype: 7))
     assert patcher.lora_bytes((("a file", 0.5), ("another", 1.0))) == 14
+    model.transformers = ("weights", "weights of context passes")
+    assert patcher.lora_bytes((("a file", 0.5), ("another", 1.0))) == 28
