@@ -114,6 +114,10 @@ class WanVAE(nn.Module):
         """A fresh encoding stream, which starts at the first frame of a video."""
         return StreamingEncoder(self.vae)
 
+    def reencoder(self) -> StreamingReencoder:
+        """A fresh stream of frames that are decoded and encoded again, which starts at the first frame of a video."""
+        return StreamingReencoder(self)
+
     def decode_bytes(self, height: int, width: int, batch: int = 1) -> int:
         """Rough bytes that decoding needs at its peak, weights excluded, for a picture of `height` x `width` pixels.
 
@@ -249,6 +253,23 @@ class StreamingEncoder(_CausalStream):
         for piece in pixels.split(sizes, dim=2):
             moments = self._vae.quant_conv(self._step(patchify(self._to_weights(piece), self._patch)))
             yield moments[:, : geometry.channels].float()
+
+
+class StreamingReencoder:
+    """Turns frames of a video, in their order, into pictures of their own: what a recomputed context begins with."""
+
+    def __init__(self, vae: WanVAE):
+        self._vae = vae
+        self._decoder = vae.decoder()
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Decode the next model latents [B, C, f, h, w] of the video, and encode their very last pixel frame alone.
+
+        Returns model latents [B, C, 1, h, w] in float32. Raises ValueError as `StreamingDecoder.decode_frames` does.
+        """
+        for pixels in self._decoder.decode_frames(to_raw(latents.float())):
+            last = pixels[:, :, -1:]
+        return to_model(self._vae.encoder().encode(last))
 
 
 _ORIGINAL_MARKS = ("encoder.middle.0.residual.0.gamma", "decoder.middle.0.residual.0.gamma")
