@@ -76,6 +76,16 @@ def renoised(clean: torch.Tensor, noise: torch.Tensor, step: Step) -> torch.Tens
     return (1 - step.sigma).item() * clean.float() + step.sigma.item() * noise.float()
 
 
+def starting_from(source: torch.Tensor, noise: Noise, step: Step) -> Noise:
+    """The draws of a chunk that begins as `source`, latents [B, C, f, h, w], with as much noise as the first step expects."""
+
+    def draw(number: int) -> torch.Tensor:
+        fresh = noise(number)
+        return fresh if number else renoised(source.to(fresh), fresh, step).to(fresh.dtype)
+
+    return draw
+
+
 def integrate_chunk(predict: Predict, noise: Noise, config: SamplingConfig) -> torch.Tensor:
     """Many-step sampling with diffusers' UniPC or Euler solver on the shifted flow. [B, C, f, h, w]"""
     scheduler = make_scheduler(config)
