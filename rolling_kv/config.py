@@ -101,7 +101,8 @@ class CacheConfig:
     shot_sink: whether a cut keeps the first frames of its chunk, as many as the sink has, until the next cut (LongLive 2).
     shot_clean: whether the chunk of a cut enters a cache that holds nothing but the sink.
     context: "kept": keys and values stay from chunk to chunk. "recomputed": the frames in view are computed anew before
-        every chunk (Krea Realtime).
+        every chunk, at the positions 0, 1, 2, … (Krea Realtime). With a sink, which is 1, the first of them is always the
+        video's first frame; without, it is in time one that was decoded and encoded again, which needs a VAE.
     storage: in which form, one of `cache.codecs.CODECS`; "model" is the model's dtype.
     offload: keep the keys and values in CPU memory and bring one layer at a time to the device.
     """
@@ -155,6 +156,8 @@ class CacheConfig:
 
     def _check_together(self) -> None:
         """Raise ValueError for rules that do not go together, whatever the chunk."""
+        if self.context == "recomputed":
+            self._check_recomputed()
         if self.span is not None and (self.positions != "window" or self.limit is None or self.span < self.limit):
             raise ValueError(
                 f'a span of {self.span} needs "window" positions and a window of at most {self.span} latent frames, '
@@ -182,6 +185,26 @@ class CacheConfig:
                 'not what has been averaged into others; choose "hold", "joint" or "causal"'
             )
 
+    def _check_recomputed(self) -> None:
+        if self.limit is None:
+            raise ValueError(
+                f'context "recomputed" needs a window: {ALL_FRAMES} frames would all be computed anew before every chunk'
+            )
+        if self.sink > 1:
+            raise ValueError(
+                f'context "recomputed" keeps the first latent frame or none: make the sink 0 or 1, not {self.sink}'
+            )
+        if self.leaving != "drop":
+            raise ValueError(
+                f'context "recomputed" keeps no keys that leaving "{self.leaving}" could average: choose "drop", or the '
+                'context "kept"'
+            )
+        if self.switch != "hold":
+            raise ValueError(
+                f'a "{self.switch}" at a prompt switch cannot go with the context "recomputed", which is computed anew '
+                'before every chunk anyway: choose "hold", or the context "kept"'
+            )
+
     @property
     def limit(self) -> int | None:
         """The window in latent frames; None where it is unlimited."""
@@ -206,6 +229,8 @@ class CacheConfig:
         """Raise ValueError unless the window holds the sink and one chunk of `chunk` latent frames, and its rules fit both."""
         if self.limit is None:
             return
+        if self.context == "recomputed":
+            _check_context(self.limit, chunk)
         if self.limit < self.held + chunk:
             memory = " and the memory (2)" if self.leaving == "memory" else ""
             raise ValueError(
@@ -224,6 +249,17 @@ class CacheConfig:
                     f'leaving "ema" folds whole chunks of {chunk} latent frames, which a window of {self.limit} does not '
                     f"hold: the nearest windows are {lower} and {lower + chunk}"
                 )
+
+
+def _check_context(window: int, chunk: int) -> None:
+    """Raise ValueError unless whole chunks, of 2 frames or more, are in view beside the one being made."""
+    least = max(2 * chunk, chunk + 2)
+    if window % chunk or window < least:
+        lower = max(window // chunk, -(-least // chunk)) * chunk
+        raise ValueError(
+            f'context "recomputed" sees whole chunks of {chunk} latent frames, at least {least - chunk} frames beside the '
+            f"chunk being made, which a window of {window} does not: the nearest windows are {lower} and {lower + chunk}"
+        )
 
 
 @dataclass(frozen=True)
@@ -314,6 +350,28 @@ class SamplingConfig:
         first = self.first_chunk_steps or ()
         number = -(-start_frame // self.chunk)  # given frames count as the chunks that they fill or begin
         return first[number] if number < len(first) else self.denoising_steps
+
+    def at_strength(self, strength: float) -> SamplingConfig:
+        """The same with all steps scaled by `strength`, 0 to 1: for given latents, of which a part is to stay.
+
+        Raises ValueError where a solver integrates the flow, and for a strength so small that the steps fall together.
+        """
+        if self.sampler != "renoise":
+            raise ValueError(f'latents to start from need the sampler "renoise", and this is "{self.sampler}"')
+        check_real("strength", strength, 0, 1)
+
+        def scaled(steps: Sequence[float]) -> tuple[int, ...]:
+            weaker = tuple(int(step * strength + 1e-6) for step in steps)  # what is whole but for rounding stays whole
+            if len({*weaker, 0}) < len({*steps, 0}):
+                raise ValueError(f"strength {strength:g} is too little for {len(steps)} steps: make it larger")
+            return weaker
+
+        first = self.first_chunk_steps
+        return replace(
+            self,
+            denoising_steps=scaled(self.denoising_steps),
+            first_chunk_steps=first and tuple(map(scaled, first)),
+        )
 
     def passes_at(self, start_frame: int) -> int:
         """Denoising steps of the chunk that starts at `start_frame`, not counting its context pass."""

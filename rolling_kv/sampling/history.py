@@ -148,8 +148,12 @@ class History:
     def _recompute(self, switch: str, state: CacheState, at: int, branches: list[Branch], timestep, on_pass) -> None:
         keep_sink = self.branches.spec.config.global_sink
         start = [branch.cache.restart(at, keep_sink) for branch in branches][0]
-        latents = state.frames_between(start, at)
-        for piece in latents.split(self._recompute_sizes(switch, at - start), dim=2):
+        sizes = self._recompute_sizes(switch, at - start)
+        self._write(state.frames_between(start, at), sizes, branches, timestep, on_pass)
+
+    def _write(self, latents: torch.Tensor, sizes, branches: list[Branch], timestep: float, on_pass) -> None:
+        """Context passes over the frames that come next in the caches, in pieces of those sizes."""
+        for piece in latents.split(sizes, dim=2):
             on_pass()
             piece = to_device(piece.to(self.branches.spec.shape.dtype), self.branches.spec.device)
             for branch in branches:

@@ -14,15 +14,17 @@ from ..cache.joint import JointPass
 from ..cache.prompt import Branch
 from ..cache.sizes import CacheBytes
 from ..checkpoints.model import CausalModel
-from ..config import CacheConfig, ExecutionConfig, SamplingConfig
+from ..config import MOST_FRAMES, CacheConfig, ExecutionConfig, SamplingConfig, check_whole
 from ..step_cache import StepCache, StepCacheReport, StepProbe, start_step_cache
 from ..wan.attachment import RollingAttachment, apply_rolling_kv_cache
+from .blend import blend_prompts
 from .branches import GuidanceBranches
 from .checks import check_latents, fitted_embeds
 from .denoiser import Denoiser, needed_negative, noise_dtype
 from .history import History
+from .recomputed import RecomputedContext, ReencodedFrames, Reencoding, check_vae, context_passes
 from .rolling import check_rolling, rolling_chunks
-from .schedule import Noise, NoiseSource, chunk_noise, sample_chunk, warp_steps
+from .schedule import Noise, NoiseSource, chunk_noise, sample_chunk, starting_from, warp_steps
 from .state import CacheState, Chunk, same_values
 from .workspace import CacheSpec, Workspace
 
@@ -38,11 +40,21 @@ class _Open:
 
 
 class _Wanted(NamedTuple):
-    """What the next chunk is to be made with: embeddings [B, L, D] on the CPU, and how to switch to them."""
+    """What the next chunk is to be made with: embeddings [B, L, D] on the CPU, and how to switch to them.
+
+    coming: the prompts of the chunks after it, while one prompt is blended into another.
+    """
 
     prompt: torch.Tensor
     negative: torch.Tensor | None
     switch: str | None = None
+    coming: tuple[torch.Tensor, ...] = ()
+
+    def following(self) -> _Wanted:
+        """What the chunk after it is to be made with: a switch is done once, and what a blend holds it holds to the end."""
+        if not self.coming:
+            return self._replace(switch=None)
+        return self._replace(prompt=self.coming[0], coming=self.coming[1:])
 
 
 class RollingSession:
@@ -64,6 +76,7 @@ class RollingSession:
     workspace: where to look for, and leave, a working cache.
     switch: how to switch to this prompt where the state's last chunk had another: one of `config.SWITCHES`. None: in the
         family's own way, and not at all if it is the same prompt.
+    vae: a `vae.WanVAE`. Only a recomputed context asks for it, once the video's first frame is out of view.
     step_cache: a method of `step_cache.METHODS`, which skips work between denoising steps, never in a pass that writes
         the cache; `step_report` tells what it did, once the session is closed.
     on_pass: called as on_pass(done, total) before every model pass; whatever it raises cancels the run, and the working
@@ -87,6 +100,7 @@ class RollingSession:
         state: CacheState | None = None,
         workspace: Workspace | None = None,
         switch: str | None = None,
+        vae: Reencoding | None = None,
         step_cache=None,
         on_pass: Callable[[int, int], None] | None = None,
     ):
@@ -102,6 +116,7 @@ class RollingSession:
         self.step_cache = step_cache
         self.step_report: StepCacheReport | None = None
         self._workspace = workspace
+        self._vae = vae
         self._fitted = partial(fitted_embeds, model, batch)
         self._open: _Open | None = None
         self._passes_done = 0
@@ -111,6 +126,7 @@ class RollingSession:
             check_latents(model, batch, self.latent_size, self.state.chunks[-1], "the cache state's latents")
         if self.sampling.joint:
             check_rolling(self.state, step_cache is not None)
+        self._current = self._last_prompt() if self.state.records else None  # of the chunk that was begun last
         self.set_prompt(prompt, negative, switch)
 
     @property
@@ -118,23 +134,50 @@ class RollingSession:
         """Bytes that keys and values take now, of all guidance branches together; those of the prompt not counted."""
         return self._open.branches.nbytes if self._open else CacheBytes(0, 0)
 
-    def set_prompt(self, prompt: torch.Tensor, negative: torch.Tensor | None = None, switch: str | None = None) -> None:
+    def set_prompt(
+        self,
+        prompt: torch.Tensor,
+        negative: torch.Tensor | None = None,
+        switch: str | None = None,
+        *,
+        blend: int = 1,
+        curve: str = "linear",
+    ) -> None:
         """Use another prompt from the next chunk on.
 
         prompt, negative: embeddings [B or 1, L, D].
         switch: what is done to the cache before that chunk, one of `config.SWITCHES`; None: what the family does when the
             prompt changes, and nothing where it does not.
+        blend: generated chunks over which the prompt of the last chunk becomes this one: the first of them still has the
+            old prompt, the last is the first to have the new one, and nothing is done to the cache. Each mixture is a
+            prompt of the log, and a change during a blend starts from the last of them. 1: at once. The negative prompt
+            changes at once.
+        curve: of the blend, one of `blend.CURVES`.
 
-        Raises ValueError for a switch that the cache's rules cannot do.
+        Raises ValueError for a switch that the cache's rules cannot do, and for a blend with any switch.
         """
         if switch is not None:
             self.cache_config.check_switch(switch)
             self.sampling.check_cache(replace(self.cache_config, switch=switch))
+        check_whole("blend", blend, 1, MOST_FRAMES, "chunk")
+        if blend > 1 and switch not in (None, "hold"):
+            raise ValueError(
+                f'a blend over {blend} chunks changes the prompt little by little, where a "{switch}" has no place: leave '
+                "one of them out"
+            )
         negative = needed_negative(self.sampling, negative)
         # Copies of its own, which the state takes over: the caller may go on to change what was given.
         fitted = self._fitted(prompt, "the prompt").clone()
         fitted_negative = None if negative is None else self._fitted(negative, "the negative prompt").clone()
-        self._wanted = _Wanted(fitted, fitted_negative, switch)
+        coming = ()
+        if blend > 1:
+            old = self._wanted.prompt if self._current is None else self._current
+            (fitted, *coming), switch = blend_prompts(old, fitted, blend, curve), "hold"
+        self._wanted = _Wanted(fitted, fitted_negative, switch, tuple(coming))
+
+    def _last_prompt(self) -> torch.Tensor:
+        index = self.state.records[-1].prompt
+        return self._fitted(self.state.prompts[index], "a prompt of the cache state").contiguous()
 
     def _next_switch(self) -> str:
         """What is done to the cache before the next chunk; empty for nothing."""
@@ -142,8 +185,7 @@ class RollingSession:
             return ""
         switch = self._wanted.switch
         if switch is None:
-            last = self._fitted(self.state.prompts[self.state.records[-1].prompt], "a prompt of the cache state")
-            switch = "hold" if same_values(last.contiguous(), self._wanted.prompt) else self.cache_config.switch
+            switch = "hold" if same_values(self._last_prompt(), self._wanted.prompt) else self.cache_config.switch
         return "" if switch == "hold" else switch
 
     def prefill(self, latents: torch.Tensor) -> None:
@@ -152,15 +194,22 @@ class RollingSession:
         check_latents(self.model, self.batch, self.latent_size, latents, "the initial latents")
         sizes = self.sampling.prefill_sizes(latents.shape[2], self.state.frames)
         for chunk in latents.to(self.dtype).split(sizes, dim=2):
-            prompt, negative, _ = self._wanted
-            switch = self._next_switch()
+            wanted, switch = self._wanted, self._next_switch()
             self.state = self.state.extended(
-                chunk, timestep=0.0, prompt=prompt, negative=negative, seed=None, switch=switch
+                chunk, timestep=0.0, prompt=wanted.prompt, negative=wanted.negative, seed=None, switch=switch
             )
-            self._wanted = _Wanted(prompt, negative)
+            self._current = wanted.prompt
+            if not wanted.coming:  # a blend waits for the next generated chunk
+                self._wanted = wanted.following()
 
     def generate(
-        self, chunks: int, seed: int = 0, noise_source: NoiseSource | None = None
+        self,
+        chunks: int,
+        seed: int = 0,
+        noise_source: NoiseSource | None = None,
+        *,
+        source: torch.Tensor | None = None,
+        strength: float = 1.0,
     ) -> Generator[Chunk, None, None]:
         """Sample `chunks` more chunks, yielding each as it is done; `self.state` then includes it.
 
@@ -171,10 +220,22 @@ class RollingSession:
         given up: what follows begins with new ones, right after those that are done. So a video made in two runs is not
         that of one run, but always the same one. A new prompt holds from the next joint pass on, for all chunks in it.
 
-        Raises ValueError unless the session is open, and for fewer chunks than the sampler can make at a time.
+        seed: of the noise. noise_source: other noise than that of the seed.
+        source: video to video: latents [B, C, F, h, w] in model space, of which the first frame is that of the first
+            chunk here. Each chunk begins as these with noise, instead of as pure noise.
+        strength: with a source, 0 to 1, by how much all steps are scaled, and so how little of it stays; at 1, nothing
+            stays where the steps begin at 1000.
+
+        Raises ValueError unless the session is open, for fewer chunks than the sampler can make at a time, for a source
+        that is too short or not for this sampler, and where a recomputed context lacks its VAE.
         """
         branches, frames = self._running().branches, self.state.frames
         self.sampling.check_length(chunks, frames, self.model.geometry)
+        check_vae(self.cache_config, self.sampling, self.state, chunks, self._vae)
+        sampling, source_start = self.sampling, frames
+        if source is not None:
+            self._check_source(source, chunks)
+            sampling = sampling.at_strength(strength)
         branches.leave_cancelled_chunk(self.state, self.sampling.chunk_size(frames), self._next_switch())
         branches.reserve(frames + self.sampling.frames_of(chunks, frames))
         on_step = partial(self._tick, self.passes_needed(chunks))
@@ -185,25 +246,38 @@ class RollingSession:
             run = self._running()
             wanted = self._wanted  # `on_pass` may set others, for the next chunk
             prompt, negative, switch = wanted.prompt, wanted.negative, self._next_switch()
-            start, context_noise = self.state.frames, self.sampling.context_noise
+            self._current = prompt
+            start, context_noise = self.state.frames, sampling.context_noise
             run.history.bring_to(self.state, switch, prompt, negative, context_noise, on_step)
-            shape = (self.batch, self.model.geometry.channels, self.sampling.chunk_size(start), *self.latent_size)
+            shape = (self.batch, self.model.geometry.channels, sampling.chunk_size(start), *self.latent_size)
             branches = run.branches.for_prompts(prompt, negative)
             for branch in branches:
                 branch.cache.begin(shape[2])
             passes = [partial(run.attachment.predict, branch=branch) for branch in branches]
-            predict = Denoiser(passes, self.sampling, self.dtype, run.steps, on_step)
+            predict = Denoiser(passes, sampling, self.dtype, run.steps, on_step)
             noise = chunk_noise(
-                noise_source, seed, start, shape, noise_dtype(self.sampling, self.dtype), self.model.compute_device()
+                noise_source, seed, start, shape, noise_dtype(sampling, self.dtype), self.model.compute_device()
             )
+            if source is not None:
+                piece = source[:, :, start - source_start :][:, :, : shape[2]]
+                noise = starting_from(piece, noise, warp_steps(sampling.steps_at(start), sampling.shift)[0])
             with torch.inference_mode():
-                latents = sample_chunk(predict, noise, self.sampling, start).to(self.dtype)
+                latents = sample_chunk(predict, noise, sampling, start).to(self.dtype)
             self.state = self.state.extended(
                 latents, timestep=context_noise, prompt=prompt, negative=negative, seed=seed, switch=switch
             )
-            if self._wanted is wanted:  # its switch is done
-                self._wanted = wanted._replace(switch=None)
+            if self._wanted is wanted:
+                self._wanted = wanted.following()
             yield Chunk(start, latents)
+
+    def _check_source(self, source: torch.Tensor, chunks: int) -> None:
+        check_latents(self.model, self.batch, self.latent_size, source, "the latents to start from")
+        needed = self.sampling.frames_of(chunks, self.state.frames)
+        if source.shape[2] < needed:
+            raise ValueError(
+                f"the latents to start from are {source.shape[2]} frames, and {chunks} chunks are {needed}: make fewer "
+                "chunks, or give more frames"
+            )
 
     def _generate_jointly(
         self, chunks: int, seed: int, noise_source: NoiseSource | None, on_step: Callable[[], None]
@@ -218,9 +292,10 @@ class RollingSession:
 
         def predict(x: torch.Tensor, timesteps: Sequence[float]) -> torch.Tensor:
             nonlocal wanted
-            run, (prompt, negative, _) = self._running(), self._wanted
-            run.history.bring_to(self.state, "", prompt, negative, sampling.context_noise, on_step)
+            run, wanted = self._running(), self._wanted
+            run.history.bring_to(self.state, "", wanted.prompt, wanted.negative, sampling.context_noise, on_step)
             wanted = self._wanted  # `on_pass` may set others, for the next pass
+            self._current = wanted.prompt
             passes = [
                 partial(run.attachment.predict, branch=_looking_at(branch, x.shape[2]))
                 for branch in run.branches.for_prompts(wanted.prompt, wanted.negative)
@@ -236,6 +311,8 @@ class RollingSession:
             self.state = self.state.extended(
                 latents, timestep=sampling.context_noise, prompt=wanted.prompt, negative=wanted.negative, seed=seed
             )
+            if self._wanted is wanted:
+                self._wanted = wanted.following()
             yield Chunk(start, latents)
 
     def passes_needed(self, chunks: int) -> int:
@@ -243,7 +320,10 @@ class RollingSession:
         if not chunks:
             return self._passes_done
         run, switch = self._open, self._next_switch()
-        backlog = run.history.passes_to(self.state, switch) if run else len(self.state.records)
+        if self.cache_config.context == "recomputed":
+            backlog = context_passes(self.cache_config, self.sampling, self.state.frames, chunks) - (chunks - 1)
+        else:
+            backlog = run.history.passes_to(self.state, switch) if run else len(self.state.records)
         return self._passes_done + backlog + self.sampling.passes_for(chunks, self.state.frames)
 
     def _tick(self, total: int) -> None:
@@ -276,7 +356,7 @@ class RollingSession:
                 ending.callback(attachments[-1].detach)
             capacity = max(self.state.frames, sampling.chunk)
             branches = GuidanceBranches.open(spec, self._workspace or Workspace(), self.state.key, capacity)
-            history = History(branches, self.model, attachments[-1].forward, sampling.chunk)
+            history = self._history(branches, attachments[-1], ending)
             self._open = run = _Open(attachments[0], branches, history)
             if self.step_cache is not None:  # after the rolling cache, and off before it: its hooks wrap what they find
                 run.steps = start_step_cache(
@@ -286,6 +366,15 @@ class RollingSession:
                 ending.callback(self._report_steps, run.steps)
             self._ending = ending.pop_all()
         return self
+
+    def _history(self, branches: GuidanceBranches, attachment: RollingAttachment, ending: ExitStack) -> History:
+        kept = branches, self.model, attachment.forward, self.sampling.chunk
+        if self.cache_config.context == "kept":
+            return History(*kept)
+        reencoded = None if self._vae is None else ReencodedFrames(self._vae)
+        if reencoded is not None:
+            ending.callback(reencoded.release)
+        return RecomputedContext(*kept, reencoded)
 
     def __exit__(self, *exception) -> None:
         self._ending.__exit__(*exception)

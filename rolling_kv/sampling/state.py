@@ -72,6 +72,11 @@ class CacheState(NamedTuple):
         return sum(record.frames for record in self.records)
 
     @property
+    def generated(self) -> int:
+        """Latent frames of them that were not given."""
+        return sum(record.frames for record in self.records if record.seed is not None)
+
+    @property
     def pixel_frames(self) -> int:
         return geometry_of(self.chunks[0].shape[1]).pixel_frames(self.frames) if self.chunks else 0
 

@@ -19,10 +19,12 @@ from .slots import Slots, read_slots
 
 
 class Prompt(NamedTuple):
-    """What a chunk is asked for: embeddings [B, L, D], and the switch that it begins with; None: the family's own way."""
+    """What a chunk is asked for: embeddings [B, L, D], the switch that it begins with (None: the family's own way), and
+    the chunks over which it is blended in."""
 
     embeds: torch.Tensor
     switch: str | None = None
+    blend: int = 1
 
 
 class Made(NamedTuple):
@@ -150,19 +152,28 @@ class Case:
             width=width,
             batch=self.config["batch"],
             execution=ExecutionConfig(exact=exact),
+            vae=self.vae(),
         )
         starts = self.starts()
         with session:
             self.give(session)
             self.ask(session, prompts.get(starts[0]))
-            for _ in session.generate(len(starts), noise_source=self.noise):
+            for _ in session.generate(len(starts), noise_source=self.noise, source=self.source()):
                 self.ask(session, prompts.get(session.state.frames))
             return Made(session.state.latents().transpose(1, 2), read_slots(session) if self.slots() else [])
 
     def ask(self, session: RollingSession, prompt: Prompt | None) -> None:
         """Make the next chunk with another prompt, if there is one."""
         if prompt is not None:
-            session.set_prompt(prompt.embeds, self.negative(), prompt.switch)
+            session.set_prompt(prompt.embeds, self.negative(), prompt.switch, blend=prompt.blend)
+
+    def vae(self):
+        """What the session decodes and encodes frames with; None where it needs nothing."""
+        return None
+
+    def source(self) -> torch.Tensor | None:
+        """Latents of a video that the frames begin as, [B, C, F, H, W]; None where they begin as noise."""
+        return None
 
     def slots(self) -> dict[str, range]:
         """Which slots of every layer were recorded, by the name of the recording."""

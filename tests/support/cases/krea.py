@@ -7,6 +7,20 @@ from rolling_kv.config import CacheConfig, SamplingConfig
 from .case import Case, Prompt
 
 
+class StandInVae:
+    """The VAE of the recordings, as far as it is asked: channel by channel, and every latent frame for itself."""
+
+    @staticmethod
+    def reencoder():
+        return lambda latents: reencoded(latents[:, :, -1:])
+
+
+def reencoded(latents: torch.Tensor) -> torch.Tensor:
+    """Latent frames [B, C, f, H, W], each decoded to its last pixel frame, and that encoded."""
+    pixels, channels = torch.tanh(0.5 * latents[:, :3]), torch.arange(16).to(latents).view(-1, 1, 1, 1)
+    return 1.5 * torch.tanh((2 - 0.1 * channels) * pixels[:, torch.arange(16) % 3])
+
+
 class Krea(Case):
     bfloat16_allowance = 1.1
 
@@ -20,30 +34,32 @@ class Krea(Case):
         return SamplingConfig(chunk=self.chunk, denoising_steps=tuple(steps), shift=config["timestep_shift"])
 
     def cache(self) -> CacheConfig:
-        return CacheConfig(self.config["kv_cache_num_frames"] + self.chunk, positions="window", context="recomputed")
+        config = self.config
+        return CacheConfig(
+            config["kv_cache_num_frames"] + self.chunk,
+            sink=int(config["keep_first_frame"]),
+            positions="window",
+            context="recomputed",
+        )
+
+    def vae(self) -> StandInVae:
+        return StandInVae()
+
+    def source(self) -> torch.Tensor | None:
+        return self.tensors["video_latents"].transpose(1, 2) if self.config["video_frames"] else None
 
     def prompts(self) -> dict[int, Prompt]:
-        """A new prompt is blended in; while it is, every block has embeddings of its own."""
-        blends = {change["before_block"]: change["interpolation_steps"] for change in self.config["prompt_changes"]}
-        current, waiting, prompts = self.tensors["prompt_embeds"], [], {}
-        for block, start in enumerate(self.starts()):
-            if block in blends:
-                new = self.tensors[f"prompt_embeds.{block}"]
-                waiting = [torch.lerp(current, new, share) for share in torch.linspace(0, 1, blends[block]).to(new)]
-            if waiting:
-                current = waiting.pop(0)
-            prompts[start] = Prompt(current)
-        return {0: prompts[self.given]} | prompts
+        prompts, starts = {0: Prompt(self.tensors["prompt_embeds"])}, self.starts()
+        for change in self.config["prompt_changes"]:
+            block = change["before_block"]
+            prompts[starts[block]] = Prompt(self.tensors[f"prompt_embeds.{block}"], blend=change["interpolation_steps"])
+        return prompts
 
     def noise(self, start: int, draw: int, shape: tuple) -> torch.Tensor:
-        """The initial noise of a frame has the number of that frame, given ones counted; a video is mixed into it."""
+        """The initial noise of a frame has the number of that frame, given ones counted."""
         if draw:
             return super().noise(start, draw, shape)
-        noise = self.tensors["noise"]
-        if self.config["video_frames"]:
-            share = self.config["warped_timesteps"][0] / 1000
-            noise = self.tensors["video_latents"] * (1 - share) + noise * share
-        return noise[:, start : start + shape[2]].transpose(1, 2)
+        return self.tensors["noise"][:, start : start + shape[2]].transpose(1, 2)
 
     def give(self, session) -> None:
         if self.given:
