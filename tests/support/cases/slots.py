@@ -40,7 +40,7 @@ def read_slots(session) -> list[Slots]:
     layers = []
     for layer in range(cache.shape.layers):
         (part,) = cache.store.open(layer, window.filled * tokens)
-        keys, values = part.unflatten(2, (-1, tokens))[:, :, order]
+        keys, values = part.unflatten(2, (-1, tokens))[:, :, order].cpu()
         cache.store.close(layer, [])
         if cache.config.positions == "window":
             keys = turned(keys, positions, cache.shape.grid, back=True)
