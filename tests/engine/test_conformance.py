@@ -13,7 +13,8 @@ from cases import DATA, FOLDER, load_cases
 from reference import NaiveRun, guided_chunk
 
 from rolling_kv.config import ALL_FRAMES, CacheConfig, ExecutionConfig
-from rolling_kv.sampling.schedule import seeded_noise
+from rolling_kv.sampling import rolling
+from rolling_kv.sampling.schedule import clean_prediction, seeded_noise
 from rolling_kv.sampling.session import RollingSession
 
 CASES = load_cases()
@@ -97,9 +98,6 @@ def test_bfloat16_is_no_worse_than_the_original(case, exact):
 @by_name([case for case in FLOAT32 if case.config.get("record_windows")])
 def test_what_joint_passes_predict(case, monkeypatch):
     """All chunks of every pass of Rolling-Forcing, also those that are still noisy."""
-    from rolling_kv.sampling import rolling
-    from rolling_kv.sampling.schedule import clean_prediction
-
     predicted = []
 
     def watched(*args):
