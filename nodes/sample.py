@@ -97,7 +97,7 @@ class RollingKVSample(io.ComfyNode):
         frames = start.frames + sampling.frames_of(chunks, start.frames)
         size = {"height": start.height, "width": start.width, "batch": start.batch}
         run.make_room(model, sampling, frames=frames, **size)
-        notes = [note] if not sampling.joint and (note := long_sink_note(model.cache, frames)) else []
+        notes = [note] if (note := long_sink_note(sampling, model.cache, frames)) else []
         if notes:
             run.say(notes[0], cls.hidden.unique_id)
         with run.progress(cls.hidden.unique_id) as on_pass:

@@ -117,7 +117,7 @@ class Pipeline:
             decoding=self.vae.decode_bytes(height, width),
             weight_sets=len(self.model.transformers),
         )
-        if not sampling.joint and (note := long_sink_note(cache, sampling.frames_of(chunks))):
+        if note := long_sink_note(sampling, cache, sampling.frames_of(chunks)):
             logger.warning("%s", note)
         session = RollingSession(
             self.model,

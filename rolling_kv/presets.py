@@ -69,7 +69,7 @@ class ModelPreset:
                 f"chunks of {sampling.chunk}",
                 window + sink,
                 *self.rules(),
-                f"{steps} step{'s' * (steps != 1)}{guidance}",
+                f"{steps} step{'s' * (steps != 1)}{' of as many chunks at once' * sampling.joint}{guidance}",
                 *_first_chunks(sampling),
                 *([f"shift {sampling.shift:g}"] * (sampling.shift != SamplingConfig.shift)),
             ]
@@ -150,6 +150,7 @@ _LONGLIVE_BASE = ModelFile(
 _LONGLIVE_LICENCE = f"{_APACHE} (its repository)"
 _LONGLIVE_CODE = f"{_GITHUB}/NVlabs/LongLive/tree/v1.0"
 _LONGLIVE_CACHE = CacheConfig(12, sink=3, switch="joint")
+_ROLLING_CACHE = CacheConfig(21, sink=3)
 _OPSD_V = f"{_HUB}/MeiGen-AI/OPSD-V/resolve/main/checkpoints"
 _OPSD_V_CODE = f"{_GITHUB}/MeiGen-AI/OPSD-V"
 _OPSD_V_LICENCE = f"{_APACHE} for the code; the LoRA's is not stated, the base keeps its own"
@@ -225,6 +226,18 @@ PRESETS: dict[str, ModelPreset] = {
             licence=f"{_APACHE} (model card)",
             source=_CAUSAL_FORCING_CODE,
             compared="self-forcing",
+        ),
+        ModelPreset(
+            "causal-forcing-long",
+            replace(_CHUNKWISE, sampler="rolling"),
+            _ROLLING_CACHE,
+            title="Causal-Forcing, 1.3B",
+            names=(r"chunk.?wise/long.?video|causal.?forcing.*long.?video",),
+            files=(ModelFile("chunkwise/longvideo.pt", f"{_CAUSAL_FORCING}/resolve/main/chunkwise/longvideo.pt"),),
+            licence=f"{_APACHE} (model card)",
+            source=_CAUSAL_FORCING_CODE,
+            compared="rolling-forcing",
+            note="Rolling-Forcing's sampler, with four steps.",
         ),
         ModelPreset(
             "causal-multistep",
@@ -352,6 +365,22 @@ PRESETS: dict[str, ModelPreset] = {
             source=f"{_GITHUB}/JaydenLyh/Reward-Forcing",
             compared="reward-forcing",
             note="The average is kept in float32, where the original's bfloat16 loses it to rounding.",
+        ),
+        ModelPreset(
+            "rolling-forcing",
+            replace(_CHUNKWISE, sampler="rolling", denoising_steps=(1000, 800, 600, 400, 200)),
+            _ROLLING_CACHE,
+            title="Rolling-Forcing, 1.3B",
+            names=(r"rolling.?forcing",),
+            files=(
+                ModelFile(
+                    "rolling_forcing_dmd.pt",
+                    f"{_HUB}/TencentARC/RollingForcing/resolve/main/checkpoints/rolling_forcing_dmd.pt",
+                ),
+            ),
+            licence="academic use only (its repository), where the model card says MIT",
+            source=f"{_GITHUB}/TencentARC/RollingForcing",
+            compared="rolling-forcing",
         ),
         ModelPreset(
             "krea-realtime",

@@ -23,11 +23,6 @@ METADATA_KEY = "rolling_kv"
 _CHOOSE = "Choose the preset that it was trained for, if it is another"
 _NOT_CAUSAL = (  # names of files that people have, and what is wrong with them here; the first that matches
     (
-        r"rolling.?forcing",
-        "Rolling-Forcing models are sampled by other rules (several noise levels in one window), which are not "
-        "implemented here",
-    ),
-    (
         r"^(?!.*caus).*(wan.?(2[._-]?[12]|video|[ti]2v)|[ti]2v.?(1[._]3|14|5)b|vace)",
         "by its name this is an ordinary Wan model, in which every frame was trained to see all others: it is not "
         "causal, and its videos will fall apart here",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..checkpoints.model import CausalModel
-from ..config import CacheConfig
+from ..config import CacheConfig, SamplingConfig
 
 LONG_SINK_FRAMES = 120
 """Latent frames, half a minute, up to which a sink at absolute positions is no worry."""
@@ -41,9 +41,10 @@ def check_latents(
         )
 
 
-def long_sink_note(cache: CacheConfig, frames: int) -> str:
+def long_sink_note(sampling: SamplingConfig, cache: CacheConfig, frames: int) -> str:
     """What is known of a video of `frames` latent frames under these rules, as a sentence; empty where it is nothing."""
-    if cache.positions != "absolute" or not cache.sink or cache.unlimited or frames <= LONG_SINK_FRAMES:
+    stays = cache.positions == "absolute" and not sampling.joint and not cache.unlimited
+    if not stays or not cache.sink or frames <= LONG_SINK_FRAMES:
         return ""
     return (
         f"This video has {frames} latent frames, and its sink stays where it was made: after about 130, such videos are "

@@ -38,6 +38,9 @@ from rolling_kv.sampling.schedule import flow_schedule, warp_steps
         ("MemFlow/base.pt", "memflow"),
         ("diadistill_base.pt", "diagdistill"),
         ("rewardforcing.pt", "reward-forcing"),
+        ("rolling_forcing_dmd.pt", "rolling-forcing"),
+        ("chunkwise/longvideo.pt", "causal-forcing-long"),
+        ("Causal-Forcing/chunkwise/longvideo.pt", "causal-forcing-long"),
         ("krea-realtime-video-14b.safetensors", "krea-realtime"),
         ("self_forcing_dmd.pt", "self-forcing"),
         ("model.pt", None),
@@ -73,6 +76,8 @@ def test_published_settings():
         ("deep-sink", CacheConfig(21, sink=10, positions="window")),
         ("memrope", CacheConfig(12, sink=3, positions="window", leaving="memory", memory_alphas=(0.01, 0.1))),
         ("reward-forcing", CacheConfig(9, sink=3, positions="window", leaving="ema", ema_alpha=0.999)),
+        ("rolling-forcing", CacheConfig(21, sink=3)),
+        ("causal-forcing-long", CacheConfig(21, sink=3)),
         ("krea-realtime", CacheConfig(6, positions="window", context="recomputed")),
         ("self-gradient-forcing-chunkwise", CacheConfig(12, sink=3, positions="window", span=21)),
         ("self-gradient-forcing-framewise", CacheConfig(21, sink=4, positions="window")),
@@ -89,7 +94,7 @@ def test_published_cache_rules(name, cache):
 @pytest.mark.parametrize(
     "name",
     ["memrope", "longlive", "longlive-infinity", "reward-forcing", "krea-realtime", "self-gradient-forcing-chunkwise"]
-    + ["opsd-v-longlive", "opsd-v-self-forcing", "longlive2"],
+    + ["rolling-forcing", "opsd-v-longlive", "opsd-v-self-forcing", "longlive2"],
 )
 def test_a_preset_has_the_settings_with_which_its_family_was_recorded(name):
     preset = PRESETS[name]
@@ -141,6 +146,7 @@ def test_the_rules_are_told_in_words():
         "self-gradient-forcing-chunkwise": "positions in the window that end at 21",
         "diagdistill": "2 steps, 4 and 3 for the first chunks",
         "shotstream": "4 steps, shift 8",
+        "rolling-forcing": "5 steps of as many chunks at once",
     }
     assert all(text in PRESETS[name].trained_for() for name, text in words.items())
 
@@ -148,6 +154,7 @@ def test_the_rules_are_told_in_words():
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
 def test_presets_go_together_and_say_where_they_are_from(preset):
     preset.cache.check_chunk(preset.sampling.chunk)
+    preset.sampling.check_cache(preset.cache)
     assert preset.title and preset.files and preset.licence
     assert preset.source.startswith(("https://github.com/", "https://arxiv.org/"))
     assert all(file.url.startswith("https://huggingface.co/") for file in preset.files)
@@ -161,6 +168,7 @@ def test_presets_go_together_and_say_where_they_are_from(preset):
         (dict(window=10, sink=3, leaving="ema"), "window of 10 .* nearest windows are 9 and 12"),
         (dict(window=12, positions="window", span=9), "span of 9 .* window of 12"),
         (dict(leaving="memory"), '"memory" needs "window" positions'),
+        (dict(sampler="rolling", positions="window"), 'positions must be "absolute", got "window"'),
         (dict(first_chunk_steps=[[1000], [0]]), r"only the last of several may be 0, got \[0\]"),
     ],
 )

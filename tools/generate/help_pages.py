@@ -34,11 +34,16 @@ def sampling_of(preset: ModelPreset, language: str) -> str:
     steps, first, scale = sampling.passes, sampling.first_passes, f"{sampling.guidance_scale:g}"
     shifted = sampling.shift != SamplingConfig.shift
     if language == "zh":
-        text = f"{steps} 步" + (f"，引导 {scale}" if sampling.guided else "")
+        text = (
+            f"{steps} 步"
+            + ("，同样多的分块一起去噪" if sampling.joint else "")
+            + (f"，引导 {scale}" if sampling.guided else "")
+        )
         chunks = "第一个分块" if len(first) == 1 else f"前 {len(first)} 个分块"
         text += f"，{chunks} {'、'.join(map(str, first))} 步" if first else ""
         return text + (f"，偏移 {sampling.shift:g}" if shifted else "")
-    text = f"{steps} step{'s' * (steps != 1)}" + (f" with guidance {scale}" if sampling.guided else "")
+    text = f"{steps} step{'s' * (steps != 1)}" + (" of as many chunks at once" if sampling.joint else "")
+    text += f" with guidance {scale}" if sampling.guided else ""
     text += f", the first chunk{'s' * (len(first) > 1)} {' and '.join(map(str, first))}" if first else ""
     return text + (f", shift {sampling.shift:g}" if shifted else "")
 

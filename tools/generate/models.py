@@ -76,7 +76,8 @@ def _steps(sampling: SamplingConfig) -> str:
     if not sampling.few_step:
         return f"{sampling.passes}, guidance {sampling.guidance_scale:g}"
     first = [f"chunk {number}: {_listed(steps)}" for number, steps in enumerate(sampling.first_chunk_steps or (), 1)]
-    return "; ".join([_listed(sampling.denoising_steps), *first])
+    joint = ", of as many chunks at once" if sampling.joint else ""
+    return "; ".join([_listed(sampling.denoising_steps) + joint, *first])
 
 
 def _listed(steps: tuple) -> str:

@@ -133,7 +133,6 @@ def test_an_unknown_preset_or_dtype_lists_the_choices(weights, tmp_path):
         ("framewise/ar_diffusion.safetensors", ""),
         ("LongLive-1.3B/base.safetensors", ""),
         ("Wan2.1/self_forcing.safetensors", ""),
-        ("rolling_forcing_dmd.safetensors", "Rolling-Forcing models are sampled by other rules"),
         ("wan2.1_t2v_1.3B_fp16.safetensors", "an ordinary Wan model"),
         ("Wan2_1-T2V-14B_fp8_e4m3fn.safetensors", "an ordinary Wan model"),
         ("wan_causvid.safetensors", "nothing in the file or its name tells"),
