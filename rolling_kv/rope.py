@@ -36,13 +36,35 @@ def rotary_angles(head_dim: int, start_frame: float, frames: int, height: int, w
 
     start_frame: absolute latent frame; cuts may put it between two. height, width: in tokens.
     """
+    return _laid_out(_axes(head_dim, start_frame, frames, height, width))
+
+
+def rotary_rotations(
+    head_dim: int, start_frame: float, frames: int, height: int, width: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """`rotations` of `rotary_angles` in a complex dtype, with the sines of each frame, row and column computed once."""
+    axes = _axes(head_dim, start_frame, frames, height, width)
+    return _laid_out([rotations(angles).to(dtype) for angles in axes])
+
+
+def _axes(head_dim: int, start_frame: float, frames: int, height: int, width: int) -> list[torch.Tensor]:
+    """Angles of each frame, of each row and of each column, [count, dims] in float64."""
     time, space = _split(head_dim)
+    counted = [(start_frame, frames, time), (0, height, space), (0, width, space)]
+    return [
+        torch.outer(torch.arange(start, start + count, dtype=torch.float64), _frequencies(dims))
+        for start, count, dims in counted
+    ]
+
+
+def _laid_out(axes: list[torch.Tensor]) -> torch.Tensor:
+    """Every token has what its frame, its row and its column have: [count, dims] each to [tokens, dims together]."""
+    counts = [len(part) for part in axes]
     parts = []
-    for axis, (start, count, dims) in enumerate([(start_frame, frames, time), (0, height, space), (0, width, space)]):
-        angles = torch.outer(torch.arange(start, start + count, dtype=torch.float64), _frequencies(dims))
-        view = [1, 1, 1, dims]
-        view[axis] = count
-        parts.append(angles.view(view).expand(frames, height, width, dims))
+    for axis, part in enumerate(axes):
+        view = [1, 1, 1, part.shape[1]]
+        view[axis] = counts[axis]
+        parts.append(part.view(view).expand(*counts, part.shape[1]))
     return torch.cat(parts, dim=-1).flatten(0, 2)
 
 

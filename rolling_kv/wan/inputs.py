@@ -9,7 +9,7 @@ import torch
 from ..config import ExecutionConfig
 from ..devices import to_device
 from ..geometry import Geometry
-from ..rope import rotary_angles, rotations
+from ..rope import rotary_rotations
 from .context import PassContext
 
 
@@ -30,8 +30,9 @@ class PassInputs:
         if key not in self._rotations:
             # Every step of a chunk uses the same one; another chunk's will not be needed again.
             self._rotations.clear()
-            rotation = rotations(rotary_angles(self.transformer.config.attention_head_dim, start_frame, *grid))
-            rotation = rotation.to(torch.complex128 if self.execution.exact else torch.complex64)[None, :, None]
+            dtype = torch.complex128 if self.execution.exact else torch.complex64
+            head_dim = self.transformer.config.attention_head_dim
+            rotation = rotary_rotations(head_dim, start_frame, *grid, dtype)[None, :, None]
             # torch.compile fuses real arithmetic only.
             rotation = torch.view_as_real(rotation) if self.execution.compile else rotation
             self._rotations[key] = to_device(rotation, latents.device)

@@ -10,7 +10,7 @@ from rolling_kv.cache.prompt import Branch, PromptCache
 from rolling_kv.cache.rolling import RollingKVCache
 from rolling_kv.cache.sizes import CacheShape
 from rolling_kv.config import CacheConfig, ExecutionConfig
-from rolling_kv.rope import rotary_angles, rotate, rotations
+from rolling_kv.rope import rotary_angles, rotary_rotations, rotate, rotations
 from rolling_kv.wan.attachment import apply_rolling_kv_cache, remove_rolling_kv_cache
 from rolling_kv.wan.inputs import time_sinusoid
 from rolling_kv.wan.processors import RollingSelfAttention
@@ -194,6 +194,13 @@ def test_rotary_positions_are_those_of_the_stock_model(transformer):
     for table, values in ((cos, ours.cos()), (sin, ours.sin())):
         expected = table[0, :, 0].view(5, 4 * 6, 24)[2:].flatten(0, 1)[:, ::2]
         torch.testing.assert_close(values.float(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("start", [0, 100_000.5])
+def test_sines_that_are_computed_once_are_those_of_every_token(start, dtype):
+    position = 128, start, 3, 4, 6
+    assert torch.equal(rotary_rotations(*position, dtype), rotations(rotary_angles(*position)).to(dtype))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])
