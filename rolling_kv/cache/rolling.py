@@ -263,7 +263,7 @@ class RollingKVCache:
 
     def keep_shot(self, start: int, frames: int) -> None:
         """Keep the first frames of the chunk that has begun a shot, `frames` from `start` on, until the next cut."""
-        self._shot = range(start, start + min(self.config.sink, frames))
+        self._shot = range(start, start + min(self.config.sink, frames)) or None
 
     def restart(self, at: int, keep_sink: bool) -> int:
         """Forget the frames that a window at the latent frame `at` holds, to write them anew; returns the first of them.

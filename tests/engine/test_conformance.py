@@ -122,6 +122,16 @@ def test_faults_of_the_originals_are_not_ours(case):
         assert difference(case.run(exact=False), case.tensors["output"]) == pytest.approx(sane, abs=digits)
 
 
+@by_name([case for case in CASES if case.name == "longlive2/two_shots"])
+def test_a_cut_without_a_sink_keeps_nothing_of_its_shot(case):
+    """No recording has that: the cut moves positions, whether the shot is to have a sink or not."""
+    plain, kept = (
+        replace(case, config=case.config | {"sink_size": 0, "multi_shot_sink": shot_sink}).run(exact=False)
+        for shot_sink in (False, True)
+    )
+    assert difference(plain, kept) == 0
+
+
 def test_other_recordings_run_with_the_same_command(tmp_path):
     """Files of several families may lie in one folder, in folders of folders, or both."""
     cases = {case.family: case for case in load_cases(folder=DATA)}

@@ -19,6 +19,11 @@ class LongLive2(Case):
     def given(self) -> int:
         return 0 if self.has_image else super().given
 
+    @property
+    def window(self):
+        """Three chunks where the original is given none."""
+        return 3 * self.chunk if self.config["local_attn_size"] == -1 else super().window
+
     def sampling(self) -> SamplingConfig:
         config = self.config
         return SamplingConfig(
@@ -38,7 +43,7 @@ class LongLive2(Case):
             cut_flush=False,
             cut_offset=int(config["multi_shot_rope_offset"]) if cache.positions == "absolute" else 0,
             shot_sink=config["multi_shot_sink"],
-            shot_clean=config["shot_clean_recache"],
+            shot_clean=config["shot_clean_recache"] and config["multi_shot_sink"] and cache.sink > 0,
         )
 
     def prompts(self) -> dict[int, Prompt]:

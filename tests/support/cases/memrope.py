@@ -11,11 +11,10 @@ class MemRope(Case):
     bfloat16_allowance = 1.05
 
     def cache(self) -> CacheConfig:
-        config = self.config
-        if config["compression_method"] == "eviction":
-            return super().cache()
-        alphas = config["ema_alpha_long"], config["ema_alpha_short"]
-        return replace(super().cache(), leaving="memory", memory_alphas=alphas)
+        config, cache = self.config, super().cache()
+        if config["compression_method"] == "eviction" or cache.unlimited:
+            return cache
+        return replace(cache, leaving="memory", memory_alphas=(config["ema_alpha_long"], config["ema_alpha_short"]))
 
     def slots(self) -> dict[str]:
         sink = self.config["sink_size"]
