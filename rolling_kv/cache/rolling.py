@@ -24,7 +24,7 @@ from .codecs import CODECS, Parts
 from .offload import Offloaded
 from .sizes import CacheBytes, CacheShape
 from .stores import Resident, Sizes
-from .window import FrameWindow
+from .window import FrameWindow, Rearranged
 
 Spans = list[tuple[int, int]]
 """(first token, count) each, in the buffer."""
@@ -54,22 +54,16 @@ class RollingKVCache:
         self.device = torch.device(device)
         self.codec = CODECS[config.storage](shape.dtype)
         self.store = (Offloaded if config.offload else Resident)(shape.layers, self._sizes(capacity), self.device)
-        self._forget(FrameWindow(capacity, self._held))
+        self.window = FrameWindow(capacity, config.sink, config.held - config.sink, config.unlimited)
+        self._forget()
 
-    @property
-    def _held(self) -> int:
-        """Latent frames that never make room; where all stay, none has to be held."""
-        return 0 if self.config.unlimited else self.config.held
-
-    def _forget(self, window: FrameWindow) -> None:
-        """Hold nothing, with this window."""
-        self.window = window
+    def _forget(self) -> None:
+        """Hold nothing that was written, and plan nothing."""
         self.offset: float = (
             0  # latent frames by which cuts have moved all later positions, where positions are absolute
         )
         self._away: float = 0  # latent frames by which the open or last chunk stands away from the window's positions
         self._away_next: float = 0
-        self._shot: range | None = None  # the current shot's first frames, once its first chunk is in the cache
         self._work: list[Work] = []  # of the open chunk
         self._worked: set[int] = set()  # layers in which it is done
         self._reach = 0  # slots that the work reads
@@ -96,10 +90,12 @@ class RollingKVCache:
             averages = SinkAverage.bytes_needed(shape, config)
         elif config.leaving == "memory":
             averages = MemoryAverages.bytes_needed(shape, config)
-        originals = (
-            config.positions == "window" and config.leaving != "ema"
-        )  # an average is turned, not what it began as
-        originals = shape.bytes_per_frame(config.storage) * config.sink // 2 if originals else 0
+        moved = config.sink * (
+            1 + config.shot_sink
+        )  # kept frames, whose keys are kept as written beside where they stand
+        if config.positions == "absolute" or config.leaving == "ema":  # an average is moved, not what it began as
+            moved = 0
+        originals = shape.bytes_per_frame(config.storage) * moved // 2
         if config.offload:
             return CacheBytes(total // shape.layers * 2 + averages, total + originals)
         return CacheBytes(total + originals + averages, 0)
@@ -136,7 +132,9 @@ class RollingKVCache:
 
     def reset(self) -> None:
         """Forget every frame; the buffers stay allocated."""
-        self._forget(FrameWindow(self.window.capacity, self._held))
+        window = self.window
+        self.window = FrameWindow(window.capacity, window.sink, window.held - window.sink, window.unlimited)
+        self._forget()
         self.store.discard()
 
     def release(self) -> None:
@@ -168,7 +166,8 @@ class RollingKVCache:
         window = self.window
         self._reach = max(self._reach, window.filled)
         self._bring_back()
-        self._place_shot(frames)
+        for rearranged in window.place_shot(frames):
+            self._rearrange(rearranged)
         self.grow(window.filled + frames)
         window.begin(frames)
         self._away, self._away_next = self._away_next, 0
@@ -226,20 +225,9 @@ class RollingKVCache:
     def flush(self) -> None:
         """Forget all but the first frame and the last two. Source: Infinity-RoPE (https://arxiv.org/abs/2511.20649)."""
         self._bring_back()
-        end, sink = self.window.end, self.config.sink
-        staying = [*self._sink()[:1], end - 2, end - 1]
-        if end - (self._sink() or [self.window.oldest])[0] <= len(staying):
-            return
-        kept = staying[:sink]
-        if not self.config.unlimited:
-            kept += range(end, end + sink - len(kept))
-        self._shot = None
-        self._rearrange(kept, staying[sink] if sink < len(staying) else end)
-
-    def _sink(self) -> Sequence[int]:
-        """The sink's frames, as far as there are any yet."""
-        kept, sink = self.window.kept[: self.window.kept_until(self.window.end)], self.config.sink
-        return kept[:sink] if kept or not self.config.unlimited else range(min(sink, self.window.end))
+        self._reach = max(self._reach, self.window.filled)
+        if rearranged := self.window.flush():
+            self._rearrange(rearranged)
 
     def cut(self) -> None:
         """Begin a new shot with the next chunk."""
@@ -252,39 +240,28 @@ class RollingKVCache:
             self._away_next = self.config.cut_offset
 
     def drop_to_sink(self) -> None:
-        """Forget all but the sink; an open chunk is opened anew."""
-        window = self.window
-        window.open = 0
-        self._work, self._worked, self._shot = [], set(), None
-        kept = self._sink() if self.config.unlimited else window.kept[: self.config.sink]
+        """Forget all but the sink, an open chunk included."""
+        self._work, self._worked = [], set()
+        rearranged = self.window.drop_to_sink()
+        kept = self._tokens(0, len(rearranged.sources))
         for layer, parts in self._originals.items():
-            self._originals[layer] = tuple(part[:, self._tokens(0, len(kept))] for part in parts)
-        self._rearrange(kept, window.end)
-
-    def keep_shot(self, start: int, frames: int) -> None:
-        """Keep the first frames of the chunk that has begun a shot, `frames` from `start` on, until the next cut."""
-        self._shot = range(start, start + min(self.config.sink, frames)) or None
+            self._originals[layer] = tuple(part[:, kept] for part in parts)
+        self._placed = ()
 
     def restart(self, at: int, keep_sink: bool) -> int:
         """Forget the frames that a window at the latent frame `at` holds, to write them anew; returns the first of them.
 
-        keep_sink: whether the kept frames stay where they are older than the window's rest. Otherwise the first frames
-            that are written become the sink.
+        See `FrameWindow.restart`.
         """
-        limit, kept = self.config.limit, self.window.kept
-        start = max(0, at - (limit or at))
-        if keep_sink and limit is not None and at > limit and kept and kept[-1] < at - self.window.ring:
-            start = at - self.window.ring
-            self.window.restart(start, kept)
+        if self.window.restart(at, keep_sink):
             self._away = self._away_next = self._reach = 0
-            self._work, self._worked, self._shot = [], set(), None
+            self._work, self._worked = [], set()
         else:
-            offset, window = self.offset, FrameWindow(self.window.capacity)
-            window.restart(start, range(start, start + self._held))
-            self._forget(window)
+            offset = self.offset
+            self._forget()
             self.offset = offset
         self.store.discard()
-        return start
+        return self.window.end
 
     # The work that this takes, in each layer.
 
@@ -304,14 +281,10 @@ class RollingKVCache:
             turn = rotations(torch.stack(angles)).repeat_interleave(self.shape.tokens_per_frame, 0)[None, :, None]
         return to_device(turn.to(torch.complex64), self.device)
 
-    def _rearrange(self, kept: Sequence[int], oldest: int) -> None:
-        window = self.window
-        self._reach = max(self._reach, window.filled)
-        had = {frame: index for index, frame in enumerate(window.kept[: window.kept_until(window.end)])}
-        sources = [(had.get(frame), window.slot(frame)) for frame in kept if frame < window.end]
-        moves = window.rearrange(kept, oldest)
+    def _rearrange(self, rearranged: Rearranged) -> None:
         self._placed = ()
-        if moves or sources != [(index, index) for index in range(len(had))]:
+        moves, sources = rearranged
+        if moves or self._originals:
             self._work.append(partial(self._move, moves, sources))
 
     def _move(
@@ -354,21 +327,6 @@ class RollingKVCache:
             return self._spans([(slot, 1) for slot in slots])
 
         self._work.append(work)
-
-    def _place_shot(self, frames: int) -> None:
-        """Let the shot's first frames be kept once they would leave, and those of an older shot be kept no more."""
-        window, sink = self.window, self.config.sink
-        total, newer = window.end + frames, self._shot is not None and self._shot[0] not in window.kept
-        if newer and len(window.kept) > sink:
-            self._rearrange(window.kept[:sink], max(window.oldest, total - (window.capacity - sink)))
-        shot = self._shot
-        if not newer or shot is None or total - window.ring <= shot[0]:
-            return
-        if shot[0] < window.oldest or window.ring - len(shot) < frames:
-            self._shot = None  # in the sink already, or there is no room for it
-            return
-        oldest = max(shot[-1] + 1, total - (window.ring - len(shot)))
-        self._rearrange([*window.kept, *shot], oldest)
 
     def _places(self) -> range:
         """Where the kept slots stand in time while the chunk is open that has been begun."""

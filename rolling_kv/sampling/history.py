@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from ..cache.prompt import Branch
+from ..cache.window import FrameWindow
 from ..checkpoints.model import CausalModel
 from ..devices import to_device
 from .branches import GuidanceBranches
 from .checks import fitted_embeds
-from .state import CacheState
+from .state import CacheState, ChunkRecord
 
 RECOMPUTING = ("joint", "causal")
 """The prompt switches that compute the window anew."""
@@ -58,6 +60,8 @@ class History:
             prompts = self._prompts_of(state, index, negative)
             if not self._is_open():
                 self._switch(record.switch, state, at, prompts, record.timestep, on_pass)
+                for cache in branches.caches.values():  # at once: an open chunk tells that its switch is done
+                    cache.begin(record.frames)
             self._context_pass(state, index, at, self._for_prompts(*prompts), on_pass)
             at += record.frames
         self._switch(switch, state, at, (prompt, negative), timestep, on_pass)
@@ -67,12 +71,23 @@ class History:
         """Passes that `bring_to` takes, counting a guided pair as one."""
         first = self._first(state, switch)
         at = sum(record.frames for record in state.records[:first])
+        window = copy(next(iter(self.branches.caches.values())).window)  # goes the same way, without any buffer
         passes = 0
         for index in range(first, len(state.records)):
-            begun = index == self.branches.cached and self._is_open()
-            passes += 1 + (0 if begun else self._switch_passes(state.records[index].switch, at))
-            at += state.records[index].frames
-        return passes + self._switch_passes(switch, at)
+            record = state.records[index]
+            if not window.open:
+                passes += self._switch_passes(record.switch, at, window)
+                window.place_shot(record.frames)
+                window.begin(record.frames)
+            passes += 1
+            window.commit()
+            if self._begins_shot(record):
+                window.keep_shot(at, record.frames)
+            at += record.frames
+        return passes + self._switch_passes(switch, at, window)
+
+    def _begins_shot(self, record: ChunkRecord) -> bool:
+        return record.switch == "cut" and self.branches.spec.config.shot_sink
 
     def _is_open(self) -> bool:
         return any(cache.window.open for cache in self.branches.caches.values())
@@ -127,8 +142,8 @@ class History:
                 self.forward(latents, record.timestep, branch, time_rows=rows, keys_only=True)
         for branch in branches:  # all or none: a pass that fails leaves the branches at the same point
             branch.cache.commit()
-            if record.switch == "cut" and config.shot_sink:
-                branch.cache.keep_shot(at, record.frames)
+            if self._begins_shot(record):
+                branch.cache.window.keep_shot(at, record.frames)
         self.branches.cached = index + 1
 
     def _switch(self, switch: str, state: CacheState, at: int, prompts, timestep: float, on_pass) -> None:
@@ -168,11 +183,14 @@ class History:
         sizes = [frames % self.chunk] if frames % self.chunk else []
         return sizes + [self.chunk] * (frames // self.chunk)
 
-    def _switch_passes(self, switch: str, at: int) -> int:
+    def _switch_passes(self, switch: str, at: int, window: FrameWindow) -> int:
+        """Passes of a switch, which the window has behind it afterwards."""
+        config = self.branches.spec.config
+        if switch == "flush" or switch == "cut" and config.cut_flush:
+            window.flush()
         if switch not in RECOMPUTING:
             return 0
-        config = self.branches.spec.config
-        frames = min(at, config.limit or at)
-        if not self._replaces_all(switch, at):
-            frames -= config.held
-        return len(self._recompute_sizes(switch, frames))
+        window.restart(at, config.global_sink)
+        sizes = self._recompute_sizes(switch, at - window.end)
+        window.end = at
+        return len(sizes)
