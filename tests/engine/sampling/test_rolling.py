@@ -402,7 +402,7 @@ def test_prompt_switches_of_other_families_are_refused(model):
         (dict(positions="window"), 'positions must be "absolute", got "window"'),
         (dict(leaving="ema"), 'leaving must be "drop", got "ema"'),
         (dict(switch="joint"), 'switch must be "hold", got "joint"'),
-        (dict(context="recomputed"), 'context must be "kept", got "recomputed"'),
+        (dict(context="recomputed", sink=1, window=6), 'context must be "kept", got "recomputed"'),
         (dict(window="all"), "needs a window.* got all frames"),
         (dict(window=3), "cannot hold the sink"),
     ],
