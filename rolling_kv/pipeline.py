@@ -17,7 +17,9 @@ from .lora.reader import load_lora
 from .lora.stack import LoraStack
 from .sampling.checks import long_sink_note
 from .sampling.memory import check_fits
+from .sampling.recomputed import needs_vae
 from .sampling.session import RollingSession
+from .sampling.state import CacheState
 from .text import TextEncoder, load_text_encoder
 from .vae import WanVAE, load_vae, to_raw
 from .video import VideoWriter
@@ -105,6 +107,7 @@ class Pipeline:
         )
         chunks = sampling.chunks_for_seconds(seconds, geometry=self.model.geometry)
         sampling.check_length(chunks, geometry=self.model.geometry)
+        streams = 1 + needs_vae(cache, sampling, CacheState(), chunks)  # one for the file, one for the context
         check_fits(
             self.model.transformer,
             height,
@@ -114,7 +117,7 @@ class Pipeline:
             device=self.model.compute_device(),
             frames=sampling.frames_of(chunks),
             dtype=self.model.dtype,
-            decoding=self.vae.decode_bytes(height, width),
+            decoding=streams * self.vae.decode_bytes(height, width),
             weight_sets=len(self.model.transformers),
         )
         if note := long_sink_note(sampling, cache, sampling.frames_of(chunks)):
@@ -128,6 +131,7 @@ class Pipeline:
             cache=cache,
             negative=self.text_encoder.encode([negative_prompt]) if sampling.guided else None,
             execution=execution,
+            vae=self.vae,
             on_pass=on_pass,
         )
         decoder = self.vae.decoder()

@@ -34,5 +34,6 @@ def _slerp(old: torch.Tensor, new: torch.Tensor, share: torch.Tensor) -> torch.T
     cosine = torch.cosine_similarity(start, end, dim=-1).clamp(-1, 1).unsqueeze(-1)
     angle = cosine.acos()
     arc = (start * ((1 - share) * angle).sin() + end * (share * angle).sin()) / angle.sin()
-    # Where tokens are parallel, opposite or all zeros, there is no arc between them.
-    return torch.where(cosine.abs() < 0.9995, arc, torch.lerp(start, end, share)).to(new.dtype)
+    # Between tokens that are parallel or opposite, or of which one is padding, there is no arc.
+    apart = (cosine.abs() < 0.9995) & start.any(-1, True) & end.any(-1, True)
+    return torch.where(apart, arc, torch.lerp(start, end, share)).to(new.dtype)

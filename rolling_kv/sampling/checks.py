@@ -43,8 +43,8 @@ def check_latents(
 
 def long_sink_note(sampling: SamplingConfig, cache: CacheConfig, frames: int) -> str:
     """What is known of a video of `frames` latent frames under these rules, as a sentence; empty where it is nothing."""
-    stays = cache.positions == "absolute" and not sampling.joint and not cache.unlimited
-    if not stays or not cache.sink or frames <= LONG_SINK_FRAMES:
+    grows = cache.positions == "absolute" and cache.context == "kept" and not sampling.joint and not cache.unlimited
+    if not grows or not cache.sink or frames <= LONG_SINK_FRAMES:
         return ""
     return (
         f"This video has {frames} latent frames, and its sink stays where it was made: after about 130, such videos are "

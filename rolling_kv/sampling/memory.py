@@ -139,8 +139,8 @@ def _what_fits(fits: Callable[..., bool], sampling: SamplingConfig, cache: Cache
     """What a person can change so that a run fits. fits: called with a cache and, if it is another, a length."""
     remedies = []
     least, now = cache.sink + sampling.chunk, cache.limit or frames
-    windows = range(least, min(now, MOST_FRAMES + 1))
-    if windows and fits(replace(cache, window=least)):
+    windows = [size for size in range(least, min(now, MOST_FRAMES + 1)) if _works(sampling, cache, size)]
+    if windows and fits(replace(cache, window=windows[0])):
         most = bisect_right(windows, False, key=lambda window: not fits(replace(cache, window=window)))
         remedies.append(f"set the window to at most {windows[most - 1]} latent frames")
     storages = [name for name in CACHE_STORAGES if fits(replace(cache, storage=name))]
@@ -149,6 +149,15 @@ def _what_fits(fits: Callable[..., bool], sampling: SamplingConfig, cache: Cache
     if fits(cache, least):
         remedies.append("make the video shorter")
     return [*remedies, "make the picture smaller", "or close other programs"]
+
+
+def _works(sampling: SamplingConfig, cache: CacheConfig, window: int) -> bool:
+    """Whether the cache's rules go with that window."""
+    try:
+        sampling.check_cache(replace(cache, window=window))
+    except ValueError:
+        return False
+    return True
 
 
 def _values_per_token(config) -> int:

@@ -102,6 +102,21 @@ def test_a_video_is_that_of_a_session_with_the_same_choices(folder, loras, tmp_p
     assert read_video_info(tmp_path / "video.mp4").frames == 9
 
 
+def test_a_recomputed_context_is_made_with_the_same_vae(folder, tmp_path, sessions, monkeypatch):
+    cache, counted = CacheConfig(6, context="recomputed"), []
+    monkeypatch.setattr(pipeline_module, "check_fits", lambda *_, decoding, **__: counted.append(decoding))
+    pipeline = Pipeline.load(folder)
+    for seconds in (0.2, 1.7):
+        pipeline.generate(PROMPT, tmp_path / "video.mp4", **SIZE | {"seconds": seconds}, cache=cache)
+    ours = sessions[-1][1].state
+    assert len(ours.records) == 3 and read_video_info(tmp_path / "video.mp4").frames == 33
+    assert counted[1] == 2 * counted[0]  # a second stream, for the context
+    prompt, size = pipeline.text_encoder.encode([PROMPT]), dict(height=32, width=32)
+    with RollingSession(pipeline.model, prompt, **size, cache=cache, vae=pipeline.vae) as theirs:
+        list(theirs.generate(3))
+    assert torch.equal(ours.latents(), theirs.state.latents())
+
+
 def test_float8_cannot_be_compiled(folder, tmp_path):
     pipeline = Pipeline.load(folder, storage="float8")
     with pytest.raises(ValueError, match="float8 cannot go with compile"):

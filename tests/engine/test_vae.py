@@ -168,6 +168,22 @@ def test_streams_interleave_and_leave_the_stock_module_alone():
     assert all(torch.equal(torch.cat(got, 2), want) for got, want in zip((frames_a, frames_b, encoded), expected))
 
 
+@pytest.mark.parametrize("make", [make_vae, make_vae_22])
+@pytest.mark.parametrize("cuts", [[5], [1, 1, 3], [2, 3]])
+def test_a_frame_is_encoded_again_as_a_picture(make, cuts):
+    """The very last pixel frame of what has been decoded so far, whatever the cut."""
+    vae = WanVAE(make())
+    latents = torch.randn(2, vae.geometry.channels, 5, 4, 6, generator=torch.Generator().manual_seed(0))
+    again, end = vae.reencoder(), 0
+    pixels = vae.decoder().decode(to_raw(latents))
+    for piece in latents.split(cuts, dim=2):
+        end += piece.shape[2]
+        made = again(piece)
+        expected = vae.encode_video(pixels[:, :, 4 * end - 4 : 4 * end - 3])
+        assert made.shape == (2, vae.geometry.channels, 1, 4, 6)
+        assert torch.equal(made, to_model(expected))
+
+
 def test_decoding_can_pause_after_any_frame():
     raw = latents(5)
     stream = WanVAE(STOCK).decoder()
