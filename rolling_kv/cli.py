@@ -146,6 +146,9 @@ def _generate(args: argparse.Namespace) -> None:
     check_model(args.model)
     execution = options.execution_of(args)
     execution.check(args.device, weight_storage=args.weight_storage)
+    if rules := options.rules_of(args):  # what does not go together is told before anything is loaded
+        preset = PRESETS.get(args.preset) or inspect_checkpoint(args.model).settings
+        preset.sampling.check_cache(preset.cache.with_rules(**rules))
     loras = [_lora(*values) for values in args.lora]
     height, width = default_size(args.model)
     # Raises for what no video can be, before anything is loaded.

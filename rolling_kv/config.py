@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
@@ -105,25 +105,54 @@ class CacheConfig:
         video's first frame; without, it is in time one that was decoded and encoded again, which needs a VAE.
     storage: in which form, one of `cache.codecs.CODECS`; "model" is the model's dtype.
     offload: keep the keys and values in CPU memory and bring one layer at a time to the device.
+
+    Fields with a help text are options of the command line. It has one prompt, so there are none for a switch.
     """
 
     window: int | Literal["all"] = 21
-    sink: int = 0
-    positions: str = "absolute"
+    sink: int = field(default=0, metadata={"help": "first latent frames that never leave the window"})
+    positions: str = field(
+        default="absolute",
+        metadata={
+            "help": "where keys stand in time: at their frame's number for ever, or at their place in the window, the sink "
+            "just before the rest",
+            "choices": POSITIONS,
+        },
+    )
     storage: str = "model"
     offload: bool = False
-    span: int | None = None
-    leaving: str = "drop"
-    ema_alpha: float = 0.999
-    memory_alphas: tuple[float, float] = (0.01, 0.1)
-    accumulate: str = "float32"
+    span: int | None = field(
+        default=None,
+        metadata={
+            "help": "with window positions: latent frames that they run over before the sink follows; where positions are "
+            "given and this is not, the window itself"
+        },
+    )
+    leaving: str = field(
+        default="drop",
+        metadata={
+            "help": "what becomes of frames that leave: nothing, averaged into the sink, or into two frames behind it",
+            "choices": LEAVING,
+        },
+    )
+    ema_alpha: float = field(default=0.999, metadata={"help": "for ema, the share of the sink's old value that stays"})
+    memory_alphas: tuple[float, float] = field(
+        default=(0.01, 0.1), metadata={"help": "for memory, the share of what leaves in the slow and in the fast frame"}
+    )
+    accumulate: str = field(default="float32", metadata={"help": "dtype of either average", "choices": ACCUMULATION})
     switch: str = "hold"
     global_sink: bool = True
     cut_flush: bool = True
     cut_offset: float = 42
     shot_sink: bool = False
     shot_clean: bool = False
-    context: str = "kept"
+    context: str = field(
+        default="kept",
+        metadata={
+            "help": "keys and values stay from chunk to chunk, or are computed anew before each",
+            "choices": CONTEXTS,
+        },
+    )
 
     def __post_init__(self):
         check_choice("positions", self.positions, POSITIONS)
@@ -204,6 +233,10 @@ class CacheConfig:
                 f'a "{self.switch}" at a prompt switch cannot go with the context "recomputed", which is computed anew '
                 'before every chunk anyway: choose "hold", or the context "kept"'
             )
+
+    def with_rules(self, **chosen: Any) -> CacheConfig:
+        """These settings with some chosen anew. A span belongs to the positions that it came with, and goes with them."""
+        return replace(self, **({"span": None} if "positions" in chosen else {}) | chosen)
 
     @property
     def limit(self) -> int | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields, replace
+from dataclasses import Field, fields
 from typing import Any, Literal
 
 import torch
 
-from .config import ALL_FRAMES, CACHE_STORAGES, POSITIONS, CacheConfig, ExecutionConfig
+from .config import ALL_FRAMES, CACHE_STORAGES, CacheConfig, ExecutionConfig
 from .devices import usable_device
 
 
@@ -35,26 +35,22 @@ def add_window(parser: argparse.ArgumentParser, whose: str) -> None:
 def add_cache(parser: argparse.ArgumentParser, whose: str, note: str = "") -> None:
     """Options of the cache. whose: settings that hold where an option is left out. note: put behind each help text."""
     add_window(parser, whose)
-    parser.add_argument(
-        "--sink",
-        type=int,
-        metavar="N",
-        help=f"first latent frames that never leave the window (default: {whose}){note}",
-    )
-    parser.add_argument(
-        "--positions", choices=POSITIONS, help=f"where the sink's keys stand in time (default: {whose}){note}"
-    )
+    _add_fields(parser, CacheConfig, f" (default: {whose}){note}")
     parser.add_argument(
         "--cache-storage", choices=CACHE_STORAGES, default="model", help=f"how the cache keeps its bytes{note}"
     )
     parser.add_argument("--offload-cache", action="store_true", help=f"keep the cache in CPU memory{note}")
 
 
+def rules_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The rules among the cache settings that `add_cache` has read, without what was left out."""
+    given = {name: getattr(args, name) for name in ("window", *(rule.name for rule in _described(CacheConfig)))}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def cache_of(args: argparse.Namespace, default: CacheConfig) -> CacheConfig:
     """The cache settings that `add_cache` has read. default: for what was left out. Raises ValueError for bad ones."""
-    chosen = {"window": args.window, "sink": args.sink, "positions": args.positions}
-    chosen |= {"storage": args.cache_storage, "offload": args.offload_cache}
-    return replace(default, **{name: value for name, value in chosen.items() if value is not None})
+    return default.with_rules(**rules_of(args), storage=args.cache_storage, offload=args.offload_cache)
 
 
 def add_device(parser: argparse.ArgumentParser, help: str) -> None:
@@ -71,14 +67,33 @@ def _device(name: str) -> torch.device:
 
 def add_execution(parser: argparse.ArgumentParser, note: str = "") -> None:
     """One option for each field of `ExecutionConfig`. note: put behind each help text."""
-    for setting in fields(ExecutionConfig):
-        form: dict[str, Any] = {"action": "store_true"}
-        if choices := setting.metadata.get("choices"):
-            form = {"choices": choices}
-        name = f"--{setting.name.replace('_', '-')}"
-        parser.add_argument(name, dest=setting.name, help=f"{setting.metadata['help']}{note}", **form)
+    _add_fields(parser, ExecutionConfig, note)
 
 
 def execution_of(args: argparse.Namespace) -> ExecutionConfig:
     """The settings that `add_execution` has read; not checked yet."""
     return ExecutionConfig(**{setting.name: getattr(args, setting.name) for setting in fields(ExecutionConfig)})
+
+
+def _described(settings: type) -> list[Field]:
+    """The fields of a settings class that say what they are for."""
+    return [setting for setting in fields(settings) if "help" in setting.metadata]
+
+
+def _add_fields(parser: argparse.ArgumentParser, settings: type, note: str) -> None:
+    """An option for each field that says what it is for. What is left out stays None; flags stay False."""
+    for setting in _described(settings):
+        name = f"--{setting.name.replace('_', '-')}"
+        parser.add_argument(name, dest=setting.name, help=f"{setting.metadata['help']}{note}", **_form(setting))
+
+
+def _form(setting: Field) -> dict[str, Any]:
+    """How argparse reads a field: by its choices, or as its default is; without one, as latent frames."""
+    default = setting.default
+    if choices := setting.metadata.get("choices"):
+        return {"choices": choices}
+    if isinstance(default, bool):
+        return {"action": "store_true"}
+    if isinstance(default, tuple):
+        return {"nargs": len(default), "type": type(default[0]), "metavar": "X"}
+    return {"type": float, "metavar": "X"} if isinstance(default, float) else {"type": int, "metavar": "N"}

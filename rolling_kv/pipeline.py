@@ -130,8 +130,8 @@ class Pipeline:
             sampling=sampling,
             cache=cache,
             negative=self.text_encoder.encode([negative_prompt]) if sampling.guided else None,
-            execution=execution,
             vae=self.vae,
+            execution=execution,
             on_pass=on_pass,
         )
         decoder = self.vae.decoder()

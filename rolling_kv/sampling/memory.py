@@ -25,8 +25,8 @@ class Estimate(NamedTuple):
     cache: keys and values on the device, at their peak.
     prompts: keys and values of the prompts, on the device.
     step_cache: what a step cache keeps from step to step, on the device.
-    activations: roughly what a pass needs beside these, on the device; it holds one chunk, or several with the sampler
-        "rolling".
+    activations: roughly what the largest pass needs beside these, on the device; it holds one chunk, several with the
+        sampler "rolling", or the window at a joint prompt switch.
     host: keys and values that are kept in CPU memory.
     """
 
@@ -55,6 +55,7 @@ def estimate(
     prompt_tokens: int = TEXT_LENGTH,
     step_cache=None,
     weight_sets: int = 1,
+    joint_switch: bool = False,
 ) -> Estimate:
     """What a session with these settings will take.
 
@@ -65,6 +66,7 @@ def estimate(
     prompt_tokens: padding included.
     step_cache: a method of `step_cache.METHODS`, or None.
     weight_sets: 2 for a model that has weights of its own for context passes, and so two sets of a prompt's keys.
+    joint_switch: whether a prompt is switched on the way that takes the whole window through the model at once.
     """
     dtype = dtype or transformer.patch_embedding.weight.dtype
     shape = CacheShape.of(transformer, batch, *Geometry.of(transformer).latent_size(height, width), dtype)
@@ -73,6 +75,9 @@ def estimate(
     at_once = sampling.frames_at_once
     gathered = JointKVCache.bytes_gathered(shape, cache, at_once) if sampling.joint else 0
     tokens = batch * at_once * shape.tokens_per_frame
+    if joint_switch:
+        at_once = max(at_once, min(cache.limit or frames, frames))
+    largest = batch * at_once * shape.tokens_per_frame
     held = 0
     if step_cache is not None and not sampling.few_step:  # few-step sampling has none, see `start_step_cache`
         held = step_cache.bytes_held(_step_shape(transformer, shape, sampling, tokens))
@@ -80,7 +85,7 @@ def estimate(
         cache=kept.device * sampling.branches,
         prompts=PromptCache.bytes_needed(shape, prompt_tokens) * sampling.branches * weight_sets,
         step_cache=held,
-        activations=tokens * _values_per_token(transformer.config) * torch.float32.itemsize + gathered,
+        activations=largest * _values_per_token(transformer.config) * torch.float32.itemsize + gathered,
         host=kept.host * sampling.branches,
     )
 

@@ -49,6 +49,14 @@ def said(arguments, capsys) -> str:
             ["--window", "4096", "--width", "8192", "--height", "8192"],
             "this video needs .* of RAM, and .* are available",
         ),
+        (
+            ["--leaving", "ema", "--preset", "longlive", "--sink", "2"],
+            "sink is 2 latent .* a chunk is 3: make the sink 3",
+        ),
+        (["--leaving", "memory"], 'leaving "memory" needs "window" positions'),
+        (["--leaving", "blur"], "invalid choice"),
+        (["--span", "21"], 'a span of 21 needs "window" positions'),
+        (["--ema-alpha", "2"], "ema_alpha must be a number from 0 to 1, got 2"),
         (["--guidance", "nan"], "guidance_scale must be a number from 0 to 1000"),
         (["--guidance", "inf"], "guidance_scale must be a number from 0 to 1000"),
         (["--guidance", "-3"], "guidance_scale must be a number from 0 to 1000"),
@@ -79,6 +87,14 @@ def test_what_cannot_work_is_said_in_one_line(given, message, folder, tmp_path, 
     text = said(["generate", *(part for pair in usual.items() for part in pair), *given[len(given) & ~1 :]], capsys)
     assert re.search(message, text), text
     assert len(text) < 1200 and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("preset", ["auto", "memrope"])
+def test_rules_that_do_not_go_together_are_told_before_anything_is_loaded(preset, folder, monkeypatch, capsys):
+    monkeypatch.setattr(Pipeline, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    arguments = ["--prompt", "x", "--output", "x.mp4", "--model", folder, "--preset", preset, "--window", "7"]
+    text = said(["generate", *arguments, "--sink", "5", "--device", "cpu"], capsys)
+    assert re.search(r"a window of 7 latent frames cannot hold the sink \(5\).* at least (8|10)", text)
 
 
 @pytest.mark.parametrize(

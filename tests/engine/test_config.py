@@ -24,6 +24,14 @@ def test_a_window_is_a_number_of_frames_or_all():
     CacheConfig(6, sink=3).check_chunk(3)
 
 
+def test_a_span_goes_with_the_positions_that_it_came_with():
+    trained = CacheConfig(12, sink=3, positions="window", span=21)
+    assert trained.with_rules(sink=6) == CacheConfig(12, sink=6, positions="window", span=21)
+    assert trained.with_rules(positions="window") == CacheConfig(12, sink=3, positions="window")
+    assert trained.with_rules(positions="absolute") == CacheConfig(12, sink=3)
+    assert trained.with_rules(positions="window", span=15).span == 15
+
+
 def test_what_is_not_the_default_is_described():
     assert ExecutionConfig().describe() == []
     everything = ExecutionConfig(exact=True, backend="native", compile=True, cuda_graphs=True)

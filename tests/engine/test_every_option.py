@@ -28,6 +28,13 @@ VALUES = {  # of options whose type does not tell one; anything but the default
     "--guidance": "2.5",
     "--width": "48",
     "--height": "80",
+    "--span": "24",
+    "--ema-alpha": "0.5",
+    "--memory-alphas": "0.2 0.4",
+}
+NEEDED = {  # by options that do not go without others
+    "--span": ["--positions", "window"],
+    "--leaving": ["--positions", "window"],
 }
 
 
@@ -55,6 +62,7 @@ def reached(monkeypatch, arguments):
     Loaded.model.preset, Loaded.model.geometry = DEFAULT_PRESET, WAN_21
     monkeypatch.setattr(Pipeline, "load", lambda *args, **kwargs: calls.append((args, kwargs)) or Loaded())
     monkeypatch.setattr(cli, "check_model", lambda model: None)
+    monkeypatch.setattr(cli, "inspect_checkpoint", lambda model: type("Info", (), {"settings": DEFAULT_PRESET}))
     monkeypatch.setattr("rolling_kv.config.ExecutionConfig.check", lambda *_, **__: None)
     with pytest.raises(Reached):
         cli.main(arguments)
@@ -63,7 +71,7 @@ def reached(monkeypatch, arguments):
 
 def given(name, action):
     if name in VALUES:
-        return [name, VALUES[name]]
+        return [name, *(VALUES[name].split() if action.nargs == 2 else [VALUES[name]])]
     if action.nargs == 0:
         return [name]
     if action.choices:
@@ -73,9 +81,10 @@ def given(name, action):
 
 @pytest.mark.parametrize("name", [name for name in options() if name not in NOT_PASSED_ON])
 def test_an_option_changes_what_the_pipeline_is_asked_for(name, monkeypatch):
-    plain = reached(monkeypatch, PROMPT)
-    assert reached(monkeypatch, PROMPT) == plain
-    assert reached(monkeypatch, [*PROMPT, *given(name, options()[name])]) != plain
+    prompt = [*PROMPT, *NEEDED.get(name, [])]
+    plain = reached(monkeypatch, prompt)
+    assert reached(monkeypatch, prompt) == plain
+    assert reached(monkeypatch, [*prompt, *given(name, options()[name])]) != plain
 
 
 @pytest.fixture(scope="module")

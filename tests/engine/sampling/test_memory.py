@@ -60,6 +60,22 @@ def test_activations_are_those_of_a_whole_chunk(model):
     assert 0.7 * needed.activations <= activations <= 1.2 * needed.activations
 
 
+def test_a_switch_in_one_pass_takes_the_activations_of_the_window(model):
+    wide = CacheConfig(9)
+    needed = announced(model, cache=wide, frames=12, joint_switch=True)
+    assert needed.activations == 3 * announced(model, cache=wide, frames=12).activations
+    assert (
+        announced(model, cache=CacheConfig(ALL_FRAMES), frames=12, joint_switch=True).activations > needed.activations
+    )
+    with TensorBytes() as counted:
+        with RollingSession(model, prompt(model, 0), cache=wide, sampling=SAMPLING, **SIZE) as session:
+            list(session.generate(3))
+            session.set_prompt(prompt(model, 1), switch="joint")
+            list(session.generate(1))
+    activations = counted.peak - session.state.nbytes - needed.cache - needed.prompts
+    assert 0.6 * needed.activations <= activations <= 1.2 * needed.activations
+
+
 def test_each_size_counts_once(model):
     plain = announced(model)
     assert announced(model, batch=2).device == 2 * plain.device
