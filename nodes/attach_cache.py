@@ -1,11 +1,12 @@
-from dataclasses import replace
-
 from comfy_api.latest import io
 
-from ..rolling_kv.config import CACHE_STORAGES, POSITIONS
+from ..rolling_kv.config import CACHE_STORAGES, CONTEXTS
 from . import inputs
-from .guard import guarded
+from .guard import guarded, renamed
 from .types import CATEGORY, Model
+
+SINK_PHASES = {inputs.OWN: inputs.OWN, "absolute": "absolute", "rebased": "window"}
+"""The choices of `positions`, by what they were called when it was `sink_phase`."""
 
 
 class RollingKVAttachCache(io.ComfyNode):
@@ -16,22 +17,16 @@ class RollingKVAttachCache(io.ComfyNode):
             display_name="Attach Rolling Cache",
             category=CATEGORY,
             description=(
-                "Chooses how much of the past the model sees. Without this node the model's own settings apply. A shorter "
-                "window is faster and takes less memory; a sink keeps the first frames forever, which steadies long videos."
+                "Chooses how much of the past the model sees, and how. Without this node the model's own settings apply. A "
+                "shorter window is faster and takes less memory; a sink keeps the first frames forever, which steadies long "
+                "videos."
             ),
             search_aliases=["kv cache", "rolling cache", "window", "attention sink", "local attention", "memory"],
             inputs=[
                 Model.Input("model", tooltip="From Load Causal Video Model."),
                 inputs.window(),
                 inputs.sink(),
-                io.Combo.Input(
-                    "positions",
-                    options=[inputs.OWN, *POSITIONS],
-                    optional=True,
-                    advanced=True,
-                    tooltip="Where the sink counts as being. Absolute: where its frames were made. Rebased: always just before "
-                    "the window; try it when a very long video drifts.",
-                ),
+                inputs.positions(),
                 io.Combo.Input(
                     "storage",
                     options=list(CACHE_STORAGES),
@@ -48,17 +43,31 @@ class RollingKVAttachCache(io.ComfyNode):
                     tooltip="Keep the cache in main memory and bring one layer at a time to the GPU. Slower; for long "
                     "windows on small cards.",
                 ),
+                inputs.leaving(),
+                inputs.switch(),
+                io.Combo.Input(
+                    "context",
+                    options=[inputs.OWN, *CONTEXTS],
+                    optional=True,
+                    advanced=True,
+                    tooltip="Kept: the past is seen once and remembered. Recomputed: the frames in view are seen anew before "
+                    "every chunk, as Krea Realtime does; slower, and Sample Video then needs a VAE, or a sink of 1.",
+                ),
             ],
             outputs=[Model.Output(display_name="model", tooltip="The model with these cache settings.")],
             accept_all_inputs=True,
         )
 
     @classmethod
+    @renamed("sink_phase", "positions", SINK_PHASES)
     @guarded
-    def execute(cls, model, window, sink, positions="the model's own", storage="model", offload=False) -> io.NodeOutput:
-        cache = inputs.with_sink(inputs.with_window(model.cache, window), sink)
-        if positions != inputs.OWN:
-            cache = replace(cache, positions=positions)
-        cache = replace(cache, storage=storage, offload=offload)
+    def execute(
+        cls, model, window, sink, positions="the model's own", storage="model", offload=False, leaving=None, switch=None,
+        context="the model's own",
+    ) -> io.NodeOutput:  # fmt: skip
+        rules = inputs.window_of(window) | inputs.sink_of(sink) | inputs.positions_of(positions)
+        rules |= inputs.leaving_of(leaving) | inputs.switch_of(switch)
+        rules |= {} if context == inputs.OWN else {"context": context}
+        cache = model.cache.with_rules(**rules, storage=storage, offload=offload)
         model.sampling.check_cache(cache)
         return io.NodeOutput(model._replace(cache=cache))

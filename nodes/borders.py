@@ -82,6 +82,14 @@ def latents_to_decode(latent: dict, geometry: Geometry) -> torch.Tensor:
     return samples
 
 
+def check_vae(vae: Geometry, model: Geometry) -> None:
+    """Raise ValueError unless a VAE makes the latents of a model."""
+    if vae.channels != model.channels:
+        raise ValueError(
+            f"The VAE is that of {vae.name}, and the model has the latents of {model.name}: load the {model.name} VAE."
+        )
+
+
 def latent_of(state: CacheState) -> dict:
     """The whole video so far as a LATENT."""
     return {"samples": to_raw(state.latents().float()).to(mm.intermediate_device())}

@@ -14,6 +14,7 @@ from numbers import Integral, Real
 
 from comfy_api.latest import io
 
+from ..rolling_kv.config import check_choice
 from ..rolling_kv.messages import printable, shortened, shown
 from .types import EDGES
 
@@ -45,6 +46,26 @@ def guarded(execute: Callable) -> Callable:
             raise ValueError(told(str(error) if known else f"{type(error).__name__}: {error}")) from None
 
     return checked
+
+
+def renamed(before: str, now: str, choices: dict) -> Callable:
+    """Lets prompts that were saved before still run: an input by its old name stands for the new one.
+
+    To be put outside of `guarded`, on a node that accepts all inputs. choices: what each old choice is called now.
+    """
+
+    def decorate(execute: Callable) -> Callable:
+        @wraps(execute)
+        def translated(cls, **values):
+            if before in values:
+                given = values.pop(before)
+                check_choice(before, given, choices)
+                values[now] = choices[given]
+            return execute(cls, **values)
+
+        return translated
+
+    return decorate
 
 
 def told(text: str) -> str:

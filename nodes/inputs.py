@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..rolling_kv.config import ALL_FRAMES, CacheConfig, SamplingConfig
+from ..rolling_kv.config import ALL_FRAMES, POSITIONS, SWITCHES, CacheConfig, SamplingConfig
 from ..rolling_kv.geometry import WAN_21, WAN_22, Geometry
+from ..rolling_kv.sampling.history import RECOMPUTING
 
 OWN = "the model's own"
 """The choice that leaves a setting as the model was trained."""
@@ -20,6 +21,16 @@ EVERY_FRAME = "all frames"
 SO_MANY_FRAMES = "this many frames"
 SO_MANY = "this many"
 THIS_STRENGTH = "this strength"
+FORGOTTEN = "forgotten"
+INTO_SINK = "averaged into the sink"
+INTO_MEMORY = "memory behind the sink"
+BLEND = "blend"
+BLEND_CHUNKS = 4
+SWITCHING = (
+    "Hold: the past stays as it was seen; smooth, and slow to follow. Joint: the window is seen anew with the new prompt, all "
+    "at once; causal: chunk by chunk. Flush: all but the first frame and the last two are forgotten. Cut: a new shot."
+)
+"""What the ways of switching prompts do, as sentences of a tooltip."""
 SIDES = {"width": 832, "height": 480}
 
 
@@ -77,6 +88,56 @@ def sink() -> io.DynamicCombo.Input:
     )
 
 
+def positions() -> io.Combo.Input:
+    return io.Combo.Input(
+        "positions",
+        options=[OWN, *POSITIONS],
+        optional=True,
+        advanced=True,
+        tooltip="Where the past counts as being. Absolute: where it was made; a sink moves ever further away. Window: within "
+        "the window, with the sink always just before the rest; for videos of more than half a minute.",
+    )
+
+
+def leaving() -> io.DynamicCombo.Input:
+    slow, fast = CacheConfig.memory_alphas
+    return choice(
+        "leaving",
+        {
+            OWN: [],
+            FORGOTTEN: [],
+            INTO_SINK: [
+                _share(
+                    "alpha", CacheConfig.ema_alpha, "How much of the sink stays each time: near 1, it changes slowly."
+                )
+            ],
+            INTO_MEMORY: [
+                _share("slow", slow, "How much of what leaves goes into the slow memory frame each time."),
+                _share("fast", fast, "How much of what leaves goes into the fast memory frame each time."),
+            ],
+        },
+        "What becomes of frames that leave the window. Averaged into the sink (ema, Reward-Forcing): needs a sink as long as a "
+        "chunk. Memory behind the sink (MemRoPE): a slow and a fast average in two frames; needs window positions.",
+        optional=True,
+        advanced=True,
+    )
+
+
+def switch() -> io.DynamicCombo.Input:
+    keep_sink = io.Boolean.Input(
+        "keep_sink",
+        default=CacheConfig.global_sink,
+        tooltip="On: the first frames of the video stay the sink. Off: the first frames of the window become it.",
+    )
+    return choice(
+        "switch",
+        {OWN: []} | {way: [keep_sink] if way in RECOMPUTING else [] for way in SWITCHES},
+        f"What happens when the prompt changes. {SWITCHING}",
+        optional=True,
+        advanced=True,
+    )
+
+
 def guidance(*, advanced: bool) -> io.DynamicCombo.Input:
     strength = io.Float.Input(
         "strength", default=3.0, min=0.0, max=30.0, step=0.1, tooltip="How strongly the prompt is followed. 1 is off."
@@ -103,15 +164,71 @@ def fps() -> io.DynamicCombo.Input:
     )
 
 
-def with_window(cache: CacheConfig, chosen: dict) -> CacheConfig:
-    """The cache settings with what `window` gives."""
-    windows = {OWN: cache.window, SO_MANY_FRAMES: chosen.get("frames"), EVERY_FRAME: ALL_FRAMES}
-    return replace(cache, window=windows[chosen["window"]])
+def switch_to() -> io.DynamicCombo.Input:
+    """How one sampler takes up its prompt."""
+    chunks = io.Int.Input(
+        "chunks",
+        default=BLEND_CHUNKS,
+        min=2,
+        max=1000,
+        tooltip="Over how many chunks the old prompt becomes the new one.",
+    )
+    return choice(
+        "switch",
+        {OWN: []} | {way: [] for way in SWITCHES} | {BLEND: [chunks]},
+        f"How a continued video takes up the new prompt. {SWITCHING} Blend: from one prompt to the other, little by little. "
+        "The model's own does nothing where the prompt is the same.",
+        optional=True,
+        advanced=True,
+    )
 
 
-def with_sink(cache: CacheConfig, chosen: dict) -> CacheConfig:
-    """The cache settings with what `sink` gives."""
-    return replace(cache, sink=chosen.get("frames", cache.sink))
+def _share(name: str, default: float, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.001, tooltip=tooltip)
+
+
+def window_of(chosen: dict) -> dict:
+    """The cache settings that `window` gives; none for the model's own, here and below."""
+    windows = {SO_MANY_FRAMES: chosen.get("frames"), EVERY_FRAME: ALL_FRAMES}
+    return {"window": windows[chosen["window"]]} if chosen["window"] in windows else {}
+
+
+def sink_of(chosen: dict) -> dict:
+    """The cache settings that `sink` gives."""
+    return {"sink": chosen["frames"]} if "frames" in chosen else {}
+
+
+def positions_of(chosen: str) -> dict:
+    """The cache settings that `positions` gives."""
+    return {} if chosen == OWN else {"positions": chosen}
+
+
+def leaving_of(chosen: dict | None) -> dict:
+    """The cache settings that `leaving` gives, None where it was left out."""
+    chosen = chosen or {"leaving": OWN}
+    slow, fast = CacheConfig.memory_alphas
+    rules = {
+        OWN: {},
+        FORGOTTEN: {"leaving": "drop"},
+        INTO_SINK: {"leaving": "ema", "ema_alpha": chosen.get("alpha", CacheConfig.ema_alpha)},
+        INTO_MEMORY: {"leaving": "memory", "memory_alphas": (chosen.get("slow", slow), chosen.get("fast", fast))},
+    }
+    return rules[chosen["leaving"]]
+
+
+def switch_of(chosen: dict | None) -> dict:
+    """The cache settings that `switch` gives, None where it was left out."""
+    chosen = chosen or {"switch": OWN}
+    rules = {} if chosen["switch"] == OWN else {"switch": chosen["switch"]}
+    return rules | ({"global_sink": chosen["keep_sink"]} if "keep_sink" in chosen else {})
+
+
+def switch_to_of(chosen: dict | None) -> tuple[str | None, int]:
+    """The engine's switch and chunks of a blend that `switch_to` gives: None for the model's own, 1 for no blend."""
+    chosen = chosen or {"switch": OWN}
+    if chosen["switch"] == BLEND:
+        return "hold", chosen.get("chunks", BLEND_CHUNKS)
+    return None if chosen["switch"] == OWN else chosen["switch"], 1
 
 
 def with_guidance(sampling: SamplingConfig, chosen: dict | None) -> SamplingConfig:

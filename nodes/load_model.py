@@ -39,8 +39,9 @@ class RollingKVLoadModel(io.ComfyNode):
                 io.Combo.Input(
                     "preset",
                     options=["auto", *PRESETS],
-                    tooltip="What the model was trained for: chunk size, window, denoising steps, shift. Auto reads it from "
-                    "the file or its name, and assumes self-forcing where nothing tells.",
+                    tooltip="What the model was trained for: chunk size, window and its rules, denoising steps, shift. Auto reads it "
+                    "from the file or its name, and assumes self-forcing where nothing tells. For long videos: deep-sink or memrope "
+                    "with the weights of Self-Forcing, longlive-infinity with those of LongLive.",
                 ),
                 inputs.dtype(
                     "Precision of the weights and of the cache. Auto: the file's own, bfloat16 for float32 files on "

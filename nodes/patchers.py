@@ -26,9 +26,9 @@ class ManagedModule(ModelPatcher):
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
         return 0  # nothing freed: ComfyUI then unloads the whole module
 
-    def bring_to_device(self, memory_required: int = 0) -> torch.device:
-        """Load the weights, making room for `memory_required` bytes beside them; returns the device."""
-        mm.load_models_gpu([self], memory_required=memory_required, force_full_load=True)
+    def bring_to_device(self, memory_required: int = 0, *others: ManagedModule) -> torch.device:
+        """Load the weights, and those of others, making room for `memory_required` bytes; returns the device."""
+        mm.load_models_gpu([self, *others], memory_required=memory_required, force_full_load=True)
         return self.load_device
 
 

@@ -13,6 +13,7 @@ from server import PromptServer
 
 from ..rolling_kv.config import SamplingConfig
 from ..rolling_kv.sampling.memory import check_fits, estimate
+from .patchers import ManagedModule
 from .types import ModelHandle
 
 
@@ -47,16 +48,27 @@ def progress(node_id: str) -> Iterator[Callable[[int, int], None]]:
     bar.update_absolute(bar.total)
 
 
-def bring_to_device(model: ModelHandle, nbytes: int) -> None:
-    """Load the weights with their LoRAs, making room for a run of `nbytes` beside them."""
-    model.patcher.bring_to_device(nbytes + model.patcher.lora_bytes(model.loras))
+def bring_to_device(model: ModelHandle, nbytes: int, *others: ManagedModule) -> None:
+    """Load the weights with their LoRAs, and others beside them, making room for a run of `nbytes`."""
+    model.patcher.bring_to_device(nbytes + model.patcher.lora_bytes(model.loras), *others)
     model.patcher.use_loras(model.loras)
 
 
 def make_room(
-    model: ModelHandle, sampling: SamplingConfig, *, height: int, width: int, batch: int, frames: int
+    model: ModelHandle,
+    sampling: SamplingConfig,
+    *,
+    height: int,
+    width: int,
+    batch: int,
+    frames: int,
+    joint_switch: bool,
+    vae: ManagedModule | None,
 ) -> None:
-    """Bring a model to the device with room for a session. frames: latent frames of the whole video.
+    """Bring a model to the device with room for a session.
+
+    frames: latent frames of the whole video. joint_switch: see `estimate`. vae: what the session takes frames through, which
+    comes to the device too.
 
     The working cache of the last run, which this one takes over or takes the place of, is not counted twice. Raises
     ValueError, with settings that would fit, if the session needs more RAM than there is.
@@ -69,10 +81,15 @@ def make_room(
         frames=frames,
         step_cache=model.step_cache,
         weight_sets=len(model.engine.transformers),
+        joint_switch=joint_switch,
     )
     device = model.patcher.load_device
+    reencoding = 0
+    if vae is not None:
+        reencoding = vae.model.decode_bytes(height, width, batch) + vae.model.encode_bytes(height, width, batch)
     held = workspace.host_nbytes + (workspace.nbytes if device.type == "cpu" else 0)
-    check_fits(transformer, height, width, **session, device=device, held=held)
+    check_fits(transformer, height, width, **session, device=device, held=held, decoding=reencoding)
     needed = estimate(transformer, height, width, **session)
     kept = needed.cache + needed.prompts
-    bring_to_device(model, max(kept - workspace.nbytes, 0) + needed.device - kept)
+    others = [] if vae is None else [vae]
+    bring_to_device(model, max(kept - workspace.nbytes, 0) + needed.device - kept + reencoding, *others)

@@ -3,10 +3,12 @@ from comfy_api.latest import io
 from ..rolling_kv.config import SamplingConfig
 from ..rolling_kv.geometry import Geometry
 from ..rolling_kv.sampling.checks import long_sink_note
+from ..rolling_kv.sampling.recomputed import check_vae, needs_vae
 from ..rolling_kv.sampling.session import RollingSession
+from ..rolling_kv.sampling.state import CacheState
 from . import borders, inputs, run
 from .guard import guarded
-from .types import CATEGORY, Model, State
+from .types import CATEGORY, VAE, Model, ModelHandle, State
 
 SIZE = "Ignored when a state or an initial latent sets the size."
 
@@ -68,6 +70,13 @@ class RollingKVSample(io.ComfyNode):
                     optional=True,
                     tooltip="Continue this video. From the cache state output of another sampler.",
                 ),
+                inputs.switch_to(),
+                VAE.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="From Load Streaming VAE. Only for models whose context is computed anew before every chunk (Krea "
+                    "Realtime), which see a frame that was decoded and encoded again; others do not read it.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -86,7 +95,7 @@ class RollingKVSample(io.ComfyNode):
     @guarded
     def execute(
         cls, model, positive, length, length_unit, seed, width, height, guidance=None, negative=None,
-        initial_latent=None, state=None,
+        initial_latent=None, state=None, switch=None, vae=None,
     ) -> io.NodeOutput:  # fmt: skip
         given, start = borders.start_of(initial_latent, state, model.geometry, height, width)
         sampling = inputs.with_guidance(model.sampling, guidance)
@@ -96,18 +105,25 @@ class RollingKVSample(io.ComfyNode):
         sampling.check_length(chunks, start.frames, model.geometry)
         frames = start.frames + sampling.frames_of(chunks, start.frames)
         size = {"height": start.height, "width": start.width, "batch": start.batch}
-        run.make_room(model, sampling, frames=frames, **size)
+        switch, blend = inputs.switch_to_of(switch)
+        way = switch or model.cache.switch
+        sampling.check_cache(model.cache.with_rules(switch=way))
+        switches = [way, *(record.switch for record in state.records)] if state is not None else []
+        vae = _needed_vae(model, sampling, state or CacheState(), chunks, vae)
+        run.make_room(model, sampling, frames=frames, joint_switch="joint" in switches, vae=vae, **size)
         notes = [note] if (note := long_sink_note(sampling, model.cache, frames)) else []
         if notes:
             run.say(notes[0], cls.hidden.unique_id)
         with run.progress(cls.hidden.unique_id) as on_pass:
+            prompt = borders.embedding(positive, "positive")
+            avoid = borders.embedding(negative, "negative") if negative is not None and sampling.guided else None
             session = RollingSession(
-                model.engine,
-                borders.embedding(positive, "positive"),
-                negative=borders.embedding(negative, "negative") if negative is not None and sampling.guided else None,
-                sampling=sampling, cache=model.cache, execution=model.execution, step_cache=model.step_cache,
-                state=state, workspace=model.patcher.workspace, on_pass=on_pass, **size,
+                model.engine, prompt, negative=avoid, sampling=sampling, cache=model.cache, execution=model.execution,
+                step_cache=model.step_cache, state=state, workspace=model.patcher.workspace, switch=switch,
+                vae=vae and vae.model, on_pass=on_pass, **size,
             )  # fmt: skip
+            if blend > 1:
+                session.set_prompt(prompt, avoid, blend=blend)
             with session:
                 if given is not None:
                     session.prefill(given)
@@ -116,6 +132,16 @@ class RollingKVSample(io.ComfyNode):
         if session.step_report is not None:
             run.say("\n".join([*notes, session.step_report.summary()]), cls.hidden.unique_id)
         return io.NodeOutput(borders.latent_of(session.state), session.state)
+
+
+def _needed_vae(model: ModelHandle, sampling: SamplingConfig, state: CacheState, chunks: int, vae):
+    """The VAE, if these chunks need one. Raises ValueError where it is missing or that of other latents."""
+    run_on = (model.cache, sampling, state, chunks)
+    check_vae(*run_on, vae)
+    if not needs_vae(*run_on):
+        return None
+    borders.check_vae(vae.model.geometry, model.geometry)
+    return vae
 
 
 def _chunks(length: float, unit: str, sampling: SamplingConfig, start: int, geometry: Geometry) -> int:

@@ -33,7 +33,7 @@ LOADERS = {
 WIDTH, GAP, TITLE = 340, 40, 30
 ROOM = {
     "RollingKVLoadModel": 260, "RollingKVLoadTextEncoder": 136, "RollingKVLoadVAE": 136, "RollingKVEncodePrompt": 140,
-    "RollingKVAttachCache": 228, "RollingKVStepCache": 292, "RollingKVSample": 360, "RollingKVEncodeVideo": 160,
+    "RollingKVAttachCache": 324, "RollingKVStepCache": 292, "RollingKVSample": 412, "RollingKVEncodeVideo": 160,
     "RollingKVDecodeVideo": 160, "RollingKVBenchmark": 556, "SaveVideo": 148, "LoadImage": 340,
 }  # fmt: skip
 """Heights of the nodes where they are largest: in Nodes 2.0, with advanced inputs shown."""
@@ -127,7 +127,8 @@ WORKFLOWS = {
                 (340, 270),
                 "## Two prompts\nThe second sampler continues exactly where the first one stopped: "
                 "its **state** input is the first one's output. Chain as many as you like. When you change the second "
-                "prompt, only the second sampler runs again.",
+                "prompt, only the second sampler runs again. How fast the new prompt takes hold is up to its **switch** (an "
+                "advanced input).",
             ),
             (1, (720, 270), REAL_MODELS),
         ],
