@@ -33,6 +33,7 @@ LEAVING = ("drop", "ema", "memory")
 ACCUMULATION = ("float32", "model")
 SWITCHES = ("hold", "joint", "causal", "flush", "cut")
 CONTEXTS = ("kept", "recomputed")
+GIVEN_FRAMES = ("own chunk", "in chunk")
 CACHE_STORAGES = tuple(CODECS)
 WEIGHT_STORAGES = ("model", "float8")
 """How weights are stored: in the dtype that the model computes in, or the blocks' Linear layers in float8_e4m3fn."""
@@ -311,6 +312,8 @@ class SamplingConfig:
     shift: timestep shift of the flow schedule.
     guidance_scale: classifier-free guidance; 1 turns it off (one model pass per step instead of two).
     context_noise: timestep at which a finished chunk is written to the cache.
+    given_frame: how one given frame starts a video. "own chunk": as a chunk of its own, before the first that is made.
+        "in chunk": as the first frame of that chunk, clean while the others are made (LongLive 2).
     """
 
     chunk: int = 3
@@ -322,8 +325,10 @@ class SamplingConfig:
     shift: float = 5.0
     guidance_scale: float = 1.0
     context_noise: float = 0.0
+    given_frame: str = "own chunk"
 
     def __post_init__(self):
+        check_choice("given_frame", self.given_frame, GIVEN_FRAMES)
         check_whole("chunk", self.chunk, 1, MOST_CHUNK_FRAMES, "latent frame")
         check_flag("independent_first_frame", self.independent_first_frame)
         check_choice("sampler", self.sampler, SAMPLERS)
@@ -454,6 +459,10 @@ class SamplingConfig:
                 raise ValueError(
                     f'the sampler "rolling" has rules of its own for the cache: {name} must be "{only}", got "{chosen}"'
                 )
+
+    def given_inside(self, frames: int, start_frame: int = 0) -> bool:
+        """Whether that many given frames lie in the first chunk that is made, instead of before it."""
+        return self.given_frame == "in chunk" and (frames, start_frame) == (1, 0) and self.chunk_size(0) > 1
 
     def prefill_sizes(self, frames: int, start_frame: int = 0) -> list[int]:
         """Chunk sizes in which given latent frames enter a cache that holds `start_frame`; an odd remainder comes first."""

@@ -163,6 +163,7 @@ _SGF_NAME = r"(self.?gradient.?forcing|(^|[/_.-])sgf)"
 _SGF_PLUS_NAME = rf"{_SGF_NAME}.?(\+|plus)"
 _LONGLIVE_2_CODE = f"{_GITHUB}/NVlabs/LongLive"
 _LONGLIVE_2 = f"{_HUB}/Efficient-Large-Model/LongLive-2.0-5B"
+_UNIPC = SamplingConfig(chunk=8, sampler="unipc", num_inference_steps=4, given_frame="in chunk")
 _SHOTS = CacheConfig(32, sink=8, cut_flush=False, cut_offset=8, shot_sink=True)
 
 PRESETS: dict[str, ModelPreset] = {
@@ -496,7 +497,7 @@ PRESETS: dict[str, ModelPreset] = {
         ),
         ModelPreset(
             "longlive2",
-            SamplingConfig(chunk=8, sampler="unipc", num_inference_steps=4),
+            _UNIPC,
             _SHOTS,
             title="LongLive 2, 5B",
             names=(r"long.?live.?2(?!\d)",),
@@ -513,7 +514,7 @@ PRESETS: dict[str, ModelPreset] = {
         ),
         ModelPreset(
             "longlive2-2-step",
-            SamplingConfig(chunk=8, sampler="unipc", num_inference_steps=2),
+            replace(_UNIPC, num_inference_steps=2),
             _SHOTS,
             title="LongLive 2, 5B",
             names=(r"long.?live.?2(?!\d).*([^a-z\d]s2(?![a-z\d])|2.?step)",),

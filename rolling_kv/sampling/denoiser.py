@@ -51,6 +51,24 @@ class Denoiser:
         return uncond + self.sampling.guidance_scale * (cond - uncond)
 
 
+def beside_given(run: Pass, given: torch.Tensor) -> Pass:
+    """A pass over a chunk whose first frames are given: they go through the model clean, at timestep 0.
+
+    run: the pass over a chunk. given: latents [B, C, g, h, w].
+    """
+    frames = given.shape[2]
+
+    def beside(x: torch.Tensor, timestep: float) -> torch.Tensor:
+        return run(with_given(x, given), [0.0] * frames + [timestep] * (x.shape[2] - frames))
+
+    return beside
+
+
+def with_given(x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """A chunk with the given frames in the place of its first ones, [B, C, f, h, w]."""
+    return torch.cat([given.to(x.device, x.dtype), x[:, :, given.shape[2] :]], dim=2)
+
+
 def noise_dtype(sampling: SamplingConfig, dtype: torch.dtype) -> torch.dtype:
     """Dtype of a chunk's noise for a model of `dtype`: solvers work in float32, re-noising in the model's own."""
     return dtype if sampling.few_step else torch.float32

@@ -15,12 +15,12 @@ from ..cache.prompt import Branch
 from ..cache.sizes import CacheBytes
 from ..checkpoints.model import CausalModel
 from ..config import MOST_FRAMES, CacheConfig, ExecutionConfig, SamplingConfig, check_whole
-from ..step_cache import StepCache, StepCacheReport, StepProbe, start_step_cache
+from ..step_cache import Pass, StepCache, StepCacheReport, StepProbe, start_step_cache
 from ..wan.attachment import RollingAttachment, apply_rolling_kv_cache
 from .blend import blend_prompts
 from .branches import GuidanceBranches
 from .checks import check_latents, fitted_embeds
-from .denoiser import Denoiser, needed_negative, noise_dtype
+from .denoiser import Denoiser, beside_given, needed_negative, noise_dtype, with_given
 from .history import History
 from .recomputed import RecomputedContext, ReencodedFrames, Reencoding, check_vae, context_passes
 from .rolling import check_rolling, rolling_chunks
@@ -118,6 +118,7 @@ class RollingSession:
         self._workspace = workspace
         self._vae = vae
         self._fitted = partial(fitted_embeds, model, batch)
+        self._given: torch.Tensor | None = None  # the frame that the first chunk will begin with
         self._open: _Open | None = None
         self._passes_done = 0
         self.sampling.check_cache(self.cache_config)
@@ -189,9 +190,15 @@ class RollingSession:
         return "" if switch == "hold" else switch
 
     def prefill(self, latents: torch.Tensor) -> None:
-        """Append given clean latents, [B, C, F, h, w] in model space: an image, or a video to extend."""
+        """Append given clean latents, [B, C, F, h, w] in model space: an image, or a video to extend.
+
+        Where the family has a single frame inside the first chunk, that chunk will begin with it, and nothing is appended.
+        """
         self.sampling.check_given()
         check_latents(self.model, self.batch, self.latent_size, latents, "the initial latents")
+        if self.sampling.given_inside(latents.shape[2], self.state.frames):
+            self._given = latents.detach().to(self.model.compute_device(), self.dtype, copy=True)
+            return
         sizes = self.sampling.prefill_sizes(latents.shape[2], self.state.frames)
         for chunk in latents.to(self.dtype).split(sizes, dim=2):
             wanted, switch = self._wanted, self._next_switch()
@@ -253,7 +260,10 @@ class RollingSession:
             branches = run.branches.for_prompts(prompt, negative)
             for branch in branches:
                 branch.cache.begin(shape[2])
-            passes = [partial(run.attachment.predict, branch=branch) for branch in branches]
+            passes: list[Pass] = [partial(run.attachment.predict, branch=branch) for branch in branches]
+            given = None if start else self._given
+            if given is not None:
+                passes = [beside_given(run_pass, given) for run_pass in passes]
             predict = Denoiser(passes, sampling, self.dtype, run.steps, on_step)
             noise = chunk_noise(
                 noise_source, seed, start, shape, noise_dtype(sampling, self.dtype), self.model.compute_device()
@@ -263,8 +273,15 @@ class RollingSession:
                 noise = starting_from(piece, noise, warp_steps(sampling.steps_at(start), sampling.shift)[0])
             with torch.inference_mode():
                 latents = sample_chunk(predict, noise, sampling, start).to(self.dtype)
+                latents = latents if given is None else with_given(latents, given)
             self.state = self.state.extended(
-                latents, timestep=context_noise, prompt=prompt, negative=negative, seed=seed, switch=switch
+                latents,
+                timestep=context_noise,
+                prompt=prompt,
+                negative=negative,
+                seed=seed,
+                switch=switch,
+                given=0 if given is None else given.shape[2],
             )
             if self._wanted is wanted:
                 self._wanted = wanted.following()

@@ -40,6 +40,7 @@ class ChunkRecord(NamedTuple):
     negative: likewise, or -1 without guidance.
     seed: None where the frames were given, not generated.
     switch: what was done to the cache before this chunk, one of `config.SWITCHES`; empty where nothing was.
+    given: how many of a generated chunk's first frames were given.
     """
 
     frames: int
@@ -48,6 +49,7 @@ class ChunkRecord(NamedTuple):
     negative: int
     seed: int | None
     switch: str = ""
+    given: int = 0
 
 
 class CacheState(NamedTuple):
@@ -119,6 +121,7 @@ class CacheState(NamedTuple):
         negative: torch.Tensor | None,
         seed: int | None,
         switch: str = "",
+        given: int = 0,
     ) -> CacheState:
         """This video with one more chunk. The prompts are kept as they are: nobody may change them.
 
@@ -127,6 +130,7 @@ class CacheState(NamedTuple):
         prompt, negative: embeddings [B, L, D]; negative is None without guidance.
         seed: None where the frames were given, not generated.
         switch: what was done to the cache before this chunk.
+        given: how many of a generated chunk's first frames were given.
 
         Raises ValueError for a chunk with values that are no numbers, so that none is decoded or continued.
         """
@@ -136,7 +140,7 @@ class CacheState(NamedTuple):
         prompts = self.prompts
         prompts, prompt_index = _with_prompt(prompts, prompt)
         prompts, negative_index = _with_prompt(prompts, negative)
-        record = ChunkRecord(chunk.shape[2], float(timestep), prompt_index, negative_index, seed, switch)
+        record = ChunkRecord(chunk.shape[2], float(timestep), prompt_index, negative_index, seed, switch, given)
         digest = hashlib.sha256(f"{self.key} {self.model} {tuple(record)} {tuple(chunk.shape)}".encode())
         for tensor in (chunk, *prompts[len(self.prompts) :]):
             digest.update(tensor.contiguous().view(torch.uint8).numpy().data)

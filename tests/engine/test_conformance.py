@@ -41,10 +41,7 @@ QUIRKS = {
 
 
 def by_name(cases):
-    coming = pytest.mark.xfail(reason="not every family's rules are in the engine yet")
-    pending = ("longlive2/image_to_video",)
-    marked = [pytest.param(case, marks=[coming] * case.name.startswith(pending)) for case in cases]
-    return pytest.mark.parametrize("case", marked, ids=lambda case: case.name)
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
 def difference(a, b):
