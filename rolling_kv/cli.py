@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
     generate.add_argument("--prompt", required=True, help="what the video shows")
     generate.add_argument("--output", required=True, type=Path, metavar="F", help="file to write, ending in .mp4")
+    generate.add_argument("--image", type=Path, metavar="F", help="a picture that the video starts with")
     generate.add_argument("--seconds", type=float, default=5.0, help="length, rounded up to whole chunks")
     generate.add_argument("--seed", type=int, default=0, help="same seed, same video")
     generate.add_argument(
@@ -184,6 +185,7 @@ def _generate(args: argparse.Namespace) -> None:
             seconds=args.seconds,
             seed=args.seed,
             negative_prompt=args.negative_prompt,
+            image=args.image,
             sampling=sampling,
             cache=cache,
             scale=args.scale,

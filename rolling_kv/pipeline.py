@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ from .sampling.recomputed import needs_vae
 from .sampling.session import RollingSession
 from .sampling.state import CacheState
 from .text import TextEncoder, load_text_encoder
-from .vae import WanVAE, load_vae, to_raw
-from .video import VideoWriter
+from .vae import WanVAE, load_vae, to_model, to_raw
+from .video import VideoWriter, read_picture
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class Pipeline:
         seconds: float,
         seed: int = 0,
         negative_prompt: str = "",
+        image: str | Path | None = None,
         sampling: SamplingConfig | None = None,
         cache: CacheConfig | None = None,
         scale: int = 1,
@@ -92,6 +94,7 @@ class Pipeline:
 
         Memory does not grow with the length, up to the clean latents (0.4 MB per latent frame at 480x832).
         height, width: pixels, multiples of 16 (for Wan 2.2 5B: 32). scale: enlarge each pixel so many times.
+        image: a picture that the video starts with, scaled and cropped to that size.
         sampling, cache: by default the model's preset. execution, on_pass: see `RollingSession`.
         Raises ValueError, before anything is sampled, for settings that cannot work or take more memory than there is.
         """
@@ -105,8 +108,13 @@ class Pipeline:
             scale=scale,
             metadata={"prompt": prompt, "seed": str(seed)},
         )
-        chunks = sampling.chunks_for_seconds(seconds, geometry=self.model.geometry)
-        sampling.check_length(chunks, geometry=self.model.geometry)
+        if image is not None:
+            sampling.check_given()
+        picture = None if image is None else read_picture(image, height, width)
+        start = 0 if picture is None or sampling.given_inside(1) else 1
+        chunks = sampling.chunks_for_seconds(seconds, start, self.model.geometry)
+        frames = start + sampling.frames_of(chunks, start)
+        sampling.check_length(chunks, start, self.model.geometry)
         streams = 1 + needs_vae(cache, sampling, CacheState(), chunks)  # one for the file, one for the context
         check_fits(
             self.model.transformer,
@@ -115,12 +123,12 @@ class Pipeline:
             sampling=sampling,
             cache=cache,
             device=self.model.compute_device(),
-            frames=sampling.frames_of(chunks),
+            frames=frames,
             dtype=self.model.dtype,
             decoding=streams * self.vae.decode_bytes(height, width),
             weight_sets=len(self.model.transformers),
         )
-        if note := long_sink_note(sampling, cache, sampling.frames_of(chunks)):
+        if note := long_sink_note(sampling, cache, frames):
             logger.warning("%s", note)
         session = RollingSession(
             self.model,
@@ -136,8 +144,12 @@ class Pipeline:
         )
         decoder = self.vae.decoder()
         with writer, session:
-            for chunk in session.generate(chunks, seed=seed):
+            if picture is not None:
                 with torch.inference_mode():
-                    for frames in decoder.decode_frames(to_raw(chunk.latents.float())):
-                        writer.write(frames)
+                    session.prefill(to_model(self.vae.encode_video(picture)))
+            made = (chunk.latents for chunk in session.generate(chunks, seed=seed))
+            for latents in chain(session.state.chunks, made):
+                with torch.inference_mode():
+                    for pictures in decoder.decode_frames(to_raw(latents.float())):
+                        writer.write(pictures)
         return Path(output)

@@ -196,6 +196,8 @@ class RollingSession:
         """
         self.sampling.check_given()
         check_latents(self.model, self.batch, self.latent_size, latents, "the initial latents")
+        if self._given is not None:  # with more frames it is the start of a video
+            latents, self._given = torch.cat([self._given, latents.to(self._given)], dim=2), None
         if self.sampling.given_inside(latents.shape[2], self.state.frames):
             self._given = latents.detach().to(self.model.compute_device(), self.dtype, copy=True)
             return

@@ -24,6 +24,7 @@ VALUES = {  # of options whose type does not tell one; anything but the default
     "--vae": "vae.safetensors",
     "--lora": "lora.safetensors",
     "--negative-prompt": "grey",
+    "--image": "start.png",
     "--window": "all",
     "--guidance": "2.5",
     "--width": "48",

@@ -10,12 +10,14 @@ from rolling_kv.checkpoints.model import load_model
 from rolling_kv.checkpoints.readers import CheckpointError
 from rolling_kv.cli import main
 from rolling_kv.config import CacheConfig, ExecutionConfig
+from rolling_kv.geometry import GEOMETRIES
 from rolling_kv.lora.reader import load_lora
 from rolling_kv.lora.stack import applied_loras
 from rolling_kv.pipeline import Pipeline
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.tiny import make_tiny
-from rolling_kv.video import read_video_info
+from rolling_kv.vae import load_vae, to_raw
+from rolling_kv.video import VideoWriter, read_picture, read_video_info
 from rolling_kv.wan.execution import weights_of
 
 SIZE = dict(height=32, width=32, seconds=0.2)
@@ -129,8 +131,27 @@ def test_a_model_with_the_latents_of_wan_2_2_makes_its_own_rate_and_size(folder,
     generate(tmp_path / "tiny", tmp_path / "video.mp4", "--seconds", 0.4)
     info = read_video_info(tmp_path / "video.mp4")
     assert (info.frames, info.width, info.height, info.fps) == (13, 32, 32, 24)  # two chunks of 2: 0.4 s are 10 frames
+    with pytest.raises(SystemExit, match="tiny holds no picture"):
+        generate(tmp_path / "tiny", tmp_path / "video.mp4", "--image", tmp_path / "tiny")
     with pytest.raises(CheckpointError, match="the Wan 2.1 VAE, with 16 latent channels.* Wan 2.2 5B, with 48"):
         Pipeline.load(tmp_path / "tiny", vae=folder)
+
+
+@pytest.mark.parametrize("channels, frames, given", [(16, 1 + 3, [0, 0]), (48, 2, [1])], ids=["Wan 2.1", "Wan 2.2"])
+def test_a_video_starts_with_an_image(channels, frames, given, tmp_path, sessions):
+    """As the family has it: a chunk of its own, or the first frame of the first full chunk."""
+    folder = make_tiny(tmp_path / "tiny", geometry=GEOMETRIES[channels])
+    colours = torch.zeros(1, 3, 1, 40, 60)
+    colours[:, 0], colours[:, 2, :, :, 30:] = 0.8, -0.8
+    with VideoWriter(tmp_path / "start.mp4", 60, 40, crf=1) as writer:
+        writer.write(colours)
+    generate(folder, tmp_path / "video.mp4", "--image", tmp_path / "start.mp4")
+    ((_, session),) = sessions
+    state, vae = session.state, load_vae(folder)
+    assert state.frames == frames and [record.given for record in state.records] == given
+    picture = read_picture(tmp_path / "start.mp4", 32, 32)
+    assert torch.allclose(to_raw(state.latents()[:, :, :1].float()), vae.encode_video(picture), atol=1e-4)
+    assert read_video_info(tmp_path / "video.mp4").frames == GEOMETRIES[channels].pixel_frames(frames)
 
 
 # The command line

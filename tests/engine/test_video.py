@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rolling_kv import atomic
-from rolling_kv.video import VideoWriter, read_frames, read_video_info, to_uint8
+from rolling_kv.video import VideoWriter, read_frames, read_picture, read_video_info, to_uint8
 
 COLOURS = torch.tensor(
     [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 120, 40]], dtype=torch.uint8
@@ -244,3 +244,27 @@ def test_a_place_that_cannot_be_written_shows_on_entering(tmp_path):
     with pytest.raises(OSError, match="folder.mp4 is a folder"):
         VideoWriter(tmp_path / "folder.mp4", 48, 32).__enter__()
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.mp4"]
+
+
+@pytest.mark.parametrize("rows, columns", [(40, 60), (60, 40), (1, 90), (20, 20)])
+def test_a_picture_fills_the_size(rows, columns, tmp_path):
+    """A ramp to the right: what is kept is its middle, and nothing is stretched."""
+    ramp = np.tile(np.linspace(0, 255, columns).astype(np.uint8), (rows, 1))
+    file = tmp_path / "picture.png"
+    with av.open(str(file), "w", format="image2") as container:
+        stream = container.add_stream("png", width=columns, height=rows, pix_fmt="rgb24")
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.stack([ramp] * 3, 2), format="rgb24")))
+    picture = read_picture(file, 32, 32)
+    assert picture.shape == (1, 3, 1, 32, 32) and picture.abs().max() <= 1
+    line = picture[0, 0, 0].mean(0)
+    assert abs(line.mean()) < 0.05 and (line.diff() > -0.01).all()
+    kept = min(rows / columns, 1)
+    assert line[-1] - line[0] == pytest.approx(2 * kept, abs=0.1 + 2 * kept / 32)
+    assert (picture[0, :, 0] - line).abs().max() < 0.02
+
+
+def test_a_file_without_a_picture_is_named(tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    for name in ("text.png", "absent.png"):
+        with pytest.raises(ValueError, match=f"{name} holds no picture that can be read"):
+            read_picture(tmp_path / name, 32, 32)
