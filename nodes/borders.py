@@ -7,9 +7,14 @@ from typing import NamedTuple
 import comfy.model_management as mm
 import torch
 
+from ..rolling_kv.config import SamplingConfig
 from ..rolling_kv.geometry import GEOMETRIES, TEXT_LENGTH, Geometry
+from ..rolling_kv.presets import ModelPreset
 from ..rolling_kv.sampling.state import CacheState
 from ..rolling_kv.vae import to_model, to_raw
+
+AFTER_CUT = "rolling_kv_after_cut"
+"""Key of a CONDITIONING: the embedding of the same text without the marker that begins a shot."""
 
 
 def embedding(conditioning: list, name: str) -> torch.Tensor:
@@ -24,8 +29,17 @@ def embedding(conditioning: list, name: str) -> torch.Tensor:
     return torch.nn.functional.pad(embedding, (0, 0, 0, missing)) if missing > 0 else embedding
 
 
+def after_cut(conditioning: list, preset: ModelPreset) -> torch.Tensor | None:
+    """What a shot goes on with whose first chunk has this CONDITIONING, [1, 512, D]; None where it begins no shot.
+
+    Encode Prompt leaves it there for a text with a marker; families whose prompts have none do not read it.
+    """
+    _, *notes = conditioning[0]
+    return notes[0].get(AFTER_CUT) if preset.cut_marker and notes else None
+
+
 class Start(NamedTuple):
-    """Where a run starts: videos side by side, latent frames that are there already, height and width in pixels."""
+    """Where a run starts: videos side by side, latent frames before the first chunk, height and width in pixels."""
 
     batch: int
     frames: int
@@ -34,7 +48,12 @@ class Start(NamedTuple):
 
 
 def start_of(
-    initial_latent: dict | None, state: CacheState | None, geometry: Geometry, height: int, width: int
+    initial_latent: dict | None,
+    state: CacheState | None,
+    geometry: Geometry,
+    sampling: SamplingConfig,
+    height: int,
+    width: int,
 ) -> tuple[torch.Tensor | None, Start]:
     """The frames to start from in model space, if there are any, and the start that they or a state make.
 
@@ -51,6 +70,8 @@ def start_of(
     if before is None:
         return None, Start(1, 0, height, width)
     frames = state.frames if state is not None else before.shape[2]
+    if state is None and sampling.given_inside(frames):
+        frames = 0
     return given, Start(before.shape[0], frames, *geometry.pixel_size(*before.shape[-2:]))
 
 
@@ -68,7 +89,17 @@ def initial_latents(latent: dict, geometry: Geometry) -> torch.Tensor:
             "The initial latent is empty: all of it is zero, which no picture is. Sample Video needs no empty latent: "
             "leave the input unconnected, or connect frames to start from, encoded with Encode Video."
         )
-    return to_model(samples.float())
+    return to_model(_marked_as_given(latent).float())
+
+
+def _marked_as_given(latent: dict) -> torch.Tensor:
+    """The first frames that a noise mask leaves as they are, as Wan22ImageToVideoLatent marks them; all without a mask."""
+    samples, mask = latent["samples"], latent.get("noise_mask")
+    if mask is None or mask.ndim != 5 or mask.shape[2] != samples.shape[2]:
+        return samples
+    noisy = mask.amax(dim=(0, 1, 3, 4)) > 0
+    given = int((noisy.cumsum(0) == 0).sum())
+    return samples[:, :, :given] if given else samples
 
 
 def latents_to_decode(latent: dict, geometry: Geometry) -> torch.Tensor:

@@ -1,6 +1,9 @@
 import comfy.model_management as mm
 from comfy_api.latest import io
 
+from ..rolling_kv.presets import CUT_MARKERS
+from ..rolling_kv.text import clean
+from . import borders
 from .guard import guarded
 from .types import CATEGORY, TextEncoder
 
@@ -38,5 +41,7 @@ class RollingKVEncodePrompt(io.ComfyNode):
     @guarded
     def execute(cls, text_encoder, text) -> io.NodeOutput:
         text_encoder.bring_to_device()
-        embedding = text_encoder.model.encode([text]).to(mm.intermediate_device())
-        return io.NodeOutput([[embedding, {}]])
+        marker = next((marker for marker in CUT_MARKERS if clean(text).startswith(marker)), "")
+        embedding, after = text_encoder.model.encode_shot(text, marker)
+        notes = {} if after is None else {borders.AFTER_CUT: after.to(mm.intermediate_device())}
+        return io.NodeOutput([[embedding.to(mm.intermediate_device()), notes]])

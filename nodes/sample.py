@@ -97,8 +97,8 @@ class RollingKVSample(io.ComfyNode):
         cls, model, positive, length, length_unit, seed, width, height, guidance=None, negative=None,
         initial_latent=None, state=None, switch=None, vae=None,
     ) -> io.NodeOutput:  # fmt: skip
-        given, start = borders.start_of(initial_latent, state, model.geometry, height, width)
         sampling = inputs.with_guidance(model.sampling, guidance)
+        given, start = borders.start_of(initial_latent, state, model.geometry, sampling, height, width)
         if given is not None:
             sampling.check_given()
         chunks = _chunks(length, length_unit, sampling, start.frames, model.geometry)
@@ -106,6 +106,9 @@ class RollingKVSample(io.ComfyNode):
         frames = start.frames + sampling.frames_of(chunks, start.frames)
         size = {"height": start.height, "width": start.width, "batch": start.batch}
         switch, blend = inputs.switch_to_of(switch)
+        after = borders.after_cut(positive, model.engine.preset)
+        if after is not None and switch is None and blend == 1:
+            switch = "cut"
         way = switch or model.cache.switch
         sampling.check_cache(model.cache.with_rules(switch=way))
         switches = [way, *(record.switch for record in state.records)] if state is not None else []
@@ -120,10 +123,10 @@ class RollingKVSample(io.ComfyNode):
             session = RollingSession(
                 model.engine, prompt, negative=avoid, sampling=sampling, cache=model.cache, execution=model.execution,
                 step_cache=model.step_cache, state=state, workspace=model.patcher.workspace, switch=switch,
-                vae=vae and vae.model, on_pass=on_pass, **size,
+                after=after, vae=vae and vae.model, on_pass=on_pass, **size,
             )  # fmt: skip
             if blend > 1:
-                session.set_prompt(prompt, avoid, blend=blend)
+                session.set_prompt(prompt, avoid, after=after, blend=blend)
             with session:
                 if given is not None:
                     session.prefill(given)

@@ -130,13 +130,15 @@ class Pipeline:
         )
         if note := long_sink_note(sampling, cache, frames):
             logger.warning("%s", note)
+        embeds, after = self.text_encoder.encode_shot(prompt, self.model.preset.cut_marker)
         session = RollingSession(
             self.model,
-            self.text_encoder.encode([prompt]),
+            embeds,
             height=height,
             width=width,
             sampling=sampling,
             cache=cache,
+            after=after,
             negative=self.text_encoder.encode([negative_prompt]) if sampling.guided else None,
             vae=self.vae,
             execution=execution,

@@ -38,6 +38,7 @@ class ModelPreset:
     names: regular expressions of file names, or of `folder/file` and `folder/folder/file`, in any case. None: what is
         trained for this is told by nobody but the user.
     files: where the weights come from.
+    cut_marker: what a prompt begins with that cuts to a new shot; empty where no text does.
     licence: of the weights, and who says so.
     source: the code or paper that the settings were read from.
     compared: the family of recordings that the rules were compared with, see docs/models.md; empty for none.
@@ -49,6 +50,7 @@ class ModelPreset:
     name: str
     sampling: SamplingConfig = SamplingConfig()
     cache: CacheConfig = CacheConfig()
+    cut_marker: str = ""
     title: str = field(default="", compare=False)
     names: tuple[str, ...] = field(default=(), compare=False)
     files: tuple[ModelFile, ...] = field(default=(), compare=False)
@@ -100,6 +102,7 @@ class ModelPreset:
         """Plain JSON values; `from_dict` reads them back. Names and files are not among them."""
         values = {"name": self.name} | {name: getattr(self.cache, name) for name in _CACHE_FIELDS}
         values |= {f.name: getattr(self.sampling, f.name) for f in fields(SamplingConfig)}
+        values |= {"cut_marker": self.cut_marker} if self.cut_marker else {}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
@@ -112,16 +115,19 @@ class ModelPreset:
         if not isinstance(values, dict):
             raise ValueError(f"a preset is an object with names and values, not {shown(values)}")
         known = {f.name for f in fields(SamplingConfig)}
-        unknown = [name for name in values if name not in known | {"name", *_CACHE_FIELDS}]
+        unknown = [name for name in values if name not in known | {"name", "cut_marker", *_CACHE_FIELDS}]
         if unknown:
             raise ValueError(f"unknown preset entries: {listed(sorted(unknown))}")
-        name = values.get("name", "custom")
-        if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= NAME_LENGTH:
-            raise ValueError(f"the name of a preset is a text of at most {NAME_LENGTH} characters, got {shown(name)}")
+        name, marker = values.get("name", "custom"), values.get("cut_marker", "")
+        for what, text, least in (("name", name, 1), ("cut marker", marker, 0)):
+            if not isinstance(text, str) or not text.isprintable() or not least <= len(text) <= NAME_LENGTH:
+                raise ValueError(
+                    f"the {what} of a preset is a text of at most {NAME_LENGTH} characters, got {shown(text)}"
+                )
         sampling = SamplingConfig(**{k: v for k, v in values.items() if k in known})
         cache = CacheConfig(**{k: v for k, v in values.items() if k in _CACHE_FIELDS})
         sampling.check_cache(cache)
-        return cls(name, sampling, cache)
+        return cls(name, sampling, cache, marker)
 
 
 def _first_chunks(sampling: SamplingConfig) -> list[str]:
@@ -164,6 +170,7 @@ _SGF_PLUS_NAME = rf"{_SGF_NAME}.?(\+|plus)"
 _LONGLIVE_2_CODE = f"{_GITHUB}/NVlabs/LongLive"
 _LONGLIVE_2 = f"{_HUB}/Efficient-Large-Model/LongLive-2.0-5B"
 _UNIPC = SamplingConfig(chunk=8, sampler="unipc", num_inference_steps=4, given_frame="in chunk")
+_SHOT_MARKER = "The scene transitions. "
 _SHOTS = CacheConfig(32, sink=8, cut_flush=False, cut_offset=8, shot_sink=True)
 
 PRESETS: dict[str, ModelPreset] = {
@@ -499,6 +506,7 @@ PRESETS: dict[str, ModelPreset] = {
             "longlive2",
             _UNIPC,
             _SHOTS,
+            _SHOT_MARKER,
             title="LongLive 2, 5B",
             names=(r"long.?live.?2(?!\d)",),
             files=(
@@ -516,6 +524,7 @@ PRESETS: dict[str, ModelPreset] = {
             "longlive2-2-step",
             replace(_UNIPC, num_inference_steps=2),
             _SHOTS,
+            _SHOT_MARKER,
             title="LongLive 2, 5B",
             names=(r"long.?live.?2(?!\d).*([^a-z\d]s2(?![a-z\d])|2.?step)",),
             files=(
@@ -537,13 +546,21 @@ DEFAULT_PRESET = PRESETS["self-forcing"]
 DEFAULT_PRESETS = {16: DEFAULT_PRESET, 48: PRESETS["longlive2"]}
 """What is assumed of a checkpoint that does not tell, by its latent channels."""
 
+CUT_MARKERS = tuple(dict.fromkeys(preset.cut_marker for preset in PRESETS.values() if preset.cut_marker))
+"""What prompts begin with that begin a shot, of all families."""
+
 _REPACKAGED = f"{_HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
 TEXT_ENCODER_FILES = tuple(
     ModelFile(name, f"{_REPACKAGED}/text_encoders/{name}")
     for name in ("umt5_xxl_fp8_e4m3fn_scaled.safetensors", "umt5_xxl_fp16.safetensors")
 )
 VAE_FILE = ModelFile("wan_2.1_vae.safetensors", f"{_REPACKAGED}/vae/wan_2.1_vae.safetensors")
-"""What every family reads prompts and writes pictures with."""
+VAE_FILE_22 = ModelFile(
+    "wan2.2_vae.safetensors",
+    f"{_HUB}/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files/vae/wan2.2_vae.safetensors",
+    "for LongLive 2",
+)
+"""What the families read prompts and write pictures with."""
 
 CAUSAL_MARK_PRESET = PRESETS["causal-forcing-framewise"]
 """Of files that carry ComfyUI's mark for causal models: the one family that it has repackaged."""

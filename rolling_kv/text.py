@@ -127,6 +127,16 @@ class TextEncoder(nn.Module):
             )
         return embeddings
 
+    def encode_shot(self, prompt: str, marker: str) -> tuple[Tensor, Tensor | None]:
+        """Embed a prompt, and what its shot goes on with where it begins one: the same text without the marker.
+
+        marker: how prompts begin that begin a shot, as `ModelPreset.cut_marker` has it; empty where none does.
+        Returns two embeddings as of `encode`, the second None where the prompt begins no shot.
+        """
+        text = clean(prompt)
+        begins = bool(marker) and text.startswith(marker)
+        return self.encode([prompt]), self.encode([text.removeprefix(marker)]) if begins else None
+
 
 def clean(prompt: str) -> str:
     """A prompt as Wan was trained on it: HTML entities resolved, runs of white space made one space.

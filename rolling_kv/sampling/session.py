@@ -42,7 +42,7 @@ class _Open:
 class _Wanted(NamedTuple):
     """What the next chunk is to be made with: embeddings [B, L, D] on the CPU, and how to switch to them.
 
-    coming: the prompts of the chunks after it, while one prompt is blended into another.
+    coming: the prompts of the chunks after it, where they are others: a blend, or a shot that the first one begins.
     """
 
     prompt: torch.Tensor
@@ -51,10 +51,10 @@ class _Wanted(NamedTuple):
     coming: tuple[torch.Tensor, ...] = ()
 
     def following(self) -> _Wanted:
-        """What the chunk after it is to be made with: a switch is done once, and what a blend holds it holds to the end."""
+        """What the chunk after it is to be made with: a switch is done once, and nothing on the way of a blend."""
         if not self.coming:
             return self._replace(switch=None)
-        return self._replace(prompt=self.coming[0], coming=self.coming[1:])
+        return _Wanted(self.coming[0], self.negative, "hold", self.coming[1:])
 
 
 class RollingSession:
@@ -76,6 +76,7 @@ class RollingSession:
     workspace: where to look for, and leave, a working cache.
     switch: how to switch to this prompt where the state's last chunk had another: one of `config.SWITCHES`. None: in the
         family's own way, and not at all if it is the same prompt.
+    after: embeddings for the chunks behind the first that is made, where they are others; see `set_prompt`.
     vae: a `vae.WanVAE`. Only a recomputed context asks for it, once the video's first frame is out of view.
     step_cache: a method of `step_cache.METHODS`, which skips work between denoising steps, never in a pass that writes
         the cache; `step_report` tells what it did, once the session is closed.
@@ -100,6 +101,7 @@ class RollingSession:
         state: CacheState | None = None,
         workspace: Workspace | None = None,
         switch: str | None = None,
+        after: torch.Tensor | None = None,
         vae: Reencoding | None = None,
         step_cache=None,
         on_pass: Callable[[int, int], None] | None = None,
@@ -128,7 +130,7 @@ class RollingSession:
         if self.sampling.joint:
             check_rolling(self.state, step_cache is not None)
         self._current = self._last_prompt() if self.state.records else None  # of the chunk that was begun last
-        self.set_prompt(prompt, negative, switch)
+        self.set_prompt(prompt, negative, switch, after)
 
     @property
     def cache_bytes(self) -> CacheBytes:
@@ -140,6 +142,7 @@ class RollingSession:
         prompt: torch.Tensor,
         negative: torch.Tensor | None = None,
         switch: str | None = None,
+        after: torch.Tensor | None = None,
         *,
         blend: int = 1,
         curve: str = "linear",
@@ -149,6 +152,8 @@ class RollingSession:
         prompt, negative: embeddings [B or 1, L, D].
         switch: what is done to the cache before that chunk, one of `config.SWITCHES`; None: what the family does when the
             prompt changes, and nothing where it does not.
+        after: embeddings for the chunks behind the next one, where they are others: a cut of LongLive 2 is said in the
+            first chunk of a shot alone.
         blend: generated chunks over which the prompt of the last chunk becomes this one: the first of them still has the
             old prompt, the last is the first to have the new one, and nothing is done to the cache. Each mixture is a
             prompt of the log, and a change during a blend starts from the last of them. 1: at once. The negative prompt
@@ -174,6 +179,8 @@ class RollingSession:
         if blend > 1:
             old = self._wanted.prompt if self._current is None else self._current
             (fitted, *coming), switch = blend_prompts(old, fitted, blend, curve), "hold"
+        if after is not None:
+            coming = (*coming, self._fitted(after, "the prompt after the next chunk").clone())
         self._wanted = _Wanted(fitted, fitted_negative, switch, tuple(coming))
 
     def _last_prompt(self) -> torch.Tensor:
@@ -208,8 +215,8 @@ class RollingSession:
                 chunk, timestep=0.0, prompt=wanted.prompt, negative=wanted.negative, seed=None, switch=switch
             )
             self._current = wanted.prompt
-            if not wanted.coming:  # a blend waits for the next generated chunk
-                self._wanted = wanted.following()
+            # What comes after waits for the next generated chunk, which has the prompt of the given ones.
+            self._wanted = wanted._replace(switch="hold") if wanted.coming else wanted.following()
 
     def generate(
         self,

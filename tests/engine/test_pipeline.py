@@ -137,6 +137,16 @@ def test_a_model_with_the_latents_of_wan_2_2_makes_its_own_rate_and_size(folder,
         Pipeline.load(tmp_path / "tiny", vae=folder)
 
 
+def test_the_marker_of_a_shot_is_said_in_its_first_chunk_alone(tmp_path, sessions):
+    folder = make_tiny(tmp_path / "tiny", geometry=GEOMETRIES[48])
+    pipeline = Pipeline.load(folder)
+    marked = f"The scene transitions. {PROMPT}"
+    pipeline.generate(marked, tmp_path / "video.mp4", height=32, width=32, seconds=0.4)
+    ((_, session),) = sessions
+    assert [record.prompt for record in session.state.records] == [0, 1]
+    assert all(map(torch.equal, session.state.prompts, map(pipeline.text_encoder.encode, ([marked], [PROMPT]))))
+
+
 @pytest.mark.parametrize("channels, frames, given", [(16, 1 + 3, [0, 0]), (48, 2, [1])], ids=["Wan 2.1", "Wan 2.2"])
 def test_a_video_starts_with_an_image(channels, frames, given, tmp_path, sessions):
     """As the family has it: a chunk of its own, or the first frame of the first full chunk."""

@@ -12,7 +12,7 @@ from rolling_kv.checkpoints.detect import detect_preset
 from rolling_kv.checkpoints.readers import Checkpoint
 from rolling_kv.config import CacheConfig, SamplingConfig
 from rolling_kv.geometry import WAN_21
-from rolling_kv.presets import PRESETS, ModelPreset
+from rolling_kv.presets import CUT_MARKERS, PRESETS, ModelPreset
 from rolling_kv.sampling.schedule import flow_schedule, warp_steps
 
 
@@ -175,6 +175,22 @@ def test_presets_go_together_and_say_where_they_are_from(preset):
 def test_rules_that_do_not_fit_are_refused_where_they_are_read(values, message):
     with pytest.raises(ValueError, match=message):
         ModelPreset.from_dict({"name": "mine"} | values)
+
+
+def test_published_settings_of_longlive_2():
+    four, two = PRESETS["longlive2"], PRESETS["longlive2-2-step"]
+    assert (
+        four.cache
+        == two.cache
+        == CacheConfig(32, sink=8, switch="hold", cut_flush=False, cut_offset=8, shot_sink=True, shot_clean=False)
+    )
+    assert (four.sampling.passes, two.sampling.passes) == (4, 2)
+    assert four.sampling == SamplingConfig(
+        chunk=8, sampler="unipc", num_inference_steps=4, shift=5.0, given_frame="in chunk"
+    )
+    assert four.cut_marker == two.cut_marker == "The scene transitions. " and CUT_MARKERS == (four.cut_marker,)
+    with pytest.raises(ValueError, match="the cut marker of a preset is a text"):
+        ModelPreset.from_dict({"cut_marker": 3})
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)

@@ -334,3 +334,17 @@ def test_settings_and_values_of_an_encoder_are_checked(weights, pieces, tmp_path
     save_file(weights | spiece(pieces) | {"encoder.final_layer_norm.weight": torch.full((32,), float("nan"))}, path)
     with pytest.raises(ValueError, match="the text encoder makes values that are no numbers"):
         load_text_encoder(path).encode(["cats"])
+
+
+def test_a_shot_goes_on_without_the_marker(folder):
+    encoder, marker = load_text_encoder(folder), "The cut. "
+    begun, after = encoder.encode_shot("  The cut. a red circle", marker)
+    assert torch.equal(begun, encoder.encode(["The cut. a red circle"]))
+    assert torch.equal(after, encoder.encode(["a red circle"])) and not torch.equal(begun, after)
+    for prompt, marked in (
+        ("a red circle", marker),
+        ("a red circle. The cut. ", marker),
+        ("The cut. a red circle", ""),
+    ):
+        plain, after = encoder.encode_shot(prompt, marked)
+        assert torch.equal(plain, encoder.encode([prompt])) and after is None

@@ -19,9 +19,12 @@ from graphs import (
 )
 from safetensors.torch import load_file, save_file
 
+from rolling_kv.checkpoints.model import load_model
 from rolling_kv.geometry import WAN_22
+from rolling_kv.sampling.session import RollingSession
+from rolling_kv.text import load_text_encoder
 from rolling_kv.tiny import make_tiny
-from rolling_kv.vae import LATENTS_MEAN_22, LATENTS_STD_22, WanVAE
+from rolling_kv.vae import LATENTS_MEAN_22, LATENTS_STD_22, WanVAE, to_model, to_raw
 from tests.engine.test_vae import latents, make_vae_22, originals_of, pixels
 from tools.comfyui.client import PromptFailed, first_file
 
@@ -64,6 +67,37 @@ def test_sampling_decoding_and_encoding(client, model):
     assert saved_images(client, outputs, "save images").shape == (29, 64, 64, 3)
     assert saved_latent(client, outputs, "save encoded").shape == (1, 48, 8, 6, 4)
     assert read_video(client.view(first_file({"save video": outputs["save video"]}, ".mp4"))).rate == 8
+
+
+def test_a_marked_prompt_is_a_cut_and_an_image_lies_in_the_first_chunk(client, model, tmp_path):
+    """As the engine has both, for the same model."""
+    made = graph(initial_latent=["start", 0]) | {
+        "image": node("LoadImage", image="example.png"),
+        "start": node("RollingKVEncodeVideo", vae=["vae", 0], images=["image", 0], width=64, height=64),
+        "shot": prompt("The scene transitions. a blue square"),
+        "second": sample(2, positive="shot", state=["sample", 1]),
+        "plain": sample(2, positive="bare", state=["sample", 1]),
+        "bare": prompt("a blue square"),
+    }
+    made |= {f"save {name}": save_latent(name) for name in ("start", "second", "plain")}
+    outputs = client.run(made)
+    first = saved_latent(client, outputs)
+    start, shot, plain = (saved_latent(client, outputs, f"save {name}") for name in ("start", "second", "plain"))
+    assert first.shape == (1, 48, 4, 4, 4) and shot.shape == plain.shape == (1, 48, 8, 4, 4)
+    torch.testing.assert_close(first[:, :, :1], start, atol=1e-4, rtol=1e-4)
+
+    folder = make_tiny(tmp_path / "tiny", geometry=WAN_22)
+    engine, text = load_model(folder), load_text_encoder(folder)
+    begun, after = text.encode_shot("The scene transitions. a blue square", engine.preset.cut_marker)
+    with RollingSession(engine, text.encode(["a red circle moving right"]), height=64, width=64) as session:
+        session.prefill(to_model(start))
+        list(session.generate(2, seed=1))
+        assert session.state.records[0].given == 1
+        session.set_prompt(begun, switch="cut", after=after)
+        list(session.generate(2, seed=1))
+    expected = to_raw(session.state.latents().float())
+    torch.testing.assert_close(shot, expected, atol=0.05, rtol=0)  # another version of PyTorch
+    assert (plain - expected)[:, :, 4:].abs().max() > 0.3
 
 
 @pytest.mark.traceback_expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from rolling_kv.presets import PRESETS, TEXT_ENCODER_FILES, VAE_FILE, ModelFile
+from rolling_kv.presets import PRESETS, TEXT_ENCODER_FILES, VAE_FILE, VAE_FILE_22, ModelFile
 
 from ..comfyui.env import PACK
 from .files import write
@@ -17,7 +17,7 @@ def tables() -> str:
     files = [
         ["", "File", "Folder"],
         ["Text encoder", " or ".join(map(link, TEXT_ENCODER_FILES)), "`models/text_encoders`"],
-        ["VAE", link(VAE_FILE), "`models/vae`"],
+        ["VAE", f"{link(VAE_FILE)}; {described(VAE_FILE_22)}", "`models/vae`"],
         ["One of the models below", "", "`models/diffusion_models`"],
     ]
     models, above = [["Model", "File", "Preset", "Trained for"]], None

@@ -1,0 +1,64 @@
+"""What becomes of CONDITIONING and LATENT at the border to the engine, where no server is needed to see it."""
+
+import importlib
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from rolling_kv.config import SamplingConfig
+from rolling_kv.geometry import WAN_21, WAN_22
+from rolling_kv.presets import PRESETS
+from rolling_kv.vae import to_model
+from tools.comfyui.env import PACK
+
+
+@pytest.fixture
+def borders(monkeypatch):
+    """nodes/borders.py as a module of a package whose own start, which registers nodes, is left out."""
+    stubs = {name: ModuleType(name) for name in ("comfy", "comfy.model_management", "pack", "pack.nodes")}
+    stubs["comfy"].model_management = stubs["comfy.model_management"]
+    stubs["pack"].__path__, stubs["pack.nodes"].__path__ = [str(PACK)], [str(PACK / "nodes")]
+    for name, stub in stubs.items():
+        monkeypatch.setitem(sys.modules, name, stub)
+    yield importlib.import_module("pack.nodes.borders")
+    for name in [name for name in sys.modules if name.startswith("pack.")]:
+        del sys.modules[name]
+
+
+LATENTS = torch.randn(1, 48, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+
+
+def test_frames_that_a_noise_mask_leaves_are_the_given_ones(borders):
+    """As Wan22ImageToVideoLatent marks them: the rest of its latent is no picture."""
+    mask = torch.ones(1, 1, 4, 2, 2)
+    mask[:, :, :1] = 0
+    given = borders.initial_latents({"samples": LATENTS, "noise_mask": mask}, WAN_22)
+    assert torch.equal(given, to_model(LATENTS[:, :, :1]))
+    for whole in ({"samples": LATENTS}, {"samples": LATENTS, "noise_mask": torch.ones(1, 1, 4, 2, 2)}):
+        assert torch.equal(borders.initial_latents(whole, WAN_22), to_model(LATENTS))
+
+
+def test_an_image_inside_the_first_chunk_is_no_frame_before_it(borders):
+    image = {"samples": LATENTS[:, :, :1]}
+    inside, apart = PRESETS["longlive2"].sampling, SamplingConfig()
+    assert borders.start_of(image, None, WAN_22, inside, 0, 0)[1] == (1, 0, 32, 32)
+    assert borders.start_of(image, None, WAN_22, apart, 0, 0)[1] == (1, 1, 32, 32)
+    assert borders.start_of({"samples": LATENTS}, None, WAN_22, inside, 0, 0)[1].frames == 4
+
+
+def test_latents_of_the_other_vae_are_named(borders):
+    with pytest.raises(ValueError, match=r"must be a Wan 2.1 video latent.*\(of Wan 2.2 5B\)"):
+        borders.initial_latents({"samples": LATENTS}, WAN_21)
+    with pytest.raises(ValueError, match=r"decodes Wan 2.1 video latents.*\(of Wan 2.2 5B\)"):
+        borders.latents_to_decode({"samples": LATENTS}, WAN_21)
+
+
+def test_a_family_without_a_marker_reads_no_shots(borders):
+    after = torch.zeros(1, 512, 8)
+    marked = [[after + 1, {borders.AFTER_CUT: after}]]
+    assert borders.after_cut(marked, PRESETS["longlive2"]) is after
+    assert borders.after_cut(marked, PRESETS["self-forcing"]) is None
+    assert borders.after_cut([[after, {}]], PRESETS["longlive2"]) is None
+    assert borders.after_cut([[after]], PRESETS["longlive2"]) is None
