@@ -51,7 +51,7 @@ class Denoiser:
         return uncond + self.sampling.guidance_scale * (cond - uncond)
 
 
-def beside_given(run: Pass, given: torch.Tensor) -> Pass:
+def beside_given(run: Callable[..., torch.Tensor], given: torch.Tensor) -> Callable[..., torch.Tensor]:
     """A pass over a chunk whose first frames are given: they go through the model clean, at timestep 0.
 
     run: the pass over a chunk. given: latents [B, C, g, h, w].

@@ -15,7 +15,7 @@ from ..cache.prompt import Branch
 from ..cache.sizes import CacheBytes
 from ..checkpoints.model import CausalModel
 from ..config import MOST_FRAMES, CacheConfig, ExecutionConfig, SamplingConfig, check_whole
-from ..step_cache import Pass, StepCache, StepCacheReport, StepProbe, start_step_cache
+from ..step_cache import StepCache, StepCacheReport, StepProbe, start_step_cache
 from ..wan.attachment import RollingAttachment, apply_rolling_kv_cache
 from .blend import blend_prompts
 from .branches import GuidanceBranches
@@ -269,7 +269,9 @@ class RollingSession:
             branches = run.branches.for_prompts(prompt, negative)
             for branch in branches:
                 branch.cache.begin(shape[2])
-            passes: list[Pass] = [partial(run.attachment.predict, branch=branch) for branch in branches]
+            passes: list[Callable[..., torch.Tensor]] = [
+                partial(run.attachment.predict, branch=branch) for branch in branches
+            ]
             given = None if start else self._given
             if given is not None:
                 passes = [beside_given(run_pass, given) for run_pass in passes]

@@ -42,7 +42,7 @@ def families() -> str:
                 _sink(preset.cache),
                 _positions(preset.cache),
                 _leaving(preset.cache),
-                SWITCHES[preset.cache.switch],
+                f"a cut after `{preset.cut_marker.strip()}`" if preset.cut_marker else SWITCHES[preset.cache.switch],
                 _steps(preset.sampling),
                 f"{preset.sampling.shift:g}",
                 preset.compared or "none",
