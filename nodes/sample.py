@@ -1,3 +1,5 @@
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..rolling_kv.config import SamplingConfig
@@ -104,7 +106,7 @@ class RollingKVSample(io.ComfyNode):
         chunks = _chunks(length, length_unit, sampling, start.frames, model.geometry)
         sampling.check_length(chunks, start.frames, model.geometry)
         frames = start.frames + sampling.frames_of(chunks, start.frames)
-        size = {"height": start.height, "width": start.width, "batch": start.batch}
+        size: dict[str, Any] = {"height": start.height, "width": start.width, "batch": start.batch}
         switch, blend = inputs.switch_to_of(switch)
         after = borders.after_cut(positive, model.engine.preset)
         if after is not None and switch is None and blend == 1:

@@ -67,7 +67,7 @@ def make_tiny(folder: str | Path, seed: int = 0, geometry: Geometry = WAN_21) ->
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer).get_piece_size()
     channels = geometry.channels
     mean, std = map(list, STATISTICS[channels])
-    size = TINY_TRANSFORMER | dict(in_channels=channels, out_channels=channels)
+    size: dict[str, Any] = TINY_TRANSFORMER | dict(in_channels=channels, out_channels=channels)
     transformer = _randomize(WanTransformer3DModel(**size), seed)
     vae = AutoencoderKLWan(**TINY_VAE, **ARCHITECTURES[channels], latents_mean=mean, latents_std=std)
     vae = _randomize(vae, seed)
