@@ -117,6 +117,10 @@ class Case:
         """The prompt from each latent frame on where it changes."""
         return {0: Prompt(self.tensors["prompt_embeds.0"])}
 
+    def first_prompt(self) -> torch.Tensor:
+        """Embeddings of the prompt that the session is opened with, [B, L, D]."""
+        return self.prompts()[0].embeds
+
     def noise(self, start: int, draw: int, shape: tuple) -> torch.Tensor:
         """A `NoiseSource`: the recorded draws."""
         if draw == 0:
@@ -146,7 +150,7 @@ class Case:
         height, width = model.geometry.pixel_size(self.config["height"], self.config["width"])
         session = RollingSession(
             model,
-            prompts[0].embeds,
+            self.first_prompt(),
             negative=self.negative(),
             height=height,
             width=width,

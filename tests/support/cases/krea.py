@@ -49,11 +49,16 @@ class Krea(Case):
         return self.tensors["video_latents"].transpose(1, 2) if self.config["video_frames"] else None
 
     def prompts(self) -> dict[int, Prompt]:
-        prompts, starts = {0: Prompt(self.tensors["prompt_embeds"])}, self.starts()
-        for change in self.config["prompt_changes"]:
-            block = change["before_block"]
-            prompts[starts[block]] = Prompt(self.tensors[f"prompt_embeds.{block}"], blend=change["interpolation_steps"])
-        return prompts
+        """The prompts that are blended in, before the first block too."""
+        changes = {change["before_block"]: change["interpolation_steps"] for change in self.config["prompt_changes"]}
+        return {
+            start: Prompt(self.tensors[f"prompt_embeds.{block}"], blend=changes[block])
+            for block, start in enumerate(self.starts())
+            if block in changes
+        }
+
+    def first_prompt(self) -> torch.Tensor:
+        return self.tensors["prompt_embeds"]
 
     def noise(self, start: int, draw: int, shape: tuple) -> torch.Tensor:
         """The initial noise of a frame has the number of that frame, given ones counted."""
