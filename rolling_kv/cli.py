@@ -218,6 +218,7 @@ def _inspect(args: argparse.Namespace) -> None:
     print(
         f"preset     {info.preset or f'none detected: {info.settings.name} is assumed, choose another with --preset'}"
     )
+    print(f"settings   {info.settings.trained_for()}")
     if info.note:
         print(f"note       {info.note}")
     per_frame = info.kv_bytes_per_frame

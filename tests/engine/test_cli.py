@@ -225,6 +225,15 @@ def test_an_interrupt_during_the_imports_shows_no_traceback(tmp_path):
     assert (ended.returncode, ended.stderr.strip()) == (1, b"cancelled; nothing was written")
 
 
+def test_inspect_tells_the_rules_of_the_preset(folder, tmp_path, capsys):
+    file = tmp_path / "longlive.safetensors"
+    file.write_bytes((folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes())
+    main(["inspect", str(file)])
+    assert (
+        "chunks of 3, window 12 with a sink of 3, window computed anew at a switch, 4 steps" in capsys.readouterr().out
+    )
+
+
 def test_a_name_that_the_code_page_lacks_is_printed_all_the_same(folder, tmp_path):
     file = tmp_path / "модель.safetensors"
     file.write_bytes((folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes())

@@ -9,6 +9,7 @@ from graphs import (
     chosen,
     loaders,
     node,
+    one_sampler,
     prompt,
     read_video,
     sample,
@@ -48,6 +49,15 @@ def graph(**inputs) -> dict:
         "SaveVideo", video=["video", 0], filename_prefix="video/test", format="auto", codec="auto"
     )
     return made
+
+
+@pytest.mark.traceback_expected
+def test_a_context_is_encoded_again_by_the_vae_of_its_own_latents(client, model):
+    made = one_sampler(3, vae=["other", 0])
+    made["model"]["inputs"]["preset"] = "krea-realtime"
+    made["other"] = loaders(vae=model)["vae"]
+    with pytest.raises(PromptFailed, match="The VAE is that of Wan 2.2 5B, and the model has the latents of Wan 2.1"):
+        client.run(made)
 
 
 def test_sampling_decoding_and_encoding(client, model):

@@ -36,6 +36,11 @@ def test_the_tables_of_the_help_pages_are_the_presets(language):
     assert all(f"| `{name}` |" in page for name in PRESETS)
 
 
+def test_the_loader_lists_every_preset():
+    options = schemas.inputs_of(schemas.recorded()["RollingKVLoadModel"])["preset"][1]["options"]
+    assert options == ["auto", *PRESETS], DUE
+
+
 def test_the_english_texts_are_those_of_the_schemas():
     assert schemas.ENGLISH.read_text(encoding="utf-8") == schemas.english_texts(), DUE
 
