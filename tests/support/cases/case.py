@@ -131,8 +131,8 @@ class Case:
         return recorded.transpose(1, 2)
 
     def give(self, session: RollingSession) -> None:
-        """Hand over the frames that the video goes on from."""
-        if self.given:
+        """Hand over the frames that the video goes on from, or begins with."""
+        if "initial_latent" in self.tensors:
             session.prefill(self.tensors["initial_latent"].transpose(1, 2))
 
     def model(self, dtype: torch.dtype) -> CausalModel:

@@ -5,7 +5,6 @@ from dataclasses import replace
 import torch
 
 from rolling_kv.config import CacheConfig, SamplingConfig
-from rolling_kv.sampling.session import RollingSession
 
 from .case import Case, Prompt
 
@@ -34,13 +33,8 @@ class LongLive2(Case):
             num_inference_steps=config["sampling_steps"],
             shift=config["timestep_shift"],
             guidance_scale=config["guidance_scale"],
-            given_frame="in chunk",
+            given_frame="in chunk" if self.has_image else "own chunk",
         )
-
-    def give(self, session: RollingSession) -> None:
-        if self.has_image:
-            session.prefill(self.tensors["initial_latent"].transpose(1, 2))
-        super().give(session)
 
     def cache(self) -> CacheConfig:
         config, cache = self.config, super().cache()
