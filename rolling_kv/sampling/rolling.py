@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from ..config import ExecutionConfig
 from .schedule import Noise, Step, clean_prediction, renoised
 from .state import CacheState
 
@@ -18,8 +19,16 @@ JointPredict = Callable[[torch.Tensor, Sequence[float]], torch.Tensor]
 """(x_t [B, C, F, h, w] of several chunks, a timestep for each frame) -> predicted flow of the same shape."""
 
 
-def check_rolling(state: CacheState, step_cache: bool) -> None:
-    """Raise ValueError unless the sampler can go on from a state. step_cache: whether there is one."""
+def check_rolling(state: CacheState, execution: ExecutionConfig, step_cache: bool) -> None:
+    """Raise ValueError unless the sampler can go on from a state, with passes that are executed so.
+
+    step_cache: whether there is one.
+    """
+    if execution.compile:
+        raise ValueError(
+            'compiled blocks cannot go with the sampler "rolling": its passes grow and shrink by a chunk, and torch.compile, '
+            "which makes code for every length, gives up before the longest. Turn compile off"
+        )
     if step_cache:
         raise ValueError(
             'a step cache cannot go with the sampler "rolling": every pass holds chunks at all steps, and no chunk stays at '

@@ -128,7 +128,7 @@ class RollingSession:
         if self.state.chunks:
             check_latents(model, batch, self.latent_size, self.state.chunks[-1], "the cache state's latents")
         if self.sampling.joint:
-            check_rolling(self.state, step_cache is not None)
+            check_rolling(self.state, self.execution, step_cache is not None)
         self._current = self._last_prompt() if self.state.records else None  # of the chunk that was begun last
         self.set_prompt(prompt, negative, switch, after)
 

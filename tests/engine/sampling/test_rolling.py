@@ -140,7 +140,7 @@ class NaiveFrames:
 
 def sorted_tokens(keys, values):
     """Attention does not ask for an order: tokens by their values."""
-    order = (values.double().flatten(2) * torch.arange(1, values.shape[-1] + 1)).sum(-1)[0].argsort()
+    order = (values.double().flatten(2) * torch.arange(2.0, 2 + values.shape[-1]).double().log()).sum(-1)[0].argsort()
     return keys[:, order], values[:, order]
 
 
@@ -293,6 +293,20 @@ def test_a_prompt_holds_from_the_next_pass_on(model):
     assert same(sample(model, 4, state=opened.state, words=1), replayed_in_place(model))
 
 
+def test_a_prompt_that_is_typed_while_a_clean_pass_runs_holds_from_the_next_pass_on(model):
+    def typed(done, total):
+        if done == STEPS:
+            opened.set_prompt(prompt(model, 1))
+
+    with session(model, on_pass=typed) as opened:
+        list(opened.generate(6, seed=7))
+    with session(model) as other:
+        for chunk in other.generate(6, seed=7):
+            if chunk.start_frame == 0:
+                other.set_prompt(prompt(model, 1))
+    assert same(opened.state, other.state)
+
+
 def replayed_in_place(model):
     with session(model) as opened:
         for number, _ in enumerate(opened.generate(6, seed=7)):
@@ -346,6 +360,15 @@ def test_a_runs_peak_is_about_what_was_announced():
     transformer = tiny_transformer(num_attention_heads=4, attention_head_dim=24, num_layers=3, ffn_dim=384)
     model = CausalModel(transformer, ModelPreset("test", sampling, CacheConfig(12, sink=3)))
     needed = estimate(transformer, **size, sampling=sampling, cache=model.preset.cache, prompt_tokens=6)
+    plain = estimate(
+        transformer,
+        **size,
+        sampling=replace(sampling, sampler="renoise", chunk=9),
+        cache=CacheConfig(12),
+        prompt_tokens=6,
+    )
+    seen = 2 * 12 * 36 * 4 * 24 * 4  # keys and values, frames, tokens, heads, their size, float32
+    assert needed.activations == plain.activations + seen
     with TensorBytes() as counted:
         opened = RollingSession(model, prompt(model), **size)
         with opened:
@@ -383,6 +406,12 @@ def test_given_frames_are_refused(model):
 def test_a_step_cache_is_refused(model):
     with pytest.raises(ValueError, match='step cache cannot go with the sampler "rolling".*Remove the step cache'):
         session(model, step_cache=FirstBlockCache())
+
+
+def test_compiled_blocks_are_refused(model):
+    """With five steps, passes of five lengths go beyond torch.compile's limit before the longest of them."""
+    with pytest.raises(ValueError, match='compiled blocks cannot go with the sampler "rolling".*Turn compile off'):
+        session(model, execution=ExecutionConfig(compile=True))
 
 
 def test_prompt_switches_of_other_families_are_refused(model):
