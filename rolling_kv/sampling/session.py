@@ -254,12 +254,14 @@ class RollingSession:
             sampling = sampling.at_strength(strength)
         branches.leave_cancelled_chunk(self.state, self.sampling.chunk_size(frames), self._next_switch())
         branches.reserve(frames + self.sampling.frames_of(chunks, frames))
-        on_step = partial(self._tick, self.passes_needed(chunks))
         if self.sampling.joint:
+            on_step = partial(self._tick, self.passes_needed(chunks))
             yield from self._generate_jointly(chunks, seed, noise_source, on_step)
             return
-        for _ in range(chunks):
+        for made in range(chunks):
             run = self._running()
+            # Anew for each chunk: a prompt that was set since may have passes of its own.
+            on_step = partial(self._tick, self.passes_needed(chunks - made))
             wanted = self._wanted  # `on_pass` may set others, for the next chunk
             prompt, negative, switch = wanted.prompt, wanted.negative, self._next_switch()
             self._current = prompt
