@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .presets import PRESETS
     from .sampling.session import RollingSession
     from .sampling.state import CacheState
+    from .schedules.reading import read_schedule
+    from .schedules.schedule import PromptSchedule
     from .text import load_text_encoder
     from .vae import load_vae
 
@@ -29,12 +31,14 @@ __all__ = [
     "CacheState",
     "ExecutionConfig",
     "Pipeline",
+    "PromptSchedule",
     "RollingSession",
     "SamplingConfig",
     "__version__",
     "load_model",
     "load_text_encoder",
     "load_vae",
+    "read_schedule",
 ]
 
 _MODULES = {
@@ -43,11 +47,13 @@ _MODULES = {
     "CacheState": ".sampling.state",
     "ExecutionConfig": ".config",
     "Pipeline": ".pipeline",
+    "PromptSchedule": ".schedules.schedule",
     "RollingSession": ".sampling.session",
     "SamplingConfig": ".config",
     "load_model": ".checkpoints.model",
     "load_text_encoder": ".text",
     "load_vae": ".vae",
+    "read_schedule": ".schedules.reading",
 }
 
 

@@ -19,8 +19,10 @@ from .config import WEIGHT_STORAGES
 from .geometry import GEOMETRIES, WAN_21, WAN_22
 from .inspection import inspect_checkpoint
 from .messages import printable
-from .pipeline import Pipeline
+from .pipeline import LAST_PROMPT_SECONDS, Pipeline, plan_prompts
 from .presets import PRESETS
+from .schedules.reading import load_schedule, read_schedule
+from .schedules.schedule import PromptSchedule
 from .tiny import make_tiny
 from .video import VideoWriter, read_video_info
 
@@ -81,10 +83,22 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="make a video from a prompt", formatter_class=_DefaultsHelp)
     generate.set_defaults(run=_generate)
-    generate.add_argument("--prompt", required=True, help="what the video shows")
+    generate.add_argument("--prompt", help="what the video shows")
+    generate.add_argument(
+        "--schedule",
+        metavar="TEXT|FILE",
+        help="prompts and when they begin, instead of one prompt or after it: `0: a red circle / 2.5: a blue circle [cut]` "
+        "in seconds, with [hold], [recache], [flush], [cut] or [blend 3]; also the forms of Infinity-RoPE, FizzNodes, "
+        "LongLive and Daydream Scope",
+    )
     generate.add_argument("--output", required=True, type=Path, metavar="F", help="file to write, ending in .mp4")
     generate.add_argument("--image", type=Path, metavar="F", help="a picture that the video starts with")
-    generate.add_argument("--seconds", type=float, default=5.0, help="length, rounded up to whole chunks")
+    generate.add_argument(
+        "--seconds",
+        type=float,
+        help=f"length, rounded up to whole chunks (default: the schedule's; without one {LAST_PROMPT_SECONDS:g}, after the "
+        "beginning of its last prompt)",
+    )
     generate.add_argument("--seed", type=int, default=0, help="same seed, same video")
     generate.add_argument(
         "--model", type=Path, default=BUNDLED, help="a causal Wan model: a diffusers folder, .safetensors, .gguf or .pt"
@@ -145,6 +159,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _generate(args: argparse.Namespace) -> None:
     check_model(args.model)
+    schedule = None if args.schedule is None else _schedule(args.schedule)
+    if args.prompt is None and schedule is None:
+        raise ValueError("nothing says what the video shows: give --prompt or --schedule")
     execution = options.execution_of(args)
     execution.check(args.device, weight_storage=args.weight_storage)
     if rules := options.rules_of(args):  # what does not go together is told before anything is loaded
@@ -171,6 +188,10 @@ def _generate(args: argparse.Namespace) -> None:
     sampling = preset.sampling
     if args.guidance is not None:
         sampling = replace(sampling, guidance_scale=args.guidance)
+    if schedule is not None:
+        start = 0 if args.image is None or sampling.given_inside(1) else 1
+        plan = plan_prompts(args.prompt, schedule, sampling, pipeline.model.geometry, args.seconds, start)
+        print(*plan.notes, plan.snapped(), sep="\n")
     with tqdm(total=1, unit="pass", desc="sampling") as bar:
 
         def on_pass(done: int, total: int) -> None:
@@ -183,6 +204,7 @@ def _generate(args: argparse.Namespace) -> None:
             height=height,
             width=width,
             seconds=args.seconds,
+            schedule=schedule,
             seed=args.seed,
             negative_prompt=args.negative_prompt,
             image=args.image,
@@ -195,6 +217,16 @@ def _generate(args: argparse.Namespace) -> None:
         bar.update(bar.total - bar.n)
     info = read_video_info(args.output)
     print(f"{args.output}: {info.frames} frames, {info.width}x{info.height}, {info.fps:g} frames per second")
+
+
+def _schedule(given: str) -> PromptSchedule:
+    """The schedule in a text, or in the file that it names."""
+    if len(given) < 4096 and "\n" not in given and "\0" not in given:
+        if Path(given).is_file():
+            return load_schedule(given)
+        if Path(given).suffix.lower() in (".txt", ".json", ".jsonl"):
+            raise ValueError(f"there is no schedule file {printable(given)}")
+    return read_schedule(given)
 
 
 def _lora(file: str, *strength: str) -> tuple[Path, float]:

@@ -14,18 +14,25 @@ from .bundled import check_model
 from .checkpoints.model import CausalModel, load_model
 from .config import CacheConfig, ExecutionConfig, SamplingConfig
 from .devices import usable_device
+from .geometry import Geometry
 from .lora.reader import load_lora
 from .lora.stack import LoraStack
 from .sampling.checks import long_sink_note
 from .sampling.memory import check_fits
 from .sampling.recomputed import needs_vae
+from .sampling.scheduled import check_plan, cues, generate_scheduled
 from .sampling.session import RollingSession
 from .sampling.state import CacheState
+from .schedules.reading import read_schedule
+from .schedules.schedule import Plan, PromptSchedule
 from .text import TextEncoder, load_text_encoder
 from .vae import WanVAE, load_vae, to_model, to_raw
 from .video import VideoWriter, read_picture
 
 logger = logging.getLogger(__name__)
+
+LAST_PROMPT_SECONDS = 5.0
+"""What the last prompt of a schedule without an end gets where no length is given."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +82,13 @@ class Pipeline:
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | None,
         output: str | Path,
         *,
         height: int,
         width: int,
-        seconds: float,
+        seconds: float | None = None,
+        schedule: PromptSchedule | str | None = None,
         seed: int = 0,
         negative_prompt: str = "",
         image: str | Path | None = None,
@@ -93,6 +101,9 @@ class Pipeline:
         """Write a video of at least `seconds` to `output` (.mp4), decoding each chunk as it is done; returns the path.
 
         Memory does not grow with the length, up to the clean latents (0.4 MB per latent frame at 480x832).
+        prompt: what the video shows; with a schedule None, or what it shows before the schedule's first prompt.
+        seconds: None: what the schedule says, or else 5 for its last prompt.
+        schedule: prompts and when they begin, or text that `read_schedule` reads.
         height, width: pixels, multiples of 16 (for Wan 2.2 5B: 32). scale: enlarge each pixel so many times.
         image: a picture that the video starts with, scaled and cropped to that size.
         sampling, cache: by default the model's preset. execution, on_pass: see `RollingSession`.
@@ -100,19 +111,19 @@ class Pipeline:
         """
         sampling = sampling or self.model.preset.sampling
         cache = cache or self.model.preset.cache
-        writer = VideoWriter(
-            output,
-            width,
-            height,
-            fps=self.model.geometry.fps,
-            scale=scale,
-            metadata={"prompt": prompt, "seed": str(seed)},
-        )
         if image is not None:
             sampling.check_given()
+        start = 0 if image is None or sampling.given_inside(1) else 1
+        plan = plan_prompts(prompt, schedule, sampling, self.model.geometry, seconds, start)
+        check_plan(plan, sampling, cache, self.model.preset.cut_marker)
+        metadata = {"prompt": plan.begins[0][1].text if prompt is None else prompt, "seed": str(seed)}
+        if schedule is not None:
+            metadata["schedule"] = str(plan.snapped())
+            for note in plan.notes:
+                logger.info("%s", note)
+        writer = VideoWriter(output, width, height, fps=self.model.geometry.fps, scale=scale, metadata=metadata)
         picture = None if image is None else read_picture(image, height, width)
-        start = 0 if picture is None or sampling.given_inside(1) else 1
-        chunks = sampling.chunks_for_seconds(seconds, start, self.model.geometry)
+        chunks = plan.chunks
         frames = start + sampling.frames_of(chunks, start)
         sampling.check_length(chunks, start, self.model.geometry)
         streams = 1 + needs_vae(cache, sampling, CacheState(), chunks)  # one for the file, one for the context
@@ -130,16 +141,17 @@ class Pipeline:
         )
         if note := long_sink_note(sampling, cache, frames):
             logger.warning("%s", note)
-        embeds, after = self.text_encoder.encode_shot(prompt, self.model.preset.cut_marker)
+        marker = self.model.preset.cut_marker
+        embeds = {text: self.text_encoder.encode_shot(text, marker) for text in plan.texts}
+        negative = self.text_encoder.encode([negative_prompt]) if sampling.guided else None
         session = RollingSession(
             self.model,
-            embeds,
+            next(cues(plan, embeds, cache, marker)).prompt,
             height=height,
             width=width,
             sampling=sampling,
             cache=cache,
-            after=after,
-            negative=self.text_encoder.encode([negative_prompt]) if sampling.guided else None,
+            negative=negative,
             vae=self.vae,
             execution=execution,
             on_pass=on_pass,
@@ -149,9 +161,36 @@ class Pipeline:
             if picture is not None:
                 with torch.inference_mode():
                     session.prefill(to_model(self.vae.encode_video(picture)))
-            made = (chunk.latents for chunk in session.generate(chunks, seed=seed))
+            made = (chunk.latents for chunk in generate_scheduled(session, plan, embeds, negative=negative, seed=seed))
             for latents in chain(session.state.chunks, made):
                 with torch.inference_mode():
                     for pictures in decoder.decode_frames(to_raw(latents.float())):
                         writer.write(pictures)
         return Path(output)
+
+
+def plan_prompts(
+    prompt: str | None,
+    schedule: PromptSchedule | str | None,
+    sampling: SamplingConfig,
+    geometry: Geometry,
+    seconds: float | None = None,
+    start_frame: int = 0,
+) -> Plan:
+    """What the chunks of a video are made with, from a latent frame on: see `Pipeline.generate`.
+
+    Raises ValueError for what does not go together.
+    """
+    if isinstance(schedule, str):
+        schedule = read_schedule(schedule)
+    if schedule is None:
+        if prompt is None:
+            raise ValueError("there is neither a prompt nor a schedule: give one of them")
+        schedule = PromptSchedule.of(prompt)
+    elif prompt is not None:
+        schedule = schedule.led_by(prompt)
+    if seconds is not None:
+        chunks = sampling.chunks_for_seconds(seconds, start_frame, geometry)
+    else:
+        chunks = schedule.chunks(sampling, geometry, start_frame=start_frame, last=LAST_PROMPT_SECONDS)
+    return schedule.plan(sampling, geometry, chunks=chunks, start_frame=start_frame)

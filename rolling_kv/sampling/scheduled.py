@@ -17,24 +17,34 @@ from .session import RollingSession
 from .state import Chunk
 
 
-def switch_of(segment: Segment, cache: CacheConfig) -> str | None:
-    """How a segment begins, as a session says it: one of `config.SWITCHES`, or None for the family's own way."""
-    if segment.switch != "recache":
-        return segment.switch
-    return cache.switch if cache.switch in RECOMPUTING else "causal"
+Embeds = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]
+"""Of each prompt, as `TextEncoder.encode_shot` makes them: for its first chunk, and for those behind it where they are others."""
 
 
-def check_plan(plan: Plan, sampling: SamplingConfig, cache: CacheConfig) -> None:
+def switch_of(segment: Segment, cache: CacheConfig, marker: str = "") -> str | None:
+    """How a segment begins, as a session says it: one of `config.SWITCHES`, or None for the family's own way.
+
+    marker: how prompts begin that begin a shot, as `ModelPreset.cut_marker` has it.
+    """
+    if segment.switch == "recache":
+        return cache.switch if cache.switch in RECOMPUTING else "causal"
+    if segment.switch is None and segment.blend == 1 and marker and segment.text.startswith(marker):
+        return "cut"
+    return segment.switch
+
+
+def check_plan(plan: Plan, sampling: SamplingConfig, cache: CacheConfig, marker: str = "") -> None:
     """Raise ValueError, with the prompt's time, for a switch in the plan that the cache's rules cannot do."""
     for number, segment in plan.begins:
-        switch = switch_of(segment, cache)
+        switch = switch_of(segment, cache, marker)
         if switch is None:
             continue
         try:
             cache.check_switch(switch)
             sampling.check_cache(replace(cache, switch=switch))
         except ValueError as error:
-            raise ValueError(f"the schedule, at {plan.grid.seconds(number):g} s, {segment.words}: {error}") from None
+            where = f"the schedule, at {plan.grid.seconds(number):g} s, {segment.words or '[cut]'}"
+            raise ValueError(f"{where}: {error}") from None
 
 
 class Cue(NamedTuple):
@@ -45,35 +55,34 @@ class Cue(NamedTuple):
 
 
 def cues(
-    plan: Plan, embeds: Mapping[str, torch.Tensor], cache: CacheConfig, before: torch.Tensor | None = None
+    plan: Plan, embeds: Embeds, cache: CacheConfig, marker: str = "", before: torch.Tensor | None = None
 ) -> Iterator[Cue]:
     """A cue for each chunk that the run makes.
 
-    embeds: embeddings [1, L, D] of each of the plan's texts, in the model's dtype.
-    before: those of the chunk before chunk number 0, for a blend that begins there.
+    before: embeddings of the chunk before chunk number 0, for a blend that begins there.
     """
-    return islice(_all_cues(plan, embeds, cache, before), plan.first, None)
+    return islice(_all_cues(plan, embeds, cache, marker, before), plan.first, None)
 
 
-def _all_cues(plan: Plan, embeds: Mapping[str, torch.Tensor], cache: CacheConfig, current) -> Iterator[Cue]:
-    coming: list[torch.Tensor] = []
-    blending = False
+def _all_cues(plan: Plan, embeds: Embeds, cache: CacheConfig, marker: str, current) -> Iterator[Cue]:
+    coming: list[Cue] = []
     for segment in plan.segments():
-        switch = None
         if segment is not None:
-            new = embeds[segment.text]
-            coming = blend_prompts(new if current is None else current, new, segment.blend, segment.curve)
-            blending, switch = segment.blend > 1, switch_of(segment, cache)
-        if coming:
-            current, *coming = coming
-            switch = "hold" if blending else switch
-        yield Cue(current, switch)
+            new, after = embeds[segment.text]
+            mixed = blend_prompts(new if current is None else current, new, segment.blend, segment.curve)
+            first = "hold" if segment.blend > 1 else switch_of(segment, cache, marker)
+            coming = [Cue(mixed[0], first), *(Cue(prompt, "hold") for prompt in mixed[1:])]
+            if after is not None and marker:
+                coming.append(Cue(after, "hold"))
+        cue, *coming = coming or [Cue(current, None)]
+        current = cue.prompt
+        yield cue
 
 
 def generate_scheduled(
     session: RollingSession,
     plan: Plan,
-    embeds: Mapping[str, torch.Tensor],
+    embeds: Embeds,
     *,
     negative: torch.Tensor | None = None,
     seed: int = 0,
@@ -85,18 +94,23 @@ def generate_scheduled(
     the video's beginning, however it is cut: also where a blend is.
 
     plan: for the frames that the session's state has.
-    embeds: embeddings [1, L, D] of each of the plan's texts.
+    embeds: of each of the plan's texts.
     negative: embeddings of the negative prompt; needed with guidance only.
     seed, settings: of `RollingSession.generate`.
 
     Raises ValueError, before anything is sampled, for a switch that the cache's rules cannot do.
     """
-    check_plan(plan, session.sampling, session.cache_config)
-    fitted = {text: embeds[text].to("cpu", session.dtype) for text in plan.texts}
+    marker = session.model.preset.cut_marker
+    check_plan(plan, session.sampling, session.cache_config, marker)
+
+    def fitted(prompt: torch.Tensor | None) -> torch.Tensor | None:
+        return None if prompt is None else prompt.to("cpu", session.dtype)
+
+    ready = {text: tuple(map(fitted, embeds[text])) for text in plan.texts}
     state = session.state
-    before = state.prompts[state.records[-1].prompt].to(session.dtype) if state.records and plan.grid.base else None
+    before = fitted(state.prompts[state.records[-1].prompt]) if state.records and plan.grid.base else None
     made, last = session.generate(plan.chunks, seed, **settings), None
-    for prompt, switch in cues(plan, fitted, session.cache_config, before):
+    for prompt, switch in cues(plan, ready, session.cache_config, marker, before):
         if prompt is not last or switch is not None:
             session.set_prompt(prompt, negative, switch)
         last = prompt

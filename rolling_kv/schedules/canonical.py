@@ -11,7 +11,9 @@ from .infinity_rope import LENGTH
 from .schedule import MOST_BLEND, MOST_SEGMENTS, WORDS, PromptSchedule, Segment
 from .segments import EXAMPLE, prompt_of, rising, seconds_of
 
-TIME = re.compile(r"\s{0,99}([+-]?[\d.,]{0,20}\d[\d.,]{0,20}(?:e[+-]?\d{1,9})?)\s{0,9}s?\s{0,9}:", re.ASCII | re.IGNORECASE)
+TIME = re.compile(
+    r"\s{0,99}([+-]?[\d.,]{0,20}\d[\d.,]{0,20}(?:e[+-]?\d{1,9})?)\s{0,9}s?\s{0,9}:", re.ASCII | re.IGNORECASE
+)
 """What a line begins with: a time and a colon."""
 
 _SLASH = re.compile(r" ?/ (?=[\d.]{1,20} ?s? ?:)")
@@ -82,7 +84,9 @@ def _time(where: str, line: str) -> tuple[float, str]:
             f"with a time. Leave one of them out: `{written}: …`, or `…{mixed[0]} | …`"
         )
     if "|" in rest and TIME.match(rest.split("|", 1)[1]):
-        raise ValueError(f"the schedule, {where}: `|` does not stand between prompts that have a time: use a line for each")
+        raise ValueError(
+            f"the schedule, {where}: `|` does not stand between prompts that have a time: use a line for each"
+        )
     return time, rest
 
 
@@ -94,7 +98,9 @@ def _segment(where: str, time: float, rest: str, words: re.Match | None) -> Segm
         return Segment(prompt, time)
     if another := _BRACKETS.search(prompt):
         if another[1].strip().lower() in WORDS or _BLEND.fullmatch(another[1].strip().lower()):
-            raise ValueError(f"the schedule, {where}: a prompt begins in one way, not in two: `{another[0].strip()}` and [{word}]")
+            raise ValueError(
+                f"the schedule, {where}: a prompt begins in one way, not in two: `{another[0].strip()}` and [{word}]"
+            )
     if word in WORDS:
         return Segment(prompt, time, word)
     if blend := _BLEND.fullmatch(word):

@@ -11,7 +11,9 @@ from .segments import prompt_of, seconds_of
 LENGTH = re.compile(r"\[(\d{1,12}\.?\d{0,12})\s{0,9}s#?\]", re.ASCII)
 """How long a segment lasts; everything else in brackets stays in the prompt."""
 
-_NEARLY = re.compile(r"\[\s{0,9}\d{0,12}[.,]?\d{1,12}\.?\s{0,9}s(?:ec(?:onds?)?)?\s{0,9}#?\s{0,9}\]", re.ASCII | re.IGNORECASE)
+_NEARLY = re.compile(
+    r"\[\s{0,9}\d{0,12}[.,]?\d{1,12}\.?\s{0,9}s(?:ec(?:onds?)?)?\s{0,9}#?\s{0,9}\]", re.ASCII | re.IGNORECASE
+)
 
 
 def looks_timed(text: str) -> bool:

@@ -22,7 +22,9 @@ def is_keyframes(text: str) -> bool:
 
 def read_keyframes(text: str) -> PromptSchedule:
     """The prompts of such a text, held. Raises ValueError for what is computed in FizzNodes, and for no keyframes."""
-    return of_keyframes(load("{" + text.rstrip().removesuffix(",") + "}", 'the schedule, keyframes `"0": "…", "24": "…"`'))
+    return of_keyframes(
+        load("{" + text.rstrip().removesuffix(",") + "}", 'the schedule, keyframes `"0": "…", "24": "…"`')
+    )
 
 
 def of_keyframes(prompts: dict) -> PromptSchedule:
@@ -31,10 +33,14 @@ def of_keyframes(prompts: dict) -> PromptSchedule:
     for frame, text in sorted(prompts.items(), key=lambda item: (len(item[0].lstrip("0")), item[0])):
         where = f"frame {shortened(printable(frame), 40)}"
         if not re.fullmatch(r"[0-9]{1,9}", frame):
-            raise ValueError(f'the schedule, {where}: a keyframe is the number of a frame, as in `"24": "a blue circle"`')
+            raise ValueError(
+                f'the schedule, {where}: a keyframe is the number of a frame, as in `"24": "a blue circle"`'
+            )
         prompt = prompt_of(text, where)
         if "`" in prompt:
-            raise ValueError(f"the schedule, {where}: expressions between ` are not computed here: write what comes of them")
+            raise ValueError(
+                f"the schedule, {where}: expressions between ` are not computed here: write what comes of them"
+            )
         if "--neg" in prompt:
             raise ValueError(
                 f"the schedule, {where}: --neg has no place in a schedule: give the negative prompt where there is guidance"

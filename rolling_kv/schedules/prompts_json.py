@@ -54,7 +54,9 @@ def read_json(text: str) -> PromptSchedule:
     if len(lines) > 1 and all(line.lstrip().startswith("{") and line.rstrip().endswith("}") for _, line in lines):
         values = [load(line, f"the schedule, JSON of line {number}") for number, line in lines]
         if any(isinstance(value.get("prompts"), (list, dict)) for value in values):
-            raise ValueError(f"the schedule has {len(values)} lines with prompts each, the prompts of as many videos: keep one")
+            raise ValueError(
+                f"the schedule has {len(values)} lines with prompts each, the prompts of as many videos: keep one"
+            )
         return _of_entries(values, [f"line {number}" for number, _ in lines])
     return _of_value(load(text))
 
@@ -66,14 +68,18 @@ def _of_value(value) -> PromptSchedule:
 
             return of_keyframes(value)
         if "prompts" not in value and not _first(value, "prompt", "text"):
-            raise ValueError(f'the schedule, as JSON: it has no "prompts", but {listed(value) or "nothing"}. Write {_FORMS}')
+            raise ValueError(
+                f'the schedule, as JSON: it has no "prompts", but {listed(value) or "nothing"}. Write {_FORMS}'
+            )
         prompts = value.get("prompts", [value])
         if isinstance(prompts, list) and prompts and all(isinstance(prompt, str) for prompt in prompts):
             return _of_texts(prompts, value)
     else:
         prompts = value
     if not isinstance(prompts, list) or not prompts:
-        raise ValueError(f"the schedule, as JSON: its prompts must be a list of at least one, got {shown(prompts)}. Write {_FORMS}")
+        raise ValueError(
+            f"the schedule, as JSON: its prompts must be a list of at least one, got {shown(prompts)}. Write {_FORMS}"
+        )
     places = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     if all(isinstance(prompt, str) for prompt in prompts):
         return _of_texts(prompts, {})
@@ -84,11 +90,15 @@ def _of_texts(texts: Sequence[str], around: dict) -> PromptSchedule:
     """Prompts, with their times beside them. around: the object that they are in."""
     prompts = [prompt_of(text, f"prompt {number}") for number, text in enumerate(texts, 1)]
     if "times" in around and "switch_frame_indices" in around:
-        raise ValueError('the schedule, as JSON: "times" and "switch_frame_indices" say the same twice: keep one of them')
+        raise ValueError(
+            'the schedule, as JSON: "times" and "switch_frame_indices" say the same twice: keep one of them'
+        )
     if "times" in around:
         times, unit, end = around["times"], "seconds", _first(around, *_ENDS, "seconds")
         if not isinstance(times, list) or len(times) != len(prompts):
-            raise ValueError(f'the schedule, as JSON: "times" must be a list of {len(prompts)} seconds, one for each prompt')
+            raise ValueError(
+                f'the schedule, as JSON: "times" must be a list of {len(prompts)} seconds, one for each prompt'
+            )
     elif "switch_frame_indices" in around:
         times, unit, end = around["switch_frame_indices"], "latent frames", around.get("num_output_frames")
         if isinstance(times, str):  # as its settings have them
@@ -113,7 +123,9 @@ def _of_entries(entries: Sequence, places: Sequence[str]) -> PromptSchedule:
     segments, times, end = [], [], None
     for where, entry in zip(places, entries):
         if not isinstance(entry, dict):
-            raise ValueError(f"the schedule, {where}: expected an object with a prompt and a time, got {shown(entry)}. Write {_FORMS}")
+            raise ValueError(
+                f"the schedule, {where}: expected an object with a prompt and a time, got {shown(entry)}. Write {_FORMS}"
+            )
         time = _first(entry, *_TIMES)
         time = None if time is None else _number(time, f"the time of {where}")
         segments.append(_segment(entry, where, time, first=not segments))

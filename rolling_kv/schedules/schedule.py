@@ -23,6 +23,9 @@ MOST_BLEND = 100
 UNTIMED_CHUNKS = 14
 """Chunks of a segment without a length among others with one, as Infinity-RoPE has it."""
 
+_FAR = 2**40
+"""Chunks of no video."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -142,24 +145,36 @@ class PromptSchedule:
         return f"{self.unit.removesuffix('s')} {_number(time)}: "
 
     def chunks(
-        self, sampling: SamplingConfig, geometry: Geometry = WAN_21, start_frame: int = 0, origin: str = "video"
+        self,
+        sampling: SamplingConfig,
+        geometry: Geometry = WAN_21,
+        *,
+        start_frame: int = 0,
+        origin: str = "video",
+        last: float | None = None,
     ) -> int | None:
-        """Chunks that a run needs to come to the schedule's end, from `start_frame` on; None where it has no end.
+        """Chunks that a run needs to come to the schedule's end, from `start_frame` on.
+
+        last: seconds that its last prompt gets, where it has no end; None: there is no number of chunks then either.
 
         Raises ValueError where the video is that long already.
         """
+        grid = _Grid.of(sampling, geometry, start_frame, origin)
+        first = grid.number_of(start_frame)
         frames = self._frames(sampling, geometry)
-        if frames is None:
+        if frames is not None:
+            chunks = grid.chunks_for(frames) - first
+        elif last is None:
             return None
-        if origin == "run":
-            frames += start_frame
-        if frames <= start_frame:
+        else:
+            begin = 0 if self.unit == "shares" else max(self._begins(grid, _FAR))
+            chunks = max(begin - first, 0) + sampling.chunks_for_seconds(last, start_frame, geometry)
+        if chunks < 1:
             raise ValueError(
                 f"the schedule ends after {geometry.seconds(frames):g} s, and the video is {geometry.seconds(start_frame):g} "
                 "s long already: nothing is left to be made. Say how long it should be, or count times from this run on"
             )
-        first = sampling.chunk_size(start_frame)
-        return 1 + max(math.ceil((frames - start_frame - first) / sampling.chunk), 0)
+        return chunks
 
     def _frames(self, sampling: SamplingConfig, geometry: Geometry) -> int | None:
         """Latent frames from its beginning to its end."""
@@ -213,7 +228,9 @@ class PromptSchedule:
         for segment in skipped:
             notes.append(f'Left out, as the next prompt begins with the same chunk: "{shortened(segment.text, 40)}".')
         if late:
-            notes.append(f'Not reached in this run: "{shortened(late[0].text, 40)}"' + " and what follows." * (len(late) > 1))
+            notes.append(
+                f'Not reached in this run: "{shortened(late[0].text, 40)}"' + " and what follows." * (len(late) > 1)
+            )
         return Plan(self, grid, first, chunks, tuple(begins.items()), tuple(notes))
 
     def _begins(self, grid: _Grid, end: int) -> Iterator[int]:
@@ -267,6 +284,10 @@ class _Grid(NamedTuple):
         """The number of the chunk that begins at an absolute latent frame."""
         frame -= self.base
         return 1 + (frame - self.size) // self.chunk if frame else 0
+
+    def chunks_for(self, frames: int) -> int:
+        """Chunks, from number 0 on, that hold so many latent frames."""
+        return 1 + max(math.ceil((frames - self.size) / self.chunk), 0)
 
     def chunks_in(self, seconds: float | None) -> int:
         """Whole chunks in a segment of so many seconds, as Infinity-RoPE counts them."""

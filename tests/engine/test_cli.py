@@ -78,6 +78,15 @@ def said(arguments, capsys) -> str:
         (["--output", "a\0b.mp4"], "zero character"),
         (["--window", "few"], "a number of latent frames or all"),
         (["--nonsense"], "unrecognized arguments"),
+        (["--schedule", "0: a"], "leave the other prompt out"),
+        (["--schedule", "2: a [recach]"], r"line 1: \[recach\] is none of .*: write \[recache\]"),
+        (["--schedule", "2: a\nb"], "line 2: there is no time before `b`"),
+        (["--schedule", "absent.txt"], "there is no schedule file absent.txt"),
+        (["--schedule", "x" * 5000 + "\0"], "no character to read"),
+        (
+            ["--schedule", "0.1: a [cut]", "--seconds", "2", "--preset", "reward-forcing"],
+            r"at 0.5625 s, \[cut\]: a .cut. at a",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(given, message, folder, tmp_path, monkeypatch, capsys):
@@ -240,3 +249,23 @@ def test_a_name_that_the_code_page_lacks_is_printed_all_the_same(folder, tmp_pat
     told = process("inspect", file, PYTHONIOENCODING="cp1252")
     assert told.returncode == 0, told.stderr
     assert rb"\u043c\u043e\u0434\u0435\u043b\u044c.safetensors" in told.stdout
+
+
+def test_a_schedule_is_printed_as_it_was_understood(folder, tmp_path, capsys):
+    """From its file, with what people should know."""
+    schedule = tmp_path / "schedule.txt"
+    schedule.write_text('"0": "a red circle", "3": "a blue circle", "4": "a square"', encoding="utf-8")
+    output = tmp_path / "video.mp4"
+    arguments = ["--schedule", schedule, "--output", output, "--model", folder, "--seconds", "1", "--device", "cpu"]
+    main(["generate", "--width", "32", "--height", "32", *map(str, arguments)])
+    note, skipped, *lines = capsys.readouterr().out.splitlines()
+    assert "FizzNodes' keyframes" in note
+    assert skipped == 'Left out, as the next prompt begins with the same chunk: "a blue circle".'
+    assert lines[:2] == ["0: a red circle [hold]", "0.5625: a square [hold]"]
+    assert lines[2].endswith("21 frames, 32x32, 16 frames per second")
+
+
+def test_without_prompt_and_schedule_nothing_is_loaded(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Pipeline, "load", lambda *_, **__: pytest.fail("loaded"))
+    text = said(["generate", "--output", tmp_path / "video.mp4", "--model", folder], capsys)
+    assert "give --prompt or --schedule" in text

@@ -18,6 +18,7 @@ PROMPT = ["generate", "--prompt", "a red circle", "--output", "video.mp4"]
 NOT_PASSED_ON = {"--help", "--debug", "--device"}
 VALUES = {  # of options whose type does not tell one; anything but the default
     "--prompt": "a blue square",
+    "--schedule": "2: a blue square",
     "--output": "other.mp4",
     "--model": "model.safetensors",
     "--text-encoder": "text.safetensors",

@@ -231,3 +231,37 @@ def test_what_cannot_work_is_said_before_the_model_is_loaded(options, message, t
     monkeypatch.setattr(pipeline_module, "load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(SystemExit, match=message):
         generate(tmp_path, tmp_path / "video.mp4", "--text-encoder", tmp_path, "--vae", tmp_path, *options)
+
+
+def test_a_schedule_makes_what_its_prompts_make_by_hand(folder, sessions, tmp_path):
+    pipeline = Pipeline.load(folder)
+    size = dict(height=32, width=32)
+    schedule = "0.5: a blue square [recache]\n1: a red circle [cut]\n1.4: [end]"
+    path = pipeline.generate(PROMPT, tmp_path / "video.mp4", schedule=schedule, seed=1, **size)
+    ((_, session),) = sessions
+    encode = pipeline.text_encoder.encode
+    with RollingSession(pipeline.model, encode([PROMPT]), **size) as by_hand:
+        for chunk in range(3):
+            if chunk:
+                words, switch = [("a blue square", "causal"), ("a red circle", "cut")][chunk - 1]
+                by_hand.set_prompt(encode([words]), None, switch)
+            list(by_hand.generate(1, seed=1))
+    assert session.state.key == by_hand.state.key
+    info = read_video_info(path)
+    assert info.frames == pipeline.model.geometry.pixel_frames(9)
+    said = f"0: {PROMPT}\n0.5625: a blue square [recache]\n1.3125: a red circle [cut]\n2.0625: [end]"
+    assert info.metadata["schedule"] == said and info.metadata["prompt"] == PROMPT
+    with pytest.raises(ValueError, match="neither a prompt nor a schedule"):
+        pipeline.generate(None, tmp_path / "video.mp4", **size)
+
+
+def test_each_prompt_of_a_schedule_is_encoded_once(folder, tmp_path, monkeypatch):
+    pipeline = Pipeline.load(folder)
+    encoded = []
+    encode = type(pipeline.text_encoder).encode
+    monkeypatch.setattr(
+        type(pipeline.text_encoder), "encode", lambda self, texts: encoded.extend(texts) or encode(self, texts)
+    )
+    schedule = "0: a\n0.5: b\n1: a\n1.8: b [blend 2]\n3: c"
+    pipeline.generate(None, tmp_path / "video.mp4", schedule=schedule, height=32, width=32, seconds=2.5)
+    assert encoded == ["a", "b"]

@@ -12,7 +12,7 @@ from tools.comfyui.env import PACK
 
 FACE = {
     "Pipeline", "RollingSession", "load_model", "load_text_encoder", "load_vae", "CacheConfig", "SamplingConfig",
-    "ExecutionConfig", "CacheState", "PRESETS", "__version__",
+    "ExecutionConfig", "CacheState", "PromptSchedule", "PRESETS", "__version__", "read_schedule",
 }  # fmt: skip
 
 

@@ -21,9 +21,9 @@ LAYERS: list[tuple[list[str], list[str]]] = [
     (["step_cache"], []),
     (["checkpoints"], [*GROUND, *SETTINGS]),
     (["lora", "text", "vae"], [*GROUND, *SETTINGS, "checkpoints"]),
-    (["video"], [*GROUND, *SETTINGS]),
+    (["video", "schedules"], [*GROUND, *SETTINGS]),
     (["wan"], [*GROUND, *SETTINGS, "cache"]),
-    (["sampling"], [*GROUND, *SETTINGS, "cache", "wan", "step_cache", "checkpoints.model"]),
+    (["sampling"], [*GROUND, *SETTINGS, "cache", "wan", "step_cache", "schedules", "checkpoints.model"]),
     (["hooks"], [*GROUND, *SETTINGS, "cache", "wan.processors"]),
 ]
 """Modules and wings of rolling_kv, and what of rolling_kv each may import besides itself; a wing stands for all in it."""
