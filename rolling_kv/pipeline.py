@@ -20,7 +20,7 @@ from .lora.stack import LoraStack
 from .sampling.checks import long_sink_note
 from .sampling.memory import check_fits
 from .sampling.recomputed import needs_vae
-from .sampling.scheduled import check_plan, cues, generate_scheduled
+from .sampling.scheduled import check_plan, cues, generate_scheduled, switches_of
 from .sampling.session import RollingSession
 from .sampling.state import CacheState
 from .schedules.reading import read_schedule
@@ -115,7 +115,8 @@ class Pipeline:
             sampling.check_given()
         start = 0 if image is None or sampling.given_inside(1) else 1
         plan = plan_prompts(prompt, schedule, sampling, self.model.geometry, seconds, start)
-        check_plan(plan, sampling, cache, self.model.preset.cut_marker)
+        marker = self.model.preset.cut_marker
+        check_plan(plan, sampling, cache, marker)
         metadata = {"prompt": plan.begins[0][1].text if prompt is None else prompt, "seed": str(seed)}
         if schedule is not None:
             metadata["schedule"] = str(plan.snapped())
@@ -138,10 +139,10 @@ class Pipeline:
             dtype=self.model.dtype,
             decoding=streams * self.vae.decode_bytes(height, width),
             weight_sets=len(self.model.transformers),
+            joint_switch="joint" in switches_of(plan, cache, marker),
         )
         if note := long_sink_note(sampling, cache, frames):
             logger.warning("%s", note)
-        marker = self.model.preset.cut_marker
         embeds = {text: self.text_encoder.encode_shot(text, marker) for text in plan.texts}
         negative = self.text_encoder.encode([negative_prompt]) if sampling.guided else None
         session = RollingSession(

@@ -16,7 +16,6 @@ from .history import RECOMPUTING
 from .session import RollingSession
 from .state import Chunk
 
-
 Embeds = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]
 """Of each prompt, as `TextEncoder.encode_shot` makes them: for its first chunk, and for those behind it where they are others."""
 
@@ -26,11 +25,18 @@ def switch_of(segment: Segment, cache: CacheConfig, marker: str = "") -> str | N
 
     marker: how prompts begin that begin a shot, as `ModelPreset.cut_marker` has it.
     """
+    if segment.blend > 1:
+        return "hold"
     if segment.switch == "recache":
         return cache.switch if cache.switch in RECOMPUTING else "causal"
-    if segment.switch is None and segment.blend == 1 and marker and segment.text.startswith(marker):
+    if segment.switch is None and marker and segment.text.startswith(marker):
         return "cut"
     return segment.switch
+
+
+def switches_of(plan: Plan, cache: CacheConfig, marker: str = "") -> set[str]:
+    """What may be done to the cache on the way, of `config.SWITCHES`."""
+    return {switch_of(segment, cache, marker) or cache.switch for number, segment in plan.begins if number}
 
 
 def check_plan(plan: Plan, sampling: SamplingConfig, cache: CacheConfig, marker: str = "") -> None:
@@ -70,8 +76,7 @@ def _all_cues(plan: Plan, embeds: Embeds, cache: CacheConfig, marker: str, curre
         if segment is not None:
             new, after = embeds[segment.text]
             mixed = blend_prompts(new if current is None else current, new, segment.blend, segment.curve)
-            first = "hold" if segment.blend > 1 else switch_of(segment, cache, marker)
-            coming = [Cue(mixed[0], first), *(Cue(prompt, "hold") for prompt in mixed[1:])]
+            coming = [Cue(mixed[0], switch_of(segment, cache, marker)), *(Cue(prompt, "hold") for prompt in mixed[1:])]
             if after is not None and marker:
                 coming.append(Cue(after, "hold"))
         cue, *coming = coming or [Cue(current, None)]

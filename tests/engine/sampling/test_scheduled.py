@@ -9,7 +9,7 @@ from videos import HEIGHT, SAMPLING, WIDTH, prompt, same, small_model
 
 from rolling_kv.config import CacheConfig
 from rolling_kv.sampling.blend import blend_prompts
-from rolling_kv.sampling.scheduled import check_plan, cues, generate_scheduled, switch_of
+from rolling_kv.sampling.scheduled import check_plan, cues, generate_scheduled, switch_of, switches_of
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.sampling.workspace import Workspace
 from rolling_kv.schedules.reading import read_schedule
@@ -139,6 +139,9 @@ def test_recache_is_the_familys_own_or_chunk_by_chunk():
     ways = {switch: switch_of(recache, CacheConfig(switch=switch)) for switch in ("hold", "joint", "causal", "flush")}
     assert ways == {"hold": "causal", "joint": "joint", "causal": "causal", "flush": "causal"}
     assert switch_of(Segment("a", 0.0), CACHE) is None
+    assert switch_of(Segment("a", 0.0, None, 2), CACHE) == "hold"
+    assert switches_of(SCHEDULE.plan(SAMPLING, chunks=CHUNKS), CACHE) == {"cut", "hold", "joint", "flush"}
+    assert switches_of(read_schedule("0: a [cut]").plan(SAMPLING, chunks=4), CACHE) == set()
 
 
 @pytest.mark.parametrize(
