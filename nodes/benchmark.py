@@ -135,6 +135,8 @@ class RollingKVBenchmark(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         names, notes = applicable(_chosen(methods))
         model.execution.check(step_cache=True)
+        if vae is not None:
+            borders.check_vae(vae.model.geometry, model.geometry)
         experiment = StepCacheExperiment(
             model.engine, borders.embedding(positive, "positive"),
             None if negative is None else borders.embedding(negative, "negative"), mode,

@@ -27,7 +27,7 @@ from .similarity import Similarity
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_dtype(parser, "as for generate; of random weights bfloat16 on CUDA, else float32")
-    parser.add_argument("--vae", type=Path, help="the Wan 2.1 VAE, where the model is a single file")
+    parser.add_argument("--vae", type=Path, help="the Wan VAE of the model's latents, where the model is a single file")
     parser.add_argument("--mode", choices=MODES, default=MODES[0], help="default: %(default)s, with the rolling cache")
     parser.add_argument("--negative-prompt", default="", help="default: empty")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps, unless few-step (default: %(default)s)")
@@ -82,9 +82,9 @@ def make_experiment(args: argparse.Namespace) -> tuple[StepCacheExperiment, WanV
         dtype, device = args.dtype or "auto", args.device
         model = load_model(args.model, preset=args.preset, dtype=dtype, device=device)
         text = load_text_encoder(args.text_encoder or args.model, dtype=dtype, device=device)
-        vae = load_vae(args.vae or args.model, dtype=dtype, device=device)
+        vae = load_vae(args.vae or args.model, dtype=dtype, device=device, geometry=model.geometry)
         prompt, negative = text.encode([args.prompt]), text.encode([args.negative_prompt])
-        height, width = default_size(args.model)
+        height, width = default_size(args.model, model.geometry)
     sampling, cache = model.preset.sampling, model.preset.cache
     if args.mode == "few-step":
         sampling = replace(sampling, sampler="renoise", guidance_scale=1.0)

@@ -63,7 +63,7 @@ def make_experiment(args: argparse.Namespace) -> StorageExperiment:
         preset, name = model.preset, f"{model.preset.name}, {args.prompt!r}"
         if args.window is not None:
             preset = replace(preset, cache=replace(preset.cache, window=args.window))
-        height, width = default_size(args.model)
+        height, width = default_size(args.model, model.geometry)
     if preset.sampling.guided:
         raise ValueError("this compares few-step models, which sample without guidance: choose another --preset")
     return StorageExperiment(

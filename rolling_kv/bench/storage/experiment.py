@@ -14,7 +14,7 @@ from ...checkpoints.gguf import GGUF_PACKAGE, as_packed
 from ...checkpoints.model import CausalModel
 from ...checkpoints.transformer import build_transformer
 from ...config import CACHE_STORAGES
-from ...geometry import WAN_21
+from ...geometry import WAN_21, geometry_of
 from ...presets import ModelPreset
 from ..figures import full_window
 
@@ -46,7 +46,7 @@ class StorageExperiment:
     memory: bool = True
 
     def __post_init__(self):
-        WAN_21.latent_size(self.height, self.width)
+        geometry_of(self.config.get("in_channels", WAN_21.channels)).latent_size(self.height, self.width)
         self.preset.sampling.check_cache(self.preset.cache)
 
     @property
