@@ -69,15 +69,18 @@ class MemoryAverages:
 
     def fold(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Fold what leaves, [B, S, H, D], the keys before RoPE."""
-        means = tuple(x.float().mean(1, keepdim=True).to(self.dtype) for x in (keys, values))
+        fresh = self._mean(keys), self._mean(values)
         if layer not in self.layers:
-            self.layers[layer] = (means, means)
+            self.layers[layer] = (fresh, fresh)
             return
         slow, fast = (
-            tuple(alpha * mean + (1 - alpha) * old for mean, old in zip(means, memory))
-            for alpha, memory in zip(self.alphas, self.layers[layer])
+            (alpha * fresh[0] + (1 - alpha) * old[0], alpha * fresh[1] + (1 - alpha) * old[1])
+            for alpha, old in zip(self.alphas, self.layers[layer])
         )
         self.layers[layer] = (slow, fast)
+
+    def _mean(self, heads: torch.Tensor) -> torch.Tensor:
+        return heads.float().mean(1, keepdim=True).to(self.dtype)
 
     @staticmethod
     def bytes_needed(shape: CacheShape, config: CacheConfig) -> int:

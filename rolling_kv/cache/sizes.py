@@ -36,7 +36,10 @@ class CacheShape:
         """The shape for a diffusers `WanTransformer3DModel` at a latent size."""
         config = transformer.config
         geometry = Geometry.of(transformer)
-        tokens, grid = (measure(latent_height, latent_width) for measure in (geometry.tokens_per_frame, geometry.grid))
+        tokens, grid = (
+            geometry.tokens_per_frame(latent_height, latent_width),
+            geometry.grid(latent_height, latent_width),
+        )
         return cls(config.num_layers, batch, tokens, config.num_attention_heads, config.attention_head_dim, dtype, grid)
 
     def bytes_per_frame(self, storage: str = "model") -> int:

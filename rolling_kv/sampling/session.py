@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -14,18 +14,18 @@ from ..cache.joint import JointPass
 from ..cache.prompt import Branch
 from ..cache.sizes import CacheBytes
 from ..checkpoints.model import CausalModel
-from ..config import MOST_FRAMES, CacheConfig, ExecutionConfig, SamplingConfig, check_whole
+from ..config import CacheConfig, ExecutionConfig, SamplingConfig
 from ..step_cache import StepCache, StepCacheReport, StepProbe, start_step_cache
 from ..wan.attachment import RollingAttachment, apply_rolling_kv_cache
-from .blend import blend_prompts
 from .branches import GuidanceBranches
 from .checks import check_latents, fitted_embeds
-from .denoiser import Denoiser, beside_given, needed_negative, noise_dtype, with_given
+from .denoiser import Denoiser, beside_given, noise_dtype, with_given
 from .history import History
+from .prompting import Prompting
 from .recomputed import RecomputedContext, ReencodedFrames, Reencoding, check_vae, context_passes
 from .rolling import check_rolling, rolling_chunks
 from .schedule import Noise, NoiseSource, chunk_noise, sample_chunk, starting_from, warp_steps
-from .state import CacheState, Chunk, same_values
+from .state import CacheState, Chunk
 from .workspace import CacheSpec, Workspace
 
 
@@ -37,24 +37,6 @@ class _Open:
     branches: GuidanceBranches
     history: History
     steps: StepCache | StepProbe | None = None
-
-
-class _Wanted(NamedTuple):
-    """What the next chunk is to be made with: embeddings [B, L, D] on the CPU, and how to switch to them.
-
-    coming: the prompts of the chunks after it, where they are others: a blend, or a shot that the first one begins.
-    """
-
-    prompt: torch.Tensor
-    negative: torch.Tensor | None
-    switch: str | None = None
-    coming: tuple[torch.Tensor, ...] = ()
-
-    def following(self) -> _Wanted:
-        """What the chunk after it is to be made with: a switch is done once, and nothing on the way of a blend."""
-        if not self.coming:
-            return self._replace(switch=None)
-        return _Wanted(self.coming[0], self.negative, "hold", self.coming[1:])
 
 
 class RollingSession:
@@ -119,7 +101,6 @@ class RollingSession:
         self.step_report: StepCacheReport | None = None
         self._workspace = workspace
         self._vae = vae
-        self._fitted = partial(fitted_embeds, model, batch)
         self._given: torch.Tensor | None = None  # the frame that the first chunk will begin with
         self._open: _Open | None = None
         self._passes_done = 0
@@ -129,7 +110,7 @@ class RollingSession:
             check_latents(model, batch, self.latent_size, self.state.chunks[-1], "the cache state's latents")
         if self.sampling.joint:
             check_rolling(self.state, self.execution, step_cache is not None)
-        self._current = self._last_prompt() if self.state.records else None  # of the chunk that was begun last
+        self._prompts = Prompting(partial(fitted_embeds, model, batch), self.sampling, self.cache_config, self.state)
         self.set_prompt(prompt, negative, switch, after)
 
     @property
@@ -162,39 +143,7 @@ class RollingSession:
 
         Raises ValueError for a switch that the cache's rules cannot do, and for a blend with any switch.
         """
-        if switch is not None:
-            self.cache_config.check_switch(switch)
-            self.sampling.check_cache(replace(self.cache_config, switch=switch))
-        check_whole("blend", blend, 1, MOST_FRAMES, "chunk")
-        if blend > 1 and switch not in (None, "hold"):
-            raise ValueError(
-                f'a blend over {blend} chunks changes the prompt little by little, where a "{switch}" has no place: leave '
-                "one of them out"
-            )
-        negative = needed_negative(self.sampling, negative)
-        # Copies of its own, which the state takes over: the caller may go on to change what was given.
-        fitted = self._fitted(prompt, "the prompt").clone()
-        fitted_negative = None if negative is None else self._fitted(negative, "the negative prompt").clone()
-        coming = ()
-        if blend > 1:
-            old = self._wanted.prompt if self._current is None else self._current
-            (fitted, *coming), switch = blend_prompts(old, fitted, blend, curve), "hold"
-        if after is not None:
-            coming = (*coming, self._fitted(after, "the prompt after the next chunk").clone())
-        self._wanted = _Wanted(fitted, fitted_negative, switch, tuple(coming))
-
-    def _last_prompt(self) -> torch.Tensor:
-        index = self.state.records[-1].prompt
-        return self._fitted(self.state.prompts[index], "a prompt of the cache state").contiguous()
-
-    def _next_switch(self) -> str:
-        """What is done to the cache before the next chunk; empty for nothing."""
-        if not self.state.records:
-            return ""
-        switch = self._wanted.switch
-        if switch is None:
-            switch = "hold" if same_values(self._last_prompt(), self._wanted.prompt) else self.cache_config.switch
-        return "" if switch == "hold" else switch
+        self._prompts.want(prompt, negative, switch, after, blend, curve)
 
     def prefill(self, latents: torch.Tensor) -> None:
         """Append given clean latents, [B, C, F, h, w] in model space: an image, or a video to extend.
@@ -210,13 +159,11 @@ class RollingSession:
             return
         sizes = self.sampling.prefill_sizes(latents.shape[2], self.state.frames)
         for chunk in latents.to(self.dtype).split(sizes, dim=2):
-            wanted, switch = self._wanted, self._next_switch()
+            switch, wanted = self._prompts.next_switch(self.state), self._prompts.begin()
             self.state = self.state.extended(
                 chunk, timestep=0.0, prompt=wanted.prompt, negative=wanted.negative, seed=None, switch=switch
             )
-            self._current = wanted.prompt
-            # What comes after waits for the next generated chunk, which has the prompt of the given ones.
-            self._wanted = wanted._replace(switch="hold") if wanted.coming else wanted.following()
+            self._prompts.given(wanted)
 
     def generate(
         self,
@@ -252,7 +199,9 @@ class RollingSession:
         if source is not None:
             self._check_source(source, chunks)
             sampling = sampling.at_strength(strength)
-        branches.leave_cancelled_chunk(self.state, self.sampling.chunk_size(frames), self._next_switch())
+        branches.leave_cancelled_chunk(
+            self.state, self.sampling.chunk_size(frames), self._prompts.next_switch(self.state)
+        )
         branches.reserve(frames + self.sampling.frames_of(chunks, frames))
         if self.sampling.joint:
             on_step = partial(self._tick, self.passes_needed(chunks))
@@ -262,9 +211,8 @@ class RollingSession:
             run = self._running()
             # Anew for each chunk: a prompt that was set since may have passes of its own.
             on_step = partial(self._tick, self.passes_needed(chunks - made))
-            wanted = self._wanted  # `on_pass` may set others, for the next chunk
-            prompt, negative, switch = wanted.prompt, wanted.negative, self._next_switch()
-            self._current = prompt
+            switch, wanted = self._prompts.next_switch(self.state), self._prompts.begin()
+            prompt, negative = wanted.prompt, wanted.negative
             start, context_noise = self.state.frames, sampling.context_noise
             run.history.bring_to(self.state, switch, prompt, negative, context_noise, on_step)
             shape = (self.batch, self.model.geometry.channels, sampling.chunk_size(start), *self.latent_size)
@@ -296,8 +244,7 @@ class RollingSession:
                 switch=switch,
                 given=0 if given is None else given.shape[2],
             )
-            if self._wanted is wanted:
-                self._wanted = wanted.following()
+            self._prompts.done(wanted)
             yield Chunk(start, latents)
 
     def _check_source(self, source: torch.Tensor, chunks: int) -> None:
@@ -315,17 +262,16 @@ class RollingSession:
         sampling, first = self.sampling, self.state.frames
         shape = (self.batch, self.model.geometry.channels, sampling.chunk, *self.latent_size)
         dtype, device = noise_dtype(sampling, self.dtype), self.model.compute_device()
-        wanted = self._wanted
+        wanted = self._prompts.wanted
 
         def noise(number: int) -> Noise:
             return chunk_noise(noise_source, seed, first + number * sampling.chunk, shape, dtype, device)
 
         def predict(x: torch.Tensor, timesteps: Sequence[float]) -> torch.Tensor:
             nonlocal wanted
-            run, wanted = self._running(), self._wanted
+            run, wanted = self._running(), self._prompts.wanted
             run.history.bring_to(self.state, "", wanted.prompt, wanted.negative, sampling.context_noise, on_step)
-            wanted = self._wanted  # `on_pass` may set others, for the next pass
-            self._current = wanted.prompt
+            wanted = self._prompts.begin()  # `on_pass` may have set others
             passes = [
                 partial(run.attachment.predict, branch=_looking_at(branch, x.shape[2]))
                 for branch in run.branches.for_prompts(wanted.prompt, wanted.negative)
@@ -341,15 +287,14 @@ class RollingSession:
             self.state = self.state.extended(
                 latents, timestep=sampling.context_noise, prompt=wanted.prompt, negative=wanted.negative, seed=seed
             )
-            if self._wanted is wanted:
-                self._wanted = wanted.following()
+            self._prompts.done(wanted)
             yield Chunk(start, latents)
 
     def passes_needed(self, chunks: int) -> int:
         """Model passes (counting a guided pair as one) until `chunks` more chunks are done, from the start."""
         if not chunks:
             return self._passes_done
-        run, switch = self._open, self._next_switch()
+        run, switch = self._open, self._prompts.next_switch(self.state)
         if self.cache_config.context == "recomputed":
             backlog = context_passes(self.cache_config, self.sampling, self.state.frames, chunks) - (chunks - 1)
         else:

@@ -42,7 +42,7 @@ class LongLive2(Case):
             cache,
             switch="hold",
             cut_flush=False,
-            cut_offset=int(config["multi_shot_rope_offset"]) if cache.positions == "absolute" else 0,
+            cut_offset=config["multi_shot_rope_offset"] if cache.positions == "absolute" else 0,
             shot_sink=config["multi_shot_sink"],
             shot_clean=config["shot_clean_recache"] and config["multi_shot_sink"] and cache.sink > 0,
         )
