@@ -13,7 +13,18 @@ def test_defaults_are_those_of_self_forcing():
     assert astuple(CacheConfig())[:5] == (21, 0, "absolute", "model", False)
     assert astuple(CacheConfig())[5:11] == (None, "drop", 0.999, (0.01, 0.1), "float32", "hold")
     assert astuple(CacheConfig())[11:] == (True, True, 42, False, False, "kept")
-    assert astuple(SamplingConfig()) == (3, False, "renoise", (1000, 750, 500, 250), None, 50, 5.0, 1.0, 0.0)
+    assert astuple(SamplingConfig()) == (
+        3,
+        False,
+        "renoise",
+        (1000, 750, 500, 250),
+        None,
+        50,
+        5.0,
+        1.0,
+        0.0,
+        "own chunk",
+    )
     assert astuple(ExecutionConfig()) == (False, None, False, False)
 
 
