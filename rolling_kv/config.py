@@ -107,7 +107,7 @@ class CacheConfig:
     storage: in which form, one of `cache.codecs.CODECS`; "model" is the model's dtype.
     offload: keep the keys and values in CPU memory and bring one layer at a time to the device.
 
-    Fields with a help text are options of the command line. It has one prompt, so there are none for a switch.
+    Fields with a help text are options of the command line; those with `at_switch` where prompts can change.
     """
 
     window: int | Literal["all"] = 21
@@ -141,12 +141,30 @@ class CacheConfig:
         default=(0.01, 0.1), metadata={"help": "for memory, the share of what leaves in the slow and in the fast frame"}
     )
     accumulate: str = field(default="float32", metadata={"help": "dtype of either average", "choices": ACCUMULATION})
-    switch: str = "hold"
-    global_sink: bool = True
-    cut_flush: bool = True
-    cut_offset: float = 42
-    shot_sink: bool = False
-    shot_clean: bool = False
+    switch: str = field(
+        default="hold",
+        metadata={
+            "help": "what happens when the prompt changes, where the schedule does not say",
+            "choices": SWITCHES,
+            "at_switch": True,
+        },
+    )
+    global_sink: bool = field(
+        default=True,
+        metadata={"help": "let the sink outlive a switch that computes the window anew", "at_switch": True},
+    )
+    cut_flush: bool = field(default=True, metadata={"help": "begin a cut with a flush", "at_switch": True})
+    cut_offset: float = field(
+        default=42, metadata={"help": "latent frames by which a cut moves its chunk away in time", "at_switch": True}
+    )
+    shot_sink: bool = field(
+        default=False,
+        metadata={"help": "let a cut keep the first frames of its chunk until the next cut", "at_switch": True},
+    )
+    shot_clean: bool = field(
+        default=False,
+        metadata={"help": "let a cut's chunk enter a cache that holds nothing but the sink", "at_switch": True},
+    )
     context: str = field(
         default="kept",
         metadata={

@@ -32,10 +32,15 @@ def add_window(parser: argparse.ArgumentParser, whose: str) -> None:
     )
 
 
-def add_cache(parser: argparse.ArgumentParser, whose: str, note: str = "") -> None:
-    """Options of the cache. whose: settings that hold where an option is left out. note: put behind each help text."""
+def add_cache(parser: argparse.ArgumentParser, whose: str, note: str = "", switches: bool = True) -> None:
+    """Options of the cache.
+
+    whose: settings that hold where an option is left out. note: put behind each help text. switches: whether prompts can
+    change.
+    """
     add_window(parser, whose)
-    _add_fields(parser, CacheConfig, f" (default: {whose}){note}")
+    rules = [rule for rule in _described(CacheConfig) if switches or "at_switch" not in rule.metadata]
+    _add_fields(parser, rules, f" (default: {whose}){note}", flag=argparse.BooleanOptionalAction)
     parser.add_argument(
         "--cache-storage", choices=CACHE_STORAGES, default="model", help=f"how the cache keeps its bytes{note}"
     )
@@ -44,7 +49,7 @@ def add_cache(parser: argparse.ArgumentParser, whose: str, note: str = "") -> No
 
 def rules_of(args: argparse.Namespace) -> dict[str, Any]:
     """The rules among the cache settings that `add_cache` has read, without what was left out."""
-    given = {name: getattr(args, name) for name in ("window", *(rule.name for rule in _described(CacheConfig)))}
+    given = {name: getattr(args, name, None) for name in ("window", *(rule.name for rule in _described(CacheConfig)))}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -67,7 +72,7 @@ def _device(name: str) -> torch.device:
 
 def add_execution(parser: argparse.ArgumentParser, note: str = "") -> None:
     """One option for each field of `ExecutionConfig`. note: put behind each help text."""
-    _add_fields(parser, ExecutionConfig, note)
+    _add_fields(parser, _described(ExecutionConfig), note, flag="store_true")
 
 
 def execution_of(args: argparse.Namespace) -> ExecutionConfig:
@@ -80,20 +85,18 @@ def _described(settings: type) -> list[Field]:
     return [setting for setting in fields(settings) if "help" in setting.metadata]
 
 
-def _add_fields(parser: argparse.ArgumentParser, settings: type, note: str) -> None:
-    """An option for each field that says what it is for. What is left out stays None; flags stay False."""
-    for setting in _described(settings):
+def _add_fields(parser: argparse.ArgumentParser, settings: list[Field], note: str, flag: Any) -> None:
+    """An option for each field. flag: what argparse does with one that is on or off."""
+    for setting in settings:
+        form = {"action": flag} if setting.type == "bool" else _form(setting)
         name = f"--{setting.name.replace('_', '-')}"
-        parser.add_argument(name, dest=setting.name, help=f"{setting.metadata['help']}{note}", **_form(setting))
+        parser.add_argument(name, dest=setting.name, help=f"{setting.metadata['help']}{note}", **form)
 
 
 def _form(setting: Field) -> dict[str, Any]:
-    """How argparse reads a field: by its choices, or as its default is; without one, as latent frames."""
-    default = setting.default
+    """How argparse reads a field: by its choices, or as numbers; whole ones are latent frames."""
     if choices := setting.metadata.get("choices"):
         return {"choices": choices}
-    if isinstance(default, bool):
-        return {"action": "store_true"}
-    if isinstance(default, tuple):
-        return {"nargs": len(default), "type": type(default[0]), "metavar": "X"}
-    return {"type": float, "metavar": "X"} if isinstance(default, float) else {"type": int, "metavar": "N"}
+    if isinstance(setting.default, tuple):
+        return {"nargs": len(setting.default), "type": float, "metavar": "X"}
+    return {"type": float, "metavar": "X"} if setting.type == "float" else {"type": int, "metavar": "N"}

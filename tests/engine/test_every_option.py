@@ -7,6 +7,7 @@ import torch
 
 from rolling_kv import cli
 from rolling_kv import pipeline as pipeline_module
+from rolling_kv.config import CacheConfig
 from rolling_kv.geometry import WAN_21
 from rolling_kv.pipeline import Pipeline
 from rolling_kv.presets import DEFAULT_PRESET
@@ -37,6 +38,7 @@ VALUES = {  # of options whose type does not tell one; anything but the default
 NEEDED = {  # by options that do not go without others
     "--span": ["--positions", "window"],
     "--leaving": ["--positions", "window"],
+    "--no-shot-clean": ["--no-cut-flush"],
 }
 
 
@@ -74,6 +76,8 @@ def reached(monkeypatch, arguments):
 def given(name, action):
     if name in VALUES:
         return [name, *(VALUES[name].split() if action.nargs == 2 else [VALUES[name]])]
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return [action.option_strings[getattr(CacheConfig, action.dest)]]  # on, then off
     if action.nargs == 0:
         return [name]
     if action.choices:

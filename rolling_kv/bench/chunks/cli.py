@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, help=size)
     parser.add_argument("--chunks", type=int, default=10, help="chunks to make, of 3 latent frames (default: 10)")
     options.add_dtype(parser)
-    add_cache(parser, "the size's, and Self-Forcing's", note="; (a) only")
+    add_cache(parser, "the size's, and Self-Forcing's", note="; (a) only", switches=False)
     add_execution(parser, note="; (a) only")
     parser.add_argument("--methods", help="letters of the methods, such as ae (default: all that can run here)")
     parser.add_argument("--repeats", type=int, default=1, help="timed runs (default: %(default)s)")
