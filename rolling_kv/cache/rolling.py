@@ -240,7 +240,8 @@ class RollingKVCache:
             self._away_next = self.config.cut_offset
 
     def drop_to_sink(self) -> None:
-        """Forget all but the sink, an open chunk included."""
+        """Forget all but the sink, an open chunk included, which is then opened anew where it stood in time."""
+        self._away_next, self._away = self._away, 0
         self._work, self._worked = [], set()
         rearranged = self.window.drop_to_sink()
         kept = self._tokens(0, len(rearranged.sources))

@@ -160,6 +160,8 @@ class RollingSession:
         sizes = self.sampling.prefill_sizes(latents.shape[2], self.state.frames)
         for chunk in latents.to(self.dtype).split(sizes, dim=2):
             switch, wanted = self._prompts.next_switch(self.state), self._prompts.begin()
+            if self._open:
+                self._open.branches.leave_cancelled_chunk(self.state, chunk.shape[2], switch)
             self.state = self.state.extended(
                 chunk, timestep=0.0, prompt=wanted.prompt, negative=wanted.negative, seed=None, switch=switch
             )
@@ -364,6 +366,8 @@ class RollingSession:
         # Keep the working cache only if the log records every prompt in it.
         recorded = not self.sampling.guided or not run.branches.cached or self.state.records[-1].negative >= 0
         keep = exception_type is None and recorded
+        # Whoever takes it over cannot know how a cancelled chunk was switched to.
+        run.branches.leave_cancelled_chunk(self.state, self.sampling.chunk_size(self.state.frames), "")
         run.branches.close(self._workspace if keep else None, self.state.key)
 
 

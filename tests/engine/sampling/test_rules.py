@@ -176,3 +176,41 @@ def test_averages_and_single_frames_do_not_go_together(model, leaving, switch):
     cache = next(rule for rule in RULES.values() if rule.leaving == leaving)
     with pytest.raises(ValueError, match=f'a "{switch}" at a prompt switch cannot go with leaving "{leaving}"'):
         run(model, cache, [(0, None), (1, switch)])
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["frames are given", "a chunk is made"])
+@pytest.mark.parametrize("then", ["hold", "cut", "joint"])
+@pytest.mark.parametrize("cancelled", ["hold", "cut", "joint"])
+def test_a_cancelled_chunk_leaves_no_switch_behind(model, cancelled, then, given):
+    """Neither in the session that goes on, nor where another takes over what it left."""
+    settings = dict(height=HEIGHT, width=WIDTH, cache=RULES["window positions"])
+    clip = torch.zeros(1, 16, CHUNK, HEIGHT // 8, WIDTH // 8)
+    words = prompt(model, 1), prompt(model, 2)
+
+    def go_on(session):
+        session.set_prompt(words[1], switch=then)
+        if given:
+            session.prefill(clip)
+        list(session.generate(1, seed=3))
+        return session.state
+
+    def on_pass(done, total):
+        if session.state.frames == 4 * CHUNK and done == total - 1:
+            raise Cancelled
+
+    start = run(model, settings["cache"], [(0, None)] * 4)
+    with RollingSession(model, words[1], state=start, switch="hold", **settings) as session:
+        expected = go_on(session)
+    for taken_over in (False, True):
+        workspace = Workspace()
+        session = RollingSession(model, words[0], state=start, switch=cancelled, workspace=workspace, **settings)
+        session.on_pass = on_pass
+        with session:
+            with pytest.raises(Cancelled):
+                list(session.generate(1, seed=3))
+            session.on_pass = None
+            made = None if taken_over else go_on(session)
+        if taken_over:
+            with RollingSession(model, words[1], state=start, workspace=workspace, **settings) as session:
+                made = go_on(session)
+        assert same(made, expected)
