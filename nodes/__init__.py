@@ -11,6 +11,7 @@ from .load_lora import RollingKVLoadLoRA
 from .load_model import RollingKVLoadModel
 from .load_text_encoder import RollingKVLoadTextEncoder
 from .load_vae import RollingKVLoadVAE
+from .prompt_schedule import RollingKVPromptSchedule
 from .sample import RollingKVSample
 from .step_cache import RollingKVStepCache
 
@@ -23,6 +24,7 @@ class RollingKVExtension(ComfyExtension):
             RollingKVLoadTextEncoder,
             RollingKVLoadVAE,
             RollingKVEncodePrompt,
+            RollingKVPromptSchedule,
             RollingKVAttachCache,
             RollingKVStepCache,
             RollingKVBenchmark,

@@ -113,7 +113,7 @@ def _allowed(given: io.Input, value) -> bool:
         return isinstance(value, str) and _encodes(value)
     if kind == "BOOLEAN":
         return isinstance(value, bool)
-    return EDGES[kind](value)
+    return any(EDGES[edge](value) for edge in given.get_io_type().split(","))
 
 
 def _wanted(given: io.Input) -> str:

@@ -6,11 +6,13 @@ from ..rolling_kv.config import SamplingConfig
 from ..rolling_kv.geometry import Geometry
 from ..rolling_kv.sampling.checks import long_sink_note
 from ..rolling_kv.sampling.recomputed import check_vae, needs_vae
+from ..rolling_kv.sampling.scheduled import check_plan, cues, generate_scheduled, switches_of
 from ..rolling_kv.sampling.session import RollingSession
 from ..rolling_kv.sampling.state import CacheState
+from ..rolling_kv.schedules.schedule import Plan
 from . import borders, inputs, run
 from .guard import guarded
-from .types import CATEGORY, VAE, Model, ModelHandle, State
+from .types import CATEGORY, VAE, EncodedSchedule, Model, ModelHandle, Schedule, State
 
 SIZE = "Ignored when a state or an initial latent sets the size."
 
@@ -29,8 +31,11 @@ class RollingKVSample(io.ComfyNode):
             search_aliases=["ksampler", "autoregressive sampler", "extend video", "continue video", "image to video"],
             inputs=[
                 Model.Input("model", tooltip="From Load Causal Video Model or Attach Rolling Cache."),
-                io.Conditioning.Input(
-                    "positive", tooltip="From Encode Prompt, or CLIP Text Encode with a Wan CLIP (umt5_xxl)."
+                io.MultiType.Input(
+                    "positive",
+                    [io.Conditioning, Schedule],
+                    tooltip="From Encode Prompt, or CLIP Text Encode with a Wan CLIP (umt5_xxl). For several prompts from "
+                    "Prompt Schedule.",
                 ),
                 io.Float.Input(
                     "length",
@@ -43,9 +48,10 @@ class RollingKVSample(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "length_unit",
-                    options=["seconds", "chunks"],
+                    options=["seconds", "chunks", "schedule"],
                     tooltip="Seconds at the model's rate (16 frames per second; Wan 2.2 5B: 24), or chunks (3 latent frames, "
-                    "1 for frame-wise models, 8 for LongLive 2).",
+                    "1 for frame-wise models, 8 for LongLive 2). Schedule: to the end of the prompt schedule; where it has "
+                    "none, length is the seconds of its last prompt.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -103,24 +109,35 @@ class RollingKVSample(io.ComfyNode):
         given, start = borders.start_of(initial_latent, state, model.geometry, sampling, height, width)
         if given is not None:
             sampling.check_given()
-        chunks = _chunks(length, length_unit, sampling, start.frames, model.geometry)
+        chunks = _chunks(length, length_unit, positive, sampling, start.frames, model.geometry)
         sampling.check_length(chunks, start.frames, model.geometry)
         frames = start.frames + sampling.frames_of(chunks, start.frames)
         size: dict[str, Any] = {"height": start.height, "width": start.width, "batch": start.batch}
         switch, blend = inputs.switch_to_of(switch)
-        after = borders.after_cut(positive, model.engine.preset)
-        if after is not None and switch is None and blend == 1:
-            switch = "cut"
-        way = switch or model.cache.switch
-        sampling.check_cache(model.cache.with_rules(switch=way))
-        switches = [way, *(record.switch for record in state.records)] if state is not None else []
+        plan, after, marker = None, None, model.engine.preset.cut_marker
+        if isinstance(positive, EncodedSchedule):
+            plan = _plan_of(positive, switch, model, sampling, chunks, start.frames)
+            ways = switches_of(plan, model.cache, marker)
+        else:
+            after = borders.after_cut(positive, model.engine.preset)
+            if after is not None and switch is None and blend == 1:
+                switch = "cut"
+            way = switch or model.cache.switch
+            sampling.check_cache(model.cache.with_rules(switch=way))
+            ways = {way} if state is not None else set()
+        switches = ways.union(record.switch for record in state.records) if state is not None else ways
         vae = _needed_vae(model, sampling, state or CacheState(), chunks, vae)
         run.make_room(model, sampling, frames=frames, joint_switch="joint" in switches, vae=vae, **size)
-        notes = [note] if (note := long_sink_note(sampling, model.cache, frames)) else []
+        notes = [] if plan is None else [str(plan.snapped()), *plan.notes]
+        if note := long_sink_note(sampling, model.cache, frames):
+            notes.append(note)
         if notes:
-            run.say(notes[0], cls.hidden.unique_id)
+            run.say("\n".join(notes), cls.hidden.unique_id)
         with run.progress(cls.hidden.unique_id) as on_pass:
-            prompt = borders.embedding(positive, "positive")
+            if plan is None:
+                prompt = borders.embedding(positive, "positive")
+            else:
+                prompt = next(cues(plan, positive.embeds, model.cache, marker)).prompt
             avoid = borders.embedding(negative, "negative") if negative is not None and sampling.guided else None
             session = RollingSession(
                 model.engine, prompt, negative=avoid, sampling=sampling, cache=model.cache, execution=model.execution,
@@ -132,7 +149,11 @@ class RollingKVSample(io.ComfyNode):
             with session:
                 if given is not None:
                     session.prefill(given)
-                for _ in session.generate(chunks, seed=seed):
+                if plan is None:
+                    made = session.generate(chunks, seed=seed)
+                else:
+                    made = generate_scheduled(session, plan, positive.embeds, negative=avoid, seed=seed)
+                for _ in made:
                     pass
         if session.step_report is not None:
             run.say("\n".join([*notes, session.step_report.summary()]), cls.hidden.unique_id)
@@ -149,8 +170,36 @@ def _needed_vae(model: ModelHandle, sampling: SamplingConfig, state: CacheState,
     return vae
 
 
-def _chunks(length: float, unit: str, sampling: SamplingConfig, start: int, geometry: Geometry) -> int:
-    """Chunks that make a length of video after `start` latent frames."""
+def _plan_of(
+    prompts: EncodedSchedule,
+    switch: str | None,
+    model: ModelHandle,
+    sampling: SamplingConfig,
+    chunks: int,
+    start: int,
+) -> Plan:
+    """What of a schedule falls on these chunks. Raises ValueError for a switch beside it, or one that cannot be done."""
+    if switch is not None:
+        raise ValueError(
+            "The prompt schedule says how each of its prompts begins: write it there in brackets, and leave switch at "
+            f"{inputs.OWN}."
+        )
+    schedule, _, origin = prompts
+    plan = schedule.plan(sampling, model.geometry, chunks=chunks, start_frame=start, origin=origin)
+    check_plan(plan, sampling, model.cache, model.engine.preset.cut_marker)
+    return plan
+
+
+def _chunks(length: float, unit: str, positive, sampling: SamplingConfig, start: int, geometry: Geometry) -> int:
+    """Chunks that make a length of video after `start` latent frames. Raises ValueError for a schedule's where none is."""
+    if unit == "schedule":
+        if not isinstance(positive, EncodedSchedule):
+            raise ValueError(
+                "The length is to be that of the prompt schedule, and there is none: connect Prompt Schedule to positive, or "
+                "set length_unit to seconds."
+            )
+        schedule, _, origin = positive
+        return schedule.chunks(sampling, geometry, start_frame=start, origin=origin, last=length)
     if unit == "seconds":
         return sampling.chunks_for_seconds(length, start, geometry)
     return max(round(length), 1)

@@ -11,7 +11,9 @@ from comfy_api.latest import io
 from ..rolling_kv.checkpoints.model import CausalModel
 from ..rolling_kv.config import CacheConfig, ExecutionConfig, SamplingConfig
 from ..rolling_kv.geometry import Geometry
+from ..rolling_kv.sampling.scheduled import Embeds
 from ..rolling_kv.sampling.state import CacheState
+from ..rolling_kv.schedules.schedule import PromptSchedule
 from ..rolling_kv.text import TextEncoder as Umt5
 from ..rolling_kv.vae import WanVAE
 from .patchers import ManagedModel, ManagedModule
@@ -21,6 +23,7 @@ CATEGORY = "RollingKV"
 Model = io.Custom("ROLLING_KV_MODEL")  # ModelHandle
 TextEncoder = io.Custom("ROLLING_KV_TEXT_ENCODER")  # patchers.ManagedModule around rolling_kv.text.TextEncoder
 VAE = io.Custom("ROLLING_KV_VAE")  # patchers.ManagedModule around rolling_kv.vae.WanVAE
+Schedule = io.Custom("ROLLING_KV_SCHEDULE")  # EncodedSchedule
 State = io.Custom("ROLLING_KV_STATE")  # rolling_kv.sampling.state.CacheState
 
 
@@ -47,6 +50,17 @@ class ModelHandle(NamedTuple):
         return f"ModelHandle({self.engine.preset.name}, chunk {self.sampling.chunk}, {self.cache}{loras})"
 
 
+class EncodedSchedule(NamedTuple):
+    """A prompt schedule with the embeddings of its prompts. origin: where its times count from, one of `ORIGINS`."""
+
+    schedule: PromptSchedule
+    embeds: Embeds
+    origin: str
+
+    def __repr__(self) -> str:  # error messages print their inputs
+        return f"EncodedSchedule({len(self.schedule.segments)} prompts, from the {self.origin}'s beginning)"
+
+
 def _holds(engine_type: type):
     return lambda value: isinstance(value, ManagedModule) and isinstance(value.model, engine_type)
 
@@ -62,6 +76,7 @@ EDGES = {
     Model.io_type: lambda value: isinstance(value, ModelHandle),
     TextEncoder.io_type: _holds(Umt5),
     VAE.io_type: _holds(WanVAE),
+    Schedule.io_type: lambda value: isinstance(value, EncodedSchedule),
     State.io_type: lambda value: isinstance(value, CacheState),
     io.Conditioning.io_type: _is_conditioning,
     io.Latent.io_type: lambda value: isinstance(value, dict) and isinstance(value.get("samples"), torch.Tensor),

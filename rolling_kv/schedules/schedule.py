@@ -109,12 +109,17 @@ class PromptSchedule:
 
     def led_by(self, prompt: str) -> PromptSchedule:
         """This with another prompt before its first one. Raises ValueError unless there is time left for it."""
-        if self.unit in ("lengths", "shares") or not self.segments[0].time:
+        if not self.begins_later:
             raise ValueError(
                 "the schedule says from the beginning on which prompts there are: leave the other prompt out, or let the "
                 f"schedule begin later, as in `2.5: {shortened(self.segments[0].text, 30)}`"
             )
         return replace(self, segments=(Segment(prompt, 0.0), *self.segments))
+
+    @property
+    def begins_later(self) -> bool:
+        """Whether there is time before its first prompt."""
+        return self.unit not in ("lengths", "shares") and bool(self.segments[0].time)
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from .readme import link
 
 TINY = "tiny (bundled)"
 CIRCLE, SQUARE = "a red circle moving right", "a blue circle moving right"
+SCHEDULE = f"0: {CIRCLE}\n2.5: {SQUARE} [recache]\n5: a green square moving left [cut]"
 
 LOADERS = {
     "model": ("RollingKVLoadModel", {"model_name": TINY}),
@@ -32,7 +33,7 @@ LOADERS = {
 
 WIDTH, GAP, TITLE = 340, 40, 30
 ROOM = {
-    "RollingKVLoadModel": 260, "RollingKVLoadTextEncoder": 136, "RollingKVLoadVAE": 136, "RollingKVEncodePrompt": 140,
+    "RollingKVLoadModel": 260, "RollingKVLoadTextEncoder": 136, "RollingKVLoadVAE": 136, "RollingKVEncodePrompt": 140, "RollingKVPromptSchedule": 330,
     "RollingKVAttachCache": 324, "RollingKVStepCache": 292, "RollingKVSample": 412, "RollingKVEncodeVideo": 160,
     "RollingKVDecodeVideo": 160, "RollingKVBenchmark": 556, "SaveVideo": 148, "LoadImage": 340,
 }  # fmt: skip
@@ -129,6 +130,30 @@ WORKFLOWS = {
                 "its **state** input is the first one's output. Chain as many as you like. When you change the second "
                 "prompt, only the second sampler runs again. How fast the new prompt takes hold is up to its **switch** (an "
                 "advanced input).",
+            ),
+            (1, (720, 270), REAL_MODELS),
+        ],
+    },
+    "rolling_kv_prompt_schedule": {
+        "nodes": LOADERS
+        | {
+            "schedule": (
+                "RollingKVPromptSchedule",
+                {"model": "cache.0", "text_encoder": "text_encoder.0", "text": SCHEDULE},
+            ),
+            "sample": sample("schedule.0", 3.0, 1, length_unit="schedule"),
+        }
+        | output("sample.0", "rolling_kv_prompt_schedule"),
+        "sizes": {"schedule": (420, 330)},
+        "columns": ["model text_encoder", "cache vae", "schedule", "sample", "decode", "save"],
+        "notes": [
+            (
+                0,
+                (340, 270),
+                "## Prompt schedule\n**Prompt Schedule** goes where one prompt would go: each line is a prompt and the second that "
+                "it begins at, with how it begins in brackets: `[hold]`, `[recache]`, `[flush]`, `[cut]` or `[blend 3]` (over 3 "
+                "chunks). After a run node and sampler show what they have understood, with the times of the chunks. "
+                "**length_unit** is `schedule`: the last prompt gets **length** seconds.",
             ),
             (1, (720, 270), REAL_MODELS),
         ],
