@@ -118,7 +118,9 @@ class RollingKVSample(io.ComfyNode):
         if isinstance(positive, EncodedSchedule):
             plan = _plan_of(positive, switch, model, sampling, chunks, start.frames)
             ways = switches_of(plan, model.cache, marker)
+            prompt = next(cues(plan, positive.embeds, model.cache, marker)).prompt
         else:
+            prompt = borders.embedding(positive, "positive")
             after = borders.after_cut(positive, model.engine.preset)
             if after is not None and switch is None and blend == 1:
                 switch = "cut"
@@ -134,10 +136,6 @@ class RollingKVSample(io.ComfyNode):
         if notes:
             run.say("\n".join(notes), cls.hidden.unique_id)
         with run.progress(cls.hidden.unique_id) as on_pass:
-            if plan is None:
-                prompt = borders.embedding(positive, "positive")
-            else:
-                prompt = next(cues(plan, positive.embeds, model.cache, marker)).prompt
             avoid = borders.embedding(negative, "negative") if negative is not None and sampling.guided else None
             session = RollingSession(
                 model.engine, prompt, negative=avoid, sampling=sampling, cache=model.cache, execution=model.execution,

@@ -70,8 +70,10 @@ def cues(
     return islice(_all_cues(plan, embeds, cache, marker, before), plan.first, None)
 
 
-def _all_cues(plan: Plan, embeds: Embeds, cache: CacheConfig, marker: str, current) -> Iterator[Cue]:
-    coming: list[Cue] = []
+def _all_cues(
+    plan: Plan, embeds: Embeds, cache: CacheConfig, marker: str, before: torch.Tensor | None
+) -> Iterator[Cue]:
+    current, coming = before, []
     for segment in plan.segments():
         if segment is not None:
             new, after = embeds[segment.text]
@@ -79,9 +81,12 @@ def _all_cues(plan: Plan, embeds: Embeds, cache: CacheConfig, marker: str, curre
             coming = [Cue(mixed[0], switch_of(segment, cache, marker)), *(Cue(prompt, "hold") for prompt in mixed[1:])]
             if after is not None and marker:
                 coming.append(Cue(after, "hold"))
-        cue, *coming = coming or [Cue(current, None)]
-        current = cue.prompt
-        yield cue
+        if coming:
+            cue, *coming = coming
+            current = cue.prompt
+            yield cue
+        elif current is not None:  # the first chunk of a plan begins a segment
+            yield Cue(current, None)
 
 
 def generate_scheduled(
@@ -108,12 +113,13 @@ def generate_scheduled(
     marker = session.model.preset.cut_marker
     check_plan(plan, session.sampling, session.cache_config, marker)
 
-    def fitted(prompt: torch.Tensor | None) -> torch.Tensor | None:
-        return None if prompt is None else prompt.to("cpu", session.dtype)
+    def fitted(first: torch.Tensor, after: torch.Tensor | None = None):
+        return first.to("cpu", session.dtype), None if after is None else after.to("cpu", session.dtype)
 
-    ready = {text: tuple(map(fitted, embeds[text])) for text in plan.texts}
-    state = session.state
-    before = fitted(state.prompts[state.records[-1].prompt]) if state.records and plan.grid.base else None
+    ready = {text: fitted(*embeds[text]) for text in plan.texts}
+    state, before = session.state, None
+    if state.records and plan.grid.base:
+        before, _ = fitted(state.prompts[state.records[-1].prompt])
     made, last = session.generate(plan.chunks, seed, **settings), None
     for prompt, switch in cues(plan, ready, session.cache_config, marker, before):
         if prompt is not last or switch is not None:

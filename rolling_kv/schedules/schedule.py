@@ -55,6 +55,12 @@ class Segment:
             raise ValueError(f'a blend changes the prompt little by little, where a "{self.switch}" has no place')
 
     @property
+    def at(self) -> float:
+        """Its time, where the schedule's unit gives each one."""
+        assert self.time is not None
+        return self.time
+
+    @property
     def words(self) -> str:
         """How it begins, in brackets, as the canonical form has it; empty for the family's own way."""
         if self.blend > 1:
@@ -94,9 +100,9 @@ class PromptSchedule:
             check_real(f"the time of prompt {number}", segment.time, 0, longest)
             if self.unit == "lengths":
                 continue
-            if last is not None and segment.time <= last:
-                raise ValueError(f"prompt {number} begins at {segment.time:g}, and the one before it at {last:g}")
-            last = segment.time
+            if last is not None and segment.at <= last:
+                raise ValueError(f"prompt {number} begins at {segment.at:g}, and the one before it at {last:g}")
+            last = segment.at
         if self.end is not None:
             check_real("the end of the schedule", self.end, 0, longest)
             if last is None or self.end <= last:
@@ -140,14 +146,13 @@ class PromptSchedule:
         return "\n".join(line.rstrip() for line in lines)
 
     def _time(self, number: int) -> str:
-        time = self.segments[number].time
-        if self.unit == "seconds":
-            return f"{_number(time)}: "
-        if self.unit == "lengths":
-            return f"for {_number(time)} s: " if time is not None else f"for {UNTIMED_CHUNKS} chunks: "
+        segment = self.segments[number]
         if self.unit == "shares":
             return f"part {number + 1} of {len(self.segments)}: "
-        return f"{self.unit.removesuffix('s')} {_number(time)}: "
+        if self.unit == "lengths" and segment.time is None:
+            return f"for {UNTIMED_CHUNKS} chunks: "
+        time = _number(segment.at)
+        return {"seconds": f"{time}: ", "lengths": f"for {time} s: "}.get(self.unit, f"{self.unit[:-1]} {time}: ")
 
     def chunks(
         self,
@@ -157,23 +162,24 @@ class PromptSchedule:
         start_frame: int = 0,
         origin: str = "video",
         last: float | None = None,
-    ) -> int | None:
+    ) -> int:
         """Chunks that a run needs to come to the schedule's end, from `start_frame` on.
 
-        last: seconds that its last prompt gets, where it has no end; None: there is no number of chunks then either.
+        last: seconds that its last prompt gets, where it has no end.
 
-        Raises ValueError where the video is that long already.
+        Raises ValueError where the video is that long already, and without `last` for a schedule without an end.
         """
         grid = _Grid.of(sampling, geometry, start_frame, origin)
         first = grid.number_of(start_frame)
         frames = self._frames(sampling, geometry)
-        if frames is not None:
-            chunks = grid.chunks_for(frames) - first
-        elif last is None:
-            return None
-        else:
+        if frames is None:
+            if last is None:
+                raise ValueError(
+                    "the schedule does not say how long the video is: give a length, or a last line `10: [end]`"
+                )
             begin = 0 if self.unit == "shares" else max(self._begins(grid, _FAR))
-            chunks = max(begin - first, 0) + sampling.chunks_for_seconds(last, start_frame, geometry)
+            return max(begin - first, 0) + sampling.chunks_for_seconds(last, start_frame, geometry)
+        chunks = grid.chunks_for(frames) - first
         if chunks < 1:
             raise ValueError(
                 f"the schedule ends after {geometry.seconds(frames):g} s, and the video is {geometry.seconds(start_frame):g} "
@@ -182,12 +188,12 @@ class PromptSchedule:
         return chunks
 
     def _frames(self, sampling: SamplingConfig, geometry: Geometry) -> int | None:
-        """Latent frames from its beginning to its end."""
-        if not self.ends:
-            return None
-        if self.unit == "lengths":
-            seconds = sum(segment.time for segment in self.segments)
+        """Latent frames from its beginning to its end; None where it has none."""
+        if self.unit == "lengths" and self.ends:
+            seconds = sum(segment.at for segment in self.segments)
             return max(math.floor(seconds * geometry.fps) // geometry.temporal, sampling.chunk)
+        if self.end is None:
+            return None
         if self.unit == "latent frames":
             return math.ceil(self.end)
         seconds = self.end if self.unit == "seconds" else self.end / geometry.fps
@@ -248,9 +254,9 @@ class PromptSchedule:
             elif self.unit == "shares":
                 yield math.ceil(index * end / len(self.segments))
             elif self.unit == "latent frames":
-                yield bisect_left(range(end), segment.time, key=grid.frames)
+                yield bisect_left(range(end), math.ceil(segment.at), key=grid.frames)
             else:
-                frame = segment.time * (grid.geometry.fps if self.unit == "seconds" else 1)
+                frame = segment.at * (grid.geometry.fps if self.unit == "seconds" else 1)
                 yield bisect_left(range(end), frame - 1e-6, key=grid.pixel_frames)
 
 

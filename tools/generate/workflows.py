@@ -144,7 +144,7 @@ WORKFLOWS = {
             "sample": sample("schedule.0", 3.0, 1, length_unit="schedule"),
         }
         | output("sample.0", "rolling_kv_prompt_schedule"),
-        "sizes": {"schedule": (420, 330)},
+        "sizes": {"schedule": (340, 240)},
         "columns": ["model text_encoder", "cache vae", "schedule", "sample", "decode", "save"],
         "notes": [
             (
