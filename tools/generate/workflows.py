@@ -141,7 +141,7 @@ WORKFLOWS = {
                 "RollingKVPromptSchedule",
                 {"model": "cache.0", "text_encoder": "text_encoder.0", "text": SCHEDULE},
             ),
-            "sample": sample("schedule.0", 3.0, 1, length_unit="schedule"),
+            "sample": sample("schedule.0", 8.0, 1),
         }
         | output("sample.0", "rolling_kv_prompt_schedule"),
         "sizes": {"schedule": (340, 240)},
@@ -153,7 +153,7 @@ WORKFLOWS = {
                 "## Prompt schedule\n**Prompt Schedule** goes where one prompt would go: each line is a prompt and the second that "
                 "it begins at, with how it begins in brackets: `[hold]`, `[recache]`, `[flush]`, `[cut]` or `[blend 3]` (over 3 "
                 "chunks). After a run node and sampler show what they have understood, with the times of the chunks. "
-                "**length_unit** is `schedule`: the last prompt gets **length** seconds.",
+                "Set **length_unit** to `schedule` to make as much as the schedule says.",
             ),
             (1, (720, 270), REAL_MODELS),
         ],
