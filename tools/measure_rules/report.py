@@ -54,8 +54,9 @@ def summarise(folder: Path) -> None:
                 figures = long_figures(videos)
                 content[name][method.name] = {"videos": len(videos)} | {k: round(v, 3) for k, v in figures.items()}
     write(MEASURED, as_json(content))
-    for kind, rules in (("switch", SWITCHES), ("long-300", METHODS), ("long-60", METHODS)):
-        picture(folder, kind, [rule.name for rule in rules])
+    picture(folder, "switch", [rule.name for rule in SWITCHES])
+    picture(folder, "long-300", [method.name for method in METHODS if method.minutes])
+    picture(folder, "long-60", [method.name for method in METHODS if not method.minutes])
 
 
 def long_videos(folder: Path, rule: str, seconds: int) -> list[list[dict]]:
