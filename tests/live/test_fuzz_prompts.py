@@ -32,6 +32,9 @@ FOREIGN = (
 )  # fmt: skip
 """What messages of other layers are made of."""
 
+COMFYUIS = "Failed to convert an input value to a"
+"""What ComfyUI says of an infinite seed or length, with Python's words, before any node is asked."""
+
 
 def damaged(seed: int) -> dict:
     """One of the example prompts with up to three inputs of our nodes changed, left out, or added."""
@@ -74,7 +77,8 @@ def test_damaged_prompts_end_in_words_for_people_and_the_server_lives(client, re
         message = outcome(client, damaged(seed))
         message.encode()
         assert len(message) < 20_000, f"seed {seed}: a message of {len(message)} characters"
-        foreign = [words for words in FOREIGN if words in message]
+        ours = "\n".join(line for line in message.splitlines() if COMFYUIS not in line)
+        foreign = [words for words in FOREIGN if words in ours]
         assert not foreign, f"seed {seed}: {foreign} in {message[:2000]}"
     made = client.run(load_prompt(PACK / "workflows" / "api" / "quickstart.json"))
     assert len(read_video(client.view(first_file(made, ".mp4"))).frames) > 1
