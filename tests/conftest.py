@@ -14,8 +14,11 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "live" in item.path.relative_to(Path(__file__).parent).parts:
+        live = "live" in item.path.relative_to(Path(__file__).parent).parts
+        if live:
             item.add_marker(pytest.mark.live)
+        # Where tests run in several processes, all that share servers stay in one, and so does each other file.
+        item.add_marker(pytest.mark.xdist_group("live" if live else item.path.stem))
         if "frontend" in item.fixturenames:
             item.add_marker(pytest.mark.browser)
 

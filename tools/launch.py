@@ -113,8 +113,10 @@ def main(name, arguments):
     os.chdir(str(PACK))
     make_venv()
     install(name)
-    if name == "test" and not arguments:
-        arguments = ["tests"]
+    if (
+        name == "test" and not arguments
+    ):  # everything: what needs a server in one process, the rest beside it in another
+        arguments = ["tests", "-n", "2", "--dist", "loadgroup"]
     command = [str(venv_python()), *COMMANDS[name], *arguments]
     sys.stdout.flush()
     if WINDOWS:  # there, exec would return to the prompt before the program has ended

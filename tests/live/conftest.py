@@ -21,7 +21,8 @@ def install(request):
     found = find_install()
     if found is None:
         pytest.skip("no ComfyUI was found; set COMFYUI_PATH to its folder")
-    install_missing(found, say=request.config.pluginmanager.getplugin("terminalreporter").write_line)
+    reporter = request.config.pluginmanager.getplugin("terminalreporter")  # a process beside the first one has none
+    install_missing(found, say=reporter.write_line if reporter else print)
     return found
 
 
