@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +22,10 @@ from .config import WEIGHT_STORAGES
 from .geometry import GEOMETRIES, WAN_21, WAN_22
 from .inspection import inspect_checkpoint
 from .messages import printable
-from .pipeline import LAST_PROMPT_SECONDS, Pipeline, plan_prompts
+from .pipeline import LAST_PROMPT_SECONDS, Interrupted, Pipeline, plan_prompts
 from .presets import PRESETS
+from .sampling.state_file import check_state_path, is_state_file, read_state
+from .sampling.summary import summarize
 from .schedules.reading import load_schedule, read_schedule
 from .schedules.schedule import PromptSchedule
 from .tiny import make_tiny
@@ -40,6 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
         if getattr(args, "debug", False):
             raise
         sys.exit(f"error: {_sentence(error)}")
+    except Interrupted as stopped:
+        sys.exit(_what_stays(args, stopped))
     except KeyboardInterrupt:
         sys.exit("cancelled; nothing was written")
 
@@ -55,6 +62,44 @@ def _sentence(error: Exception) -> str:
         first = (str(error).strip().splitlines() or ["no message"])[0]
         text = f"{type(error).__name__}: {first} (--debug shows where)"
     return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} …"
+
+
+def _what_stays(args: argparse.Namespace, stopped: Interrupted) -> str:
+    """Where the finished part of an interrupted run is, and how to go on from there."""
+    given = "" if args.image is None else ", without --image"
+    return (
+        f"cancelled: the {stopped.seconds:g} s that are done are in {printable(str(stopped.video))}, and their state in "
+        f"{printable(str(stopped.state))}. To go on, run the same command{given} with --state-in "
+        f"{printable(str(stopped.state))} --seconds {round(stopped.left, 4)}"
+    )
+
+
+@contextmanager
+def _asking_first() -> Iterator[Callable[[], None]]:
+    """Let Ctrl-C wait until the chunk under way can be left, so that no frame is lost; a second one ends at once.
+
+    Yields what to call between model passes: it raises KeyboardInterrupt if somebody has asked.
+    """
+    asked = False
+
+    def ask(number, frame) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    def heed() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # somebody else's, or ignored
+        yield heed
+        return
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield heed
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -93,6 +138,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--output", required=True, type=Path, metavar="F", help="file to write, ending in .mp4")
     generate.add_argument("--image", type=Path, metavar="F", help="a picture that the video starts with")
+    generate.add_argument(
+        "--state-in",
+        type=Path,
+        metavar="F",
+        help="the state of a video to continue, with its size and by --seconds more; --output gets all of it",
+    )
+    generate.add_argument(
+        "--state-out",
+        type=Path,
+        metavar="F",
+        help="file for the state of the video, ending in .safetensors, from which to continue it another day",
+    )
     generate.add_argument(
         "--seconds",
         type=float,
@@ -137,9 +194,11 @@ def _parser() -> argparse.ArgumentParser:
     options.add_device(generate, "where to compute")
     generate.add_argument("--scale", type=int, default=1, help="enlarge each pixel so many times, for tiny videos")
 
-    inspect = commands.add_parser("inspect", help="tell what a checkpoint is")
+    inspect = commands.add_parser("inspect", help="tell what a checkpoint is, or the state of a video")
     inspect.set_defaults(run=_inspect)
-    inspect.add_argument("file", type=Path, metavar="FILE", help="a .safetensors or .pt file, or a diffusers folder")
+    inspect.add_argument(
+        "file", type=Path, metavar="FILE", help="a .safetensors or .pt file, a diffusers folder, or a state"
+    )
     for side in ("width", "height"):
         inspect.add_argument(f"--{side}", type=int, help="pixels (default: what such models were trained at)")
 
@@ -162,13 +221,16 @@ def _generate(args: argparse.Namespace) -> None:
     schedule = None if args.schedule is None else _schedule(args.schedule)
     if args.prompt is None and schedule is None:
         raise ValueError("nothing says what the video shows: give --prompt or --schedule")
+    size = None if args.state_in is None else _size_of_state(args)
+    if args.state_out is not None:
+        check_state_path(args.state_out)
     execution = options.execution_of(args)
     execution.check(args.device, weight_storage=args.weight_storage)
     if rules := options.rules_of(args):  # what does not go together is told before anything is loaded
         preset = PRESETS.get(args.preset) or inspect_checkpoint(args.model).settings
         preset.sampling.check_cache(preset.cache.with_rules(**rules))
     loras = [_lora(*values) for values in args.lora]
-    height, width = default_size(args.model)
+    height, width = size or default_size(args.model)
     # Raises for what no video can be, before anything is loaded.
     VideoWriter(args.output, args.width or width, args.height or height, scale=args.scale)
     pipeline = Pipeline.load(
@@ -181,7 +243,7 @@ def _generate(args: argparse.Namespace) -> None:
         loras=loras,
         device=args.device,
     )
-    height, width = default_size(args.model, pipeline.model.geometry)
+    height, width = size or default_size(args.model, pipeline.model.geometry)
     height, width = args.height or height, args.width or width
     preset = pipeline.model.preset
     cache = options.cache_of(args, preset.cache)
@@ -190,11 +252,14 @@ def _generate(args: argparse.Namespace) -> None:
         sampling = replace(sampling, guidance_scale=args.guidance)
     if schedule is not None:
         start = 0 if args.image is None or sampling.given_inside(1) else 1
+        if args.state_in is not None:
+            start = read_state(args.state_in).state.frames
         plan = plan_prompts(args.prompt, schedule, sampling, pipeline.model.geometry, args.seconds, start)
         print(*plan.notes, plan.snapped(), sep="\n")
-    with tqdm(total=1, unit="pass", desc="sampling") as bar:
+    with _asking_first() as heed, tqdm(total=1, unit="pass", desc="sampling") as bar:
 
         def on_pass(done: int, total: int) -> None:
+            heed()
             bar.total = total
             bar.update(done - bar.n)
 
@@ -212,11 +277,27 @@ def _generate(args: argparse.Namespace) -> None:
             cache=cache,
             scale=args.scale,
             execution=execution,
+            state_in=args.state_in,
+            state_out=args.state_out,
             on_pass=on_pass,
         )
         bar.update(bar.total - bar.n)
     info = read_video_info(args.output)
     print(f"{args.output}: {info.frames} frames, {info.width}x{info.height}, {info.fps:g} frames per second")
+
+
+def _size_of_state(args: argparse.Namespace) -> tuple[int, int]:
+    """Height and width of the video that is to be continued. Raises ValueError for what contradicts its state."""
+    size = read_state(args.state_in).state.size
+    if args.image is not None:
+        raise ValueError("a video that is continued has its beginning already: leave --image out")
+    for name, given, own in zip(("height", "width"), (args.height, args.width), size):
+        if given not in (None, own):
+            raise ValueError(
+                f"{printable(str(args.state_in))} holds a video of {size[1]}x{size[0]} pixels, and --{name} is {given}: "
+                "leave it out"
+            )
+    return size
 
 
 def _schedule(given: str) -> PromptSchedule:
@@ -240,6 +321,9 @@ def _lora(file: str, *strength: str) -> tuple[Path, float]:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    if is_state_file(args.file):
+        _inspect_state(args.file)
+        return
     info = inspect_checkpoint(args.file, args.height, args.width)
     config = info.config
     print(f"file       {printable(str(info.path))}")
@@ -265,6 +349,20 @@ def _inspect(args: argparse.Namespace) -> None:
         f"a run      {_size(run.device)} beside the weights: cache {_size(run.cache)}, prompts {_size(run.prompts)}, "
         f"activations {_size(run.activations)}"
     )
+
+
+def _inspect_state(path: Path) -> None:
+    stored = read_state(path)
+    info = summarize(stored.state, stored.texts)
+    print(f"file       {printable(str(path))}, the state of a video")
+    print(f"size       {_size(path.stat().st_size)}: latents in {info.dtype}, and prompts")
+    print(f"model      {printable(stored.model_name)} ({printable(info.model)}), latents of {info.geometry}")
+    batch = "" if info.batch == 1 else f"{info.batch} videos of "
+    print(
+        f"video      {batch}{info.seconds:g} s, {info.pixel_frames} frames, {info.width}x{info.height}; "
+        f"{info.frames} latent frames in {info.chunks} chunks"
+    )
+    print(f"key        {printable(info.key)}", "", info.table(), sep="\n")
 
 
 def _size(count: int) -> str:

@@ -23,6 +23,7 @@ from .sampling.recomputed import needs_vae
 from .sampling.scheduled import check_plan, cues, generate_scheduled, switches_of
 from .sampling.session import RollingSession
 from .sampling.state import CacheState
+from .sampling.state_file import SUFFIX, check_state_path, load_state, read_state, save_state
 from .schedules.reading import read_schedule
 from .schedules.schedule import Plan, PromptSchedule
 from .text import TextEncoder, load_text_encoder
@@ -33,6 +34,18 @@ logger = logging.getLogger(__name__)
 
 LAST_PROMPT_SECONDS = 5.0
 """What the last prompt of a schedule without an end gets where no length is given."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that Ctrl-C has ended, and of which something stays.
+
+    video: the file, with the chunks that are done. state: the file from which to continue.
+    seconds: of the video. left: seconds that are missing.
+    """
+
+    def __init__(self, video: Path, state: Path, seconds: float, left: float):
+        super().__init__(f"{seconds:g} s are done")
+        self.video, self.state, self.seconds, self.left = video, state, seconds, left
 
 
 @dataclass(frozen=True)
@@ -96,24 +109,36 @@ class Pipeline:
         cache: CacheConfig | None = None,
         scale: int = 1,
         execution: ExecutionConfig | None = None,
+        state_in: str | Path | None = None,
+        state_out: str | Path | None = None,
         on_pass: Callable[[int, int], None] | None = None,
     ) -> Path:
         """Write a video of at least `seconds` to `output` (.mp4), decoding each chunk as it is done; returns the path.
 
         Memory does not grow with the length, up to the clean latents (0.4 MB per latent frame at 480x832).
+        After Ctrl-C the chunks that are done stay as a video, and as a state from which to continue: in `state_out`, or
+        beside the video. After any other error the state stays, if `state_out` is given.
+
         prompt: what the video shows; with a schedule None, or what it shows before the schedule's first prompt.
         seconds: None: what the schedule says, or else 5 for its last prompt.
         schedule: prompts and when they begin, or text that `read_schedule` reads.
         height, width: pixels, multiples of 16 (for Wan 2.2 5B: 32). scale: enlarge each pixel so many times.
         image: a picture that the video starts with, scaled and cropped to that size.
         sampling, cache: by default the model's preset. execution, on_pass: see `RollingSession`.
+        state_in: file of a state to continue (see `sampling.state_file`), by `seconds` more. The video is all of it, from
+            its beginning on.
+        state_out: file for the state at the end, .safetensors; it may be the same.
         Raises ValueError, before anything is sampled, for settings that cannot work or take more memory than there is.
+        Raises Interrupted after Ctrl-C, where at least one chunk was done.
         """
         sampling = sampling or self.model.preset.sampling
         cache = cache or self.model.preset.cache
         if image is not None:
             sampling.check_given()
-        start = 0 if image is None or sampling.given_inside(1) else 1
+        if state_out is not None:
+            check_state_path(state_out)
+        state, texts = self._continued(state_in, image, (height, width))
+        start = state.frames if image is None or sampling.given_inside(1) else 1
         plan = plan_prompts(prompt, schedule, sampling, self.model.geometry, seconds, start)
         marker = self.model.preset.cut_marker
         check_plan(plan, sampling, cache, marker)
@@ -127,7 +152,7 @@ class Pipeline:
         chunks = plan.chunks
         frames = start + sampling.frames_of(chunks, start)
         sampling.check_length(chunks, start, self.model.geometry)
-        streams = 1 + needs_vae(cache, sampling, CacheState(), chunks)  # one for the file, one for the context
+        streams = 1 + needs_vae(cache, sampling, state, chunks)  # one for the file, one for the context
         check_fits(
             self.model.transformer,
             height,
@@ -155,19 +180,61 @@ class Pipeline:
             negative=negative,
             vae=self.vae,
             execution=execution,
+            state=state,
             on_pass=on_pass,
         )
-        decoder = self.vae.decoder()
+
+        def save(path: str | Path) -> Path:
+            known = [(text, pair) for text, pair in embeds.items()] + [(negative_prompt, (negative, None))]
+            words = [*texts, *(_text_of(made, known) for made in session.state.prompts[len(texts) :])]
+            return save_state(session.state, path, texts=words, model_name=self.model.preset.name)
+
+        decoder, interrupted = self.vae.decoder(), False
         with writer, session:
             if picture is not None:
                 with torch.inference_mode():
                     session.prefill(to_model(self.vae.encode_video(picture)))
             made = (chunk.latents for chunk in generate_scheduled(session, plan, embeds, negative=negative, seed=seed))
-            for latents in chain(session.state.chunks, made):
-                with torch.inference_mode():
-                    for pictures in decoder.decode_frames(to_raw(latents.float())):
-                        writer.write(pictures)
+            try:
+                for latents in chain(session.state.chunks, made):
+                    with torch.inference_mode():
+                        for pictures in decoder.decode_frames(to_raw(latents.float())):
+                            writer.write(pictures)
+            except BaseException as error:
+                if session.state.frames <= start:
+                    raise
+                interrupted = isinstance(error, KeyboardInterrupt)
+                if not interrupted and state_out is not None:
+                    kept = save(state_out)
+                    logger.warning("the %g s that are done are kept in %s", session.state.seconds, kept)
+                if not interrupted:
+                    raise
+        if interrupted:
+            kept = save(state_out or Path(output).with_suffix(f".state{SUFFIX}"))
+            done = session.state.seconds
+            raise Interrupted(Path(output), kept, done, self.model.geometry.seconds(frames) - done)
+        if state_out is not None:
+            save(state_out)
         return Path(output)
+
+    def _continued(self, state_in: str | Path | None, image, size: tuple[int, int]) -> tuple[CacheState, tuple]:
+        """The state that a run continues, and the texts of its prompts."""
+        if state_in is None:
+            return CacheState(model=self.model.identity), ()
+        if image is not None:
+            raise ValueError("a video that is continued has its beginning already: leave the image out")
+        state, stored = load_state(state_in, self.model, size), read_state(state_in)
+        if state.chunks[0].shape[0] != 1:
+            raise ValueError(f"{state_in} holds {state.chunks[0].shape[0]} videos; one at a time can be continued here")
+        return state, stored.texts
+
+
+def _text_of(prompt: torch.Tensor, known: list) -> str | None:
+    """The text whose embeddings a state's prompt is; None for a mixture. known: texts, each with its embeddings."""
+    for text, embeds in known:
+        if any(e is not None and torch.equal(e.to(prompt.device, prompt.dtype), prompt) for e in embeds):
+            return text
+    return None
 
 
 def plan_prompts(

@@ -7,11 +7,12 @@ the log, so replaying one context pass per chunk gives the same bits (see `sampl
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from ..geometry import geometry_of
+from ..geometry import Geometry, geometry_of
 
 _NOT_FINITE = (
     "the {} latents from latent frame {} on hold values that are no numbers (NaN or infinity), so the video ends before "
@@ -79,8 +80,24 @@ class CacheState(NamedTuple):
         return sum(record.frames for record in self.records if record.seed is not None)
 
     @property
+    def geometry(self) -> Geometry:
+        """Of its latents. Raises ValueError for an empty state."""
+        if not self.chunks:
+            raise ValueError("this cache state holds no frames yet")
+        return geometry_of(self.chunks[0].shape[1])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels. Raises ValueError for an empty state."""
+        return self.geometry.pixel_size(*self.chunks[0].shape[3:])
+
+    @property
     def pixel_frames(self) -> int:
-        return geometry_of(self.chunks[0].shape[1]).pixel_frames(self.frames) if self.chunks else 0
+        return self.geometry.pixel_frames(self.frames) if self.chunks else 0
+
+    @property
+    def seconds(self) -> float:
+        return self.geometry.seconds(self.frames) if self.chunks else 0.0
 
     @property
     def nbytes(self) -> int:
@@ -141,18 +158,67 @@ class CacheState(NamedTuple):
         prompts, prompt_index = _with_prompt(prompts, prompt)
         prompts, negative_index = _with_prompt(prompts, negative)
         record = ChunkRecord(chunk.shape[2], float(timestep), prompt_index, negative_index, seed, switch, given)
-        digest = hashlib.sha256(f"{self.key} {self.model} {tuple(record)} {tuple(chunk.shape)}".encode())
-        for tensor in (chunk, *prompts[len(self.prompts) :]):
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-        return CacheState(
-            self.chunks + (chunk,), prompts, self.records + (record,), self.model, digest.hexdigest()[:32]
-        )
+        key = _key_after(self.key, self.model, record, chunk, prompts[len(self.prompts) :])
+        return CacheState(self.chunks + (chunk,), prompts, self.records + (record,), self.model, key)
+
+    @classmethod
+    def from_log(
+        cls,
+        chunks: Sequence[torch.Tensor],
+        prompts: Sequence[torch.Tensor],
+        records: Sequence[ChunkRecord],
+        model: str,
+    ) -> CacheState:
+        """The state that `extended` made of all this, chunk by chunk: its key follows. The tensors are shared.
+
+        prompts: in the order in which the log comes to them; what it does not come to is left out.
+        """
+        key, known = "", 0
+        for chunk, record in zip(chunks, records):
+            before, known = known, max(known, record.prompt + 1, record.negative + 1)
+            key = _key_after(key, model, record, chunk, prompts[before:known])
+        return cls(tuple(chunks), tuple(prompts[:known]), tuple(records), model, key)
+
+    def first(self, *, frames: int | None = None, seconds: float | None = None) -> CacheState:
+        """The beginning of this video as it was when it was made: the same state by its key, to be continued from there.
+
+        frames: the most latent frames that it may have. seconds: the longest that it may be. It ends with a whole chunk.
+
+        Raises ValueError unless one of the two is given, and where not even the first chunk is that short.
+        """
+        if (frames is None) == (seconds is None):
+            raise ValueError("say how much of the video to take, in latent frames or in seconds")
+        geometry, count, at = self.geometry, 0, 0
+        for record in self.records:
+            at += record.frames
+            if not (at <= frames if seconds is None else geometry.seconds(at) <= seconds):
+                break
+            count += 1
+        if not count:
+            least = self.records[0].frames
+            raise ValueError(
+                f"the video begins with a chunk of {least} latent frames, {geometry.seconds(least):g} s: no less can be "
+                f"taken, got {f'{frames} latent frames' if seconds is None else f'{seconds:g} s'}"
+            )
+        if count == len(self.records):
+            return self
+        return CacheState.from_log(self.chunks[:count], self.prompts, self.records[:count], self.model)
 
     def __repr__(self) -> str:  # error messages print their inputs
         if not self.chunks:
             return "CacheState(empty)"
         batch, _, _, height, width = self.chunks[0].shape
         return f"CacheState({self.frames} latent frames, {height}x{width} latents, batch {batch}, key {self.key[:8]})"
+
+
+def _key_after(
+    key: str, model: str, record: ChunkRecord, chunk: torch.Tensor, new_prompts: Sequence[torch.Tensor]
+) -> str:
+    """The key of a state with one more chunk. new_prompts: those that it brings."""
+    digest = hashlib.sha256(f"{key} {model} {tuple(record)} {tuple(chunk.shape)}".encode())
+    for tensor in (chunk, *new_prompts):
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
 
 
 def _with_prompt(prompts: tuple[torch.Tensor, ...], prompt: torch.Tensor | None):

@@ -16,7 +16,10 @@ from rolling_kv.cli import main
 from rolling_kv.config import ExecutionConfig
 from rolling_kv.devices import usable_device
 from rolling_kv.pipeline import Pipeline
+from rolling_kv.sampling.session import RollingSession
+from rolling_kv.sampling.state_file import read_state
 from rolling_kv.tiny import make_tiny
+from rolling_kv.video import read_frames, read_video_info
 
 ENGINE = Path(cli.__file__).parents[1]
 
@@ -269,3 +272,106 @@ def test_without_prompt_and_schedule_nothing_is_loaded(folder, tmp_path, monkeyp
     monkeypatch.setattr(Pipeline, "load", lambda *_, **__: pytest.fail("loaded"))
     text = said(["generate", "--output", tmp_path / "video.mp4", "--model", folder], capsys)
     assert "give --prompt or --schedule" in text
+
+
+# States
+
+
+def video(folder, output, *options):
+    size = [] if "--state-in" in options else ["--width", 32, "--height", 32]
+    main([str(v) for v in ["generate", "--model", folder, "--output", output, "--device", "cpu", *size, *options]])
+
+
+def interrupt_at(number):
+    """What makes Ctrl-C come in that pass of a run."""
+    passes = []
+
+    def tick(self, total, whole=RollingSession._tick):
+        passes.append(total)
+        if len(passes) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        whole(self, total)
+
+    return tick
+
+
+SCHEDULE = "0: a red circle / 0.7: a blue circle [blend 3] / 3: a green square [cut] / 4: [end]"
+
+
+def test_a_video_continued_from_a_state_is_the_one_made_at_once(folder, tmp_path, capsys):
+    whole, part, state = tmp_path / "whole.mp4", tmp_path / "part.mp4", tmp_path / "video.safetensors"
+    video(folder, whole, "--schedule", SCHEDULE, "--state-out", tmp_path / "whole.safetensors")
+    video(folder, part, "--schedule", SCHEDULE, "--seconds", 2, "--state-out", state)
+    assert read_video_info(part).frames < read_video_info(whole).frames
+    video(folder, part, "--schedule", SCHEDULE, "--state-in", state, "--state-out", state)
+    assert torch.equal(read_frames(part), read_frames(whole))
+    ours, theirs = read_state(state), read_state(tmp_path / "whole.safetensors")
+    assert ours.state.key == theirs.state.key and ours.texts == theirs.texts
+    capsys.readouterr()
+    main(["inspect", str(state)])
+    told = capsys.readouterr().out
+    assert "a red circle" in told and re.search(r"3\.\d+ s +\d+ to \d+ +0 +cut +a green square", told), told
+    assert "32x32" in told and "prompt 1" in told  # a mixture has no text
+
+
+@posix
+@pytest.mark.parametrize("named", [True, False])
+def test_ctrl_c_leaves_the_part_that_is_done_and_says_how_to_go_on(named, folder, tmp_path, monkeypatch):
+    whole, part, kept = tmp_path / "whole.mp4", tmp_path / "part.mp4", tmp_path / "part.state.safetensors"
+    options = ["--schedule", SCHEDULE]
+    video(folder, whole, *options)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if named:
+        kept = tmp_path / "kept.safetensors"
+        options += ["--state-out", kept]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(RollingSession, "_tick", interrupt_at(9))
+        video(folder, part, *options)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    done = read_state(kept).state
+    assert read_video_info(part).frames == done.pixel_frames < read_video_info(whole).frames
+    said = ended.value.code
+    assert said.startswith(f"cancelled: the {done.seconds:g} s that are done are in {part}")
+    state_in, seconds = re.search(r"--state-in (\S+) --seconds (\S+)$", said).groups()
+    video(folder, part, *options, "--state-in", state_in, "--seconds", seconds)
+    assert torch.equal(read_frames(part), read_frames(whole))
+
+
+@posix
+def test_ctrl_c_before_the_first_chunk_leaves_nothing(folder, tmp_path, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(RollingSession, "_tick", interrupt_at(1))
+    with pytest.raises(SystemExit, match="cancelled; nothing was written"):
+        video(folder, tmp_path / "video.mp4", "--schedule", SCHEDULE, "--state-out", tmp_path / "a.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_error_on_the_way_keeps_the_state(folder, tmp_path, monkeypatch):
+    def fail(self, total, passes=[]):  # noqa: B006
+        passes.append(total)
+        if len(passes) == 9:
+            raise ValueError("no more")
+
+    monkeypatch.setattr(RollingSession, "_tick", fail)
+    with pytest.raises(SystemExit, match="error: no more"):
+        video(folder, tmp_path / "video.mp4", "--schedule", SCHEDULE, "--state-out", tmp_path / "a.safetensors")
+    assert os.listdir(tmp_path) == ["a.safetensors"] and read_state(tmp_path / "a.safetensors").state.frames
+
+
+def test_what_contradicts_a_state_is_said_before_anything_is_loaded(folder, tmp_path, monkeypatch, capsys):
+    state, other = tmp_path / "a.safetensors", make_tiny(tmp_path / "other", seed=5)
+    video(folder, tmp_path / "video.mp4", "--prompt", "x", "--seconds", 0.2, "--state-out", state)
+    usual = ["generate", "--prompt", "x", "--output", tmp_path / "more.mp4", "--seconds", 0.2, "--device", "cpu"]
+    identities = "made by the model tiny .*[0-9a-f]{16}.* here is tiny .*[0-9a-f]{16}"
+    assert re.search(identities, said([*usual, "--model", other, "--state-in", state], capsys))
+    monkeypatch.setattr(Pipeline, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    for given, message in (
+        (["--state-in", state, "--width", 64], "holds a video of 32x32 pixels, and --width is 64: leave it out"),
+        (["--state-in", state, "--image", "a.png"], "leave --image out"),
+        (["--state-in", tmp_path / "video.mp4"], "no safetensors file"),
+        (["--state-in", tmp_path / "absent.safetensors"], "there is no such file"),
+        (["--state-out", tmp_path / "a.pt"], "must end in .safetensors"),
+        (["--state-out", tmp_path], "is a folder"),
+    ):
+        assert re.search(message, said([*usual, "--model", folder, *given], capsys))
+    assert not (tmp_path / "more.mp4").exists()

@@ -1,0 +1,365 @@
+"""A `CacheState` as a file: latents, prompts and the log in one safetensors file, with a digest over all of it.
+
+Nothing is executed from a file, and nothing in it is believed before it is checked: first the sizes, then the digest, then
+what the log says. Only then are tensors read, and the key that follows from them has to be the one that was saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+
+from ..atomic import check_place, replacing
+from ..checkpoints.model import CausalModel
+from ..config import SWITCHES
+from ..geometry import GEOMETRIES
+from ..messages import MESSAGE_LENGTH, listed, printable, shortened, shown
+from .state import CacheState, ChunkRecord
+
+SUFFIX = ".safetensors"
+FORMAT = "rolling_kv.state"
+VERSION = "1"
+MOST_HEADER = 16 * 2**20
+"""Bytes of a header; a chunk takes about 170 of them, and so this is most of a day."""
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NO_DIGEST = "0" * 64
+_BLOCK = 2**20
+_PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""How pickles begin, and the archives that they lie in."""
+
+
+class StateFileError(ValueError):
+    """A file that is no cache state, or not one that can be used here. The message is one line, fit for every log."""
+
+    def __init__(self, message: str):
+        super().__init__(shortened(printable(message), MESSAGE_LENGTH))
+
+
+class StoredState(NamedTuple):
+    """What the header of a state's file says.
+
+    state: with tensors on the meta device: shapes and dtypes, no values.
+    texts: of each prompt, for people; None where nobody said it.
+    model_name: of the model that made it, for people.
+    """
+
+    state: CacheState
+    texts: tuple[str | None, ...] = ()
+    model_name: str = ""
+
+
+class _Place(NamedTuple):
+    """Where the values of a tensor lie in the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def save_state(state: CacheState, path: str | Path, *, texts: Sequence[str | None] = (), model_name: str = "") -> Path:
+    """Write a state into a file, which appears when it is whole; returns the path.
+
+    path: ends in .safetensors.
+    texts: of `state.prompts`, for people who look into the file; None, or too few, where they are not known.
+    model_name: likewise.
+
+    Raises ValueError for an empty state and for a name that no state can have, OSError for a place that cannot be written.
+    """
+    path = check_state_path(path)
+    if not state.chunks:
+        raise ValueError("this cache state holds no frames yet: there is nothing to save")
+    tensors = {f"chunk.{index}": chunk for index, chunk in enumerate(state.chunks)}
+    tensors |= {f"prompt.{index}": prompt for index, prompt in enumerate(state.prompts)}
+    header = _header(state, tensors, list(texts), model_name)
+    digest = hashlib.sha256(header)
+    for tensor in tensors.values():
+        digest.update(_bytes(tensor))
+    with replacing(path, what="cache state") as part, part.open("wb") as file:
+        file.write(header.replace(_NO_DIGEST.encode(), digest.hexdigest().encode(), 1))
+        for tensor in tensors.values():
+            file.write(_bytes(tensor))
+    return path
+
+
+def load_state(path: str | Path, model: CausalModel | None = None, size: tuple[int, int] | None = None) -> CacheState:
+    """The state in a file: equal to the one that was saved, to the bit and by its key.
+
+    model: that is to continue it. size: height and width in pixels that are asked for.
+
+    Raises StateFileError, before any tensor is read, for a file that is no state, is cut short or altered, for a state of
+    another version, and for one of another model or size than given.
+    """
+    with _telling(path), _opened(path) as file:
+        stored, places = _read_header(file)
+        _check_model(stored, model)
+        _check_size(stored.state, size)
+        tensors = [_tensor(file, place) for place in places]
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise StateFileError("it holds values that are no numbers (NaN or infinity), so nothing can follow it")
+        records = stored.state.records
+        chunks, prompts = tuple(tensors[: len(records)]), tuple(tensors[len(records) :])
+        state = CacheState.from_log(chunks, prompts, records, stored.state.model)
+        if state.key != stored.state.key:
+            raise StateFileError(f"its log and its latents make the key {state.key}, not {stored.state.key}")
+        return state
+
+
+def read_state(path: str | Path) -> StoredState:
+    """What a state's file says, checked against its digest; no tensor is read. Raises StateFileError."""
+    with _telling(path), _opened(path) as file:
+        return _read_header(file)[0]
+
+
+def is_state_file(path: str | Path) -> bool:
+    """Whether a file says that it is a cache state; it may be damaged all the same."""
+    try:
+        with _opened(path) as file:
+            return _metadata(_parsed(_raw_header(file))).get("format") == FORMAT
+    except (OSError, ValueError):
+        return False
+
+
+def check_state_path(path: str | Path) -> Path:
+    """The path as one. Raises ValueError or OSError for what cannot be the file of a state."""
+    path = Path(path)
+    check_place(path)
+    if path.suffix.lower() != SUFFIX:
+        raise ValueError(f"the name of a cache state must end in {SUFFIX}, got {shown(path.name)}")
+    return path
+
+
+# Writing
+
+
+def _header(state: CacheState, tensors: dict[str, torch.Tensor], texts: list[str | None], model_name: str) -> bytes:
+    """The file up to the first tensor, without the digest."""
+    said = {
+        "model": state.model,
+        "model_name": model_name,
+        "key": state.key,
+        "texts": (texts + [None] * len(state.prompts))[: len(state.prompts)],
+        "log": [record._asdict() for record in state.records],
+    }
+    # The digest comes first, so that its place is found whatever the texts say.
+    metadata = {"digest": _NO_DIGEST, "format": FORMAT, "version": VERSION, "state": json.dumps(said, allow_nan=False)}
+    entries, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps({"__metadata__": metadata} | entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MOST_HEADER:
+        raise ValueError(f"a video of {len(state.records):,} chunks is too long for the file of a cache state")
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(tensor: torch.Tensor):
+    return tensor.detach().contiguous().view(torch.uint8).numpy().data
+
+
+# Reading
+
+
+@contextmanager
+def _telling(path: str | Path) -> Iterator[None]:
+    """Put the path in front of what is wrong with a file; what nobody expects in one becomes a sentence, too."""
+    place = shortened(printable(str(path)), 240)
+    try:
+        yield
+    except StateFileError as error:
+        raise StateFileError(f"{place}: {error}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise StateFileError(f"{place}: the file is damaged ({shortened(str(error), 200)})") from error
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[BinaryIO]:
+    if "\0" in str(path) or not os.path.exists(path):
+        raise StateFileError("there is no such file")
+    if not os.path.isfile(path):  # a pipe would wait for ever
+        raise StateFileError("this is no file: choose a cache state that was saved")
+    with open(path, "rb") as file:
+        yield file
+
+
+def _raw_header(file: BinaryIO) -> bytes:
+    """The file up to its first tensor. Raises StateFileError before it reads more than there may be."""
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(9)
+    length = int.from_bytes(start[:8], "little")
+    if start[8:] != b"{":
+        kind = "a pickle or an archive, which was not opened, as it could run code" if start[:2] in _PICKLES else ""
+        raise StateFileError(f"this is {kind or 'no safetensors file'}. Choose a cache state that was saved")
+    if length > MOST_HEADER:
+        raise StateFileError(f"its header claims to be {length:,} bytes; {MOST_HEADER:,} are the most that is read")
+    if length > size - 8:
+        raise StateFileError(f"the file is cut short: its header is {length:,} bytes, and the file {size:,}")
+    file.seek(0)
+    return file.read(8 + length)
+
+
+def _parsed(raw: bytes) -> dict:
+    try:
+        header = json.loads(raw[8:])
+    except (ValueError, RecursionError):
+        raise StateFileError("its header is damaged: it is no JSON") from None
+    if not isinstance(header, dict):
+        raise StateFileError("its header is damaged: it is no JSON object")
+    return header
+
+
+def _metadata(header: dict) -> dict[str, str]:
+    found = header.get("__metadata__")
+    strings = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+    return found if strings else {}
+
+
+def _read_header(file: BinaryIO) -> tuple[StoredState, list[_Place]]:
+    """What the file says, and where each chunk and then each prompt lies in it."""
+    raw = _raw_header(file)
+    header = _parsed(raw)
+    metadata = _metadata(header)
+    if metadata.get("format") != FORMAT:
+        raise StateFileError("this is a safetensors file, but no cache state. Choose one that was saved as such")
+    if (version := metadata.get("version", "")) != VERSION:
+        raise StateFileError(
+            f"this cache state is of version {shown(version)}, and {VERSION!r} is what is read here: use the version of "
+            "Rolling KV that saved it, or a newer one"
+        )
+    places = _places(header, len(raw), os.fstat(file.fileno()).st_size)
+    _check_digest(file, raw, metadata.get("digest", ""))
+    said = json.loads(metadata["state"], parse_constant=_no_number)
+    return _stored(said, places)
+
+
+def _places(header: dict, start: int, size: int) -> dict[str, _Place]:
+    """Where each tensor lies. Raises StateFileError unless they fill the rest of the file, one after the other."""
+    places, end = {}, 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+        if dtype is None:
+            raise StateFileError(f"its tensor {shown(name)} has the type {shown(entry['dtype'])}, which no state has")
+        shape = tuple(entry["shape"])
+        if not 1 <= len(shape) <= 5 or not all(_whole(length, 1, 2**31) for length in shape):
+            raise StateFileError(f"its tensor {shown(name)} has a shape that no state has")
+        nbytes = math.prod(shape) * dtype.itemsize
+        if entry["data_offsets"] != [end, end + nbytes]:
+            raise StateFileError(f"its tensor {shown(name)} does not lie where the one before it ends")
+        places[name] = _Place(dtype, shape, start + end, nbytes)
+        end += nbytes
+    if start + end != size:
+        what = "cut short" if start + end > size else "longer than what it holds"
+        raise StateFileError(f"the file is {what}: its tensors end at byte {start + end:,}, and the file at {size:,}")
+    return places
+
+
+def _check_digest(file: BinaryIO, raw: bytes, digest: str) -> None:
+    found = hashlib.sha256(raw.replace(digest.encode(), _NO_DIGEST.encode(), 1) if digest else raw)
+    file.seek(len(raw))
+    while block := file.read(_BLOCK):
+        found.update(block)
+    if found.hexdigest() != digest:
+        raise StateFileError("the file was altered or damaged after it was saved: its digest is another")
+
+
+def _no_number(text: str):
+    raise StateFileError(f"its log is damaged: it says {text} where a number should be")
+
+
+def _stored(said: dict, places: dict[str, _Place]) -> tuple[StoredState, list[_Place]]:
+    records = tuple(ChunkRecord(**entry) for entry in said["log"])
+    texts = said["texts"]
+    if not records or not isinstance(texts, list):
+        raise StateFileError("its log is damaged: it has no chunks, or no list of texts")
+    names = [f"chunk.{index}" for index in range(len(records))] + [f"prompt.{index}" for index in range(len(texts))]
+    if places.keys() != set(names):
+        others = sorted(places.keys() ^ set(names))
+        raise StateFileError(f"its tensors are not those that its log tells of: {listed(others)}")
+    ordered = [places[name] for name in names]
+    _check_log(records, len(texts))
+    _check_shapes(records, ordered)
+    strings = [*(text for text in texts if text is not None), said["model"], said["model_name"], said["key"]]
+    if not all(isinstance(text, str) for text in strings):
+        raise StateFileError("its log is damaged: something else stands where a text should be")
+    empty = [torch.empty(place.shape, dtype=place.dtype, device="meta") for place in ordered]
+    chunks, prompts = tuple(empty[: len(records)]), tuple(empty[len(records) :])
+    state = CacheState(chunks, prompts, records, said["model"], said["key"])
+    return StoredState(state, tuple(texts), said["model_name"]), ordered
+
+
+def _check_log(records: Sequence[ChunkRecord], prompts: int) -> None:
+    """Raise StateFileError for what no log says. Prompts are numbered as they come up."""
+    known = 0
+    for number, record in enumerate(records):
+        wrong = {
+            "prompt": not _whole(record.prompt, 0, known),
+            "negative": not _whole(record.negative, -1, known + (record.prompt == known)),
+            "frames": not _whole(record.frames, 1, 2**31),
+            "timestep": not (isinstance(record.timestep, float) and 0 <= record.timestep <= 1000),
+            "seed": record.seed is not None and not _whole(record.seed, -(2**64), 2**64),
+            "switch": record.switch not in ("", *SWITCHES) or bool(record.switch and not number),
+            "given": not _whole(record.given, 0, record.frames),
+        }
+        for name in (name for name, bad in wrong.items() if bad):
+            raise StateFileError(f"its log is damaged: chunk {number} has the {name} {shown(getattr(record, name))}")
+        known = max(known, record.prompt + 1, record.negative + 1)
+    if known != prompts:
+        raise StateFileError(f"its log is damaged: it tells of {known} prompts, and the file holds {prompts}")
+
+
+def _check_shapes(records: Sequence[ChunkRecord], places: Sequence[_Place]) -> None:
+    chunks, prompts = places[: len(records)], places[len(records) :]
+    first = chunks[0].shape
+    for number, (record, place) in enumerate(zip(records, chunks)):
+        if place.shape != (*first[:2], record.frames, *first[3:]) or len(first) != 5:
+            raise StateFileError(f"chunk {number} has the shape {list(place.shape)}, which does not fit its log")
+    if first[1] not in GEOMETRIES:
+        raise StateFileError(f"its latents have {first[1]} channels, which no model here has")
+    for number, place in enumerate(prompts):
+        if len(place.shape) != 3 or (place.shape[0], place.shape[2]) != (first[0], prompts[0].shape[-1]):
+            raise StateFileError(f"prompt {number} has the shape {list(place.shape)}, which does not fit the others")
+
+
+def _whole(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _check_model(stored: StoredState, model: CausalModel | None) -> None:
+    if model is None or model.identity == stored.state.model:
+        return
+    theirs, ours = stored.state, str(model.dtype).removeprefix("torch.")
+    dtype = str(theirs.chunks[-1].dtype).removeprefix("torch.")
+    raise StateFileError(
+        f"this video was made by the model {shortened(stored.model_name) or 'with the identity'} "
+        f"({shortened(theirs.model, 16)}, {dtype}), and here is {model.preset.name} ({model.identity}, {ours}): load the "
+        "same model, in the same precision and with the same LoRAs"
+    )
+
+
+def _check_size(state: CacheState, size: tuple[int, int] | None) -> None:
+    height, width = state.size
+    if size is not None and tuple(size) != (height, width):
+        raise StateFileError(
+            f"this video is {width}x{height} pixels, and {size[1]}x{size[0]} are asked for: a video keeps its size"
+        )
+
+
+def _tensor(file: BinaryIO, place: _Place) -> torch.Tensor:
+    file.seek(place.start)
+    values = bytearray(place.nbytes)
+    if file.readinto(values) != place.nbytes:  # pyright: ignore[reportAttributeAccessIssue]
+        raise StateFileError("the file was cut short while it was read")
+    return torch.frombuffer(values, dtype=place.dtype).view(place.shape)

@@ -1,0 +1,125 @@
+"""What a state is, for people: its facts, and a row for each stretch of the video that was made in one way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from ..messages import printable, shortened
+from .state import CacheState, ChunkRecord
+
+PROMPT_LENGTH = 60
+"""Characters of a prompt in the table."""
+
+
+class Stretch(NamedTuple):
+    """Consecutive chunks with the same prompts and seed, of which the first one alone may begin with a switch.
+
+    start, end: latent frames. start_seconds, end_seconds: of the video.
+    chunks: how many.
+    prompt: its text, or its number where nobody knows the text.
+    negative: likewise; empty without guidance.
+    switch: what was done to the cache before the first chunk, one of `config.SWITCHES`; empty where nothing was.
+    seed: None where the frames were given.
+    """
+
+    start: int
+    end: int
+    start_seconds: float
+    end_seconds: float
+    chunks: int
+    prompt: str
+    negative: str
+    switch: str
+    seed: int | None
+
+
+class StateSummary(NamedTuple):
+    """frames, chunks: latent frames and the chunks that they lie in. pixel_frames, seconds: of the video.
+    height, width: pixels. batch: videos. geometry: of the models that have such latents, for people.
+    model: identity. dtype: of the latents. nbytes: of latents and prompts.
+    """
+
+    frames: int
+    chunks: int
+    pixel_frames: int
+    seconds: float
+    height: int
+    width: int
+    batch: int
+    geometry: str
+    model: str
+    dtype: str
+    nbytes: int
+    key: str
+    stretches: tuple[Stretch, ...]
+
+    def table(self) -> str:
+        """The stretches as lines of text, with a head."""
+        rows = [("from", "to", "latents", "seed", "switch", "prompt")]
+        for part in self.stretches:
+            seed = "given" if part.seed is None else str(part.seed)
+            negative = part.negative and f" (not: {shortened(printable(part.negative), PROMPT_LENGTH)})"
+            prompt = shortened(printable(part.prompt), PROMPT_LENGTH) + negative
+            times = f"{part.start_seconds:g} s", f"{part.end_seconds:g} s", f"{part.start} to {part.end}"
+            rows.append((*times, seed, part.switch or "-", prompt))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def summarize(state: CacheState, texts: Sequence[str | None] = ()) -> StateSummary:
+    """What a state is. Its tensors may be on the meta device: no value is read.
+
+    texts: of `state.prompts`, as far as they are known.
+
+    Raises ValueError for an empty state.
+    """
+    height, width = state.size
+    return StateSummary(
+        frames=state.frames,
+        chunks=len(state.chunks),
+        pixel_frames=state.pixel_frames,
+        seconds=state.seconds,
+        height=height,
+        width=width,
+        batch=state.chunks[0].shape[0],
+        geometry=state.geometry.name,
+        model=state.model,
+        dtype=str(state.chunks[-1].dtype).removeprefix("torch."),
+        nbytes=state.nbytes,
+        key=state.key,
+        stretches=tuple(_stretches(state, texts)),
+    )
+
+
+def _stretches(state: CacheState, texts: Sequence[str | None]) -> Iterator[Stretch]:
+    def text_of(index: int) -> str:
+        known = texts[index] if index < len(texts) else None
+        return f"prompt {index}" if known is None else known
+
+    geometry, at = state.geometry, 0
+    for records in _alike(state.records):
+        first, start, at = records[0], at, at + sum(record.frames for record in records)
+        yield Stretch(
+            start,
+            at,
+            geometry.seconds(start),
+            geometry.seconds(at),
+            len(records),
+            text_of(first.prompt),
+            "" if first.negative < 0 else text_of(first.negative),
+            first.switch,
+            first.seed,
+        )
+
+
+def _alike(records: Sequence[ChunkRecord]) -> list[list[ChunkRecord]]:
+    groups: list[list[ChunkRecord]] = []
+    for record in records:
+        way = record.prompt, record.negative, record.seed, ""
+        last = groups[-1][0] if groups else None
+        if last is not None and way == (last.prompt, last.negative, last.seed, record.switch):
+            groups[-1].append(record)
+        else:
+            groups.append([record])
+    return groups

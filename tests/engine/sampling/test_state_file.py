@@ -1,0 +1,364 @@
+"""States on disk: the same bits when they come back, and a sentence for every file that is none or was tampered with."""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from stand_in_vae import StandInVae
+from videos import HEIGHT, SAMPLING, WIDTH, prompt, same, sample, small_model
+
+from rolling_kv.config import CacheConfig
+from rolling_kv.geometry import WAN_21
+from rolling_kv.sampling import state_file
+from rolling_kv.sampling.session import RollingSession
+from rolling_kv.sampling.state import CacheState
+from rolling_kv.sampling.state_file import StateFileError, is_state_file, load_state, read_state, save_state
+from rolling_kv.sampling.summary import summarize
+
+GUIDED = replace(SAMPLING, guidance_scale=2.0)
+WAYS = {
+    "switches": dict(cache=CacheConfig(6, sink=2, switch="joint")),
+    "cuts": dict(cache=CacheConfig(6, sink=2, switch="cut")),
+    "guidance": dict(sampling=GUIDED),
+    "given frames": dict(given=3),
+    "a given frame in the first chunk": dict(given=1, sampling=replace(SAMPLING, given_frame="in chunk")),
+    "a recomputed context": dict(cache=CacheConfig(4, context="recomputed"), vae=StandInVae()),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "video.safetensors"
+
+
+def run(model, chunks, state=None, given=0, **settings):
+    """A video whose prompt changes with every second chunk: a switch, a blend, and a cut where the rules have them."""
+    guided = settings.get("sampling", SAMPLING).guided
+    negative = prompt(model, 9) if guided else None
+    at = sum(record.seed is not None for record in state.records) if state else 0
+    session = RollingSession(
+        model, prompt(model, 0), negative=negative, height=HEIGHT, width=WIDTH, state=state, **settings
+    )
+    with session:
+        if given and state is None:
+            session.prefill(torch.randn(1, 16, given, 4, 6, generator=torch.Generator().manual_seed(2)))
+        for number in range(at, at + chunks):
+            negative = prompt(model, 9 + number // 3) if guided else None
+            session.set_prompt(prompt(model, number // 2), negative)
+            list(session.generate(1, seed=number))
+    return session.state
+
+
+@pytest.fixture(scope="module")
+def state(model):
+    """With a blend, a switch, given frames, and two seeds."""
+    session = RollingSession(
+        model, prompt(model, 0), height=HEIGHT, width=WIDTH, cache=CacheConfig(6, sink=2, switch="joint")
+    )
+    with session:
+        session.prefill(torch.ones(1, 16, 1, 4, 6))
+        list(session.generate(2, seed=1))
+        session.set_prompt(prompt(model, 1), blend=3)
+        list(session.generate(3, seed=1))
+        session.set_prompt(prompt(model, 0), switch="cut")
+        list(session.generate(1, seed=2))
+    return session.state
+
+
+def bits(state):
+    return [tensor.contiguous().view(torch.uint8).tolist() for tensor in state.chunks + state.prompts]
+
+
+# There and back
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_state_from_a_file_continues_as_the_video_itself_bit_for_bit(way, model, path):
+    whole, first = run(model, 5, **way), run(model, 3, **way)
+    save_state(first, path)
+    loaded = load_state(path, model, (HEIGHT, WIDTH))
+    assert loaded.records == first.records and loaded.key == first.key and bits(loaded) == bits(first)
+    assert same(run(model, 5 - 3, loaded, **way), whole)
+
+
+def test_a_blend_and_a_batch_and_half_precision_come_back(state, path):
+    loaded = load_state(save_state(state, path))
+    assert (loaded.records, loaded.key, bits(loaded)) == (state.records, state.key, bits(state))
+    mixed = CacheState(model="m")
+    for dtype, seed in ((torch.float32, None), (torch.bfloat16, 2**63), (torch.float16, 0)):
+        words = torch.randn(2, 3, 5).to(dtype)
+        chunk = torch.randn(2, 16, 1, 4, 6).to(dtype).transpose(3, 4)
+        mixed = mixed.extended(chunk, timestep=0.5, prompt=words, negative=-words, seed=seed)
+    loaded = load_state(save_state(mixed, path))
+    assert loaded.key == mixed.key and bits(loaded) == bits(mixed)
+    assert [chunk.dtype for chunk in loaded.chunks] == [torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_it_is_an_ordinary_safetensors_file_whose_digest_anybody_can_compute(state, path):
+    save_state(state, path, texts=["a", None, "0" * 64], model_name="tiny")
+    with safe_open(path, framework="pt") as file:
+        digest = file.metadata()["digest"]
+        assert torch.equal(file.get_tensor("chunk.1"), state.chunks[1])
+        assert len(list(file.keys())) == len(state.chunks) + len(state.prompts)
+    blank = path.read_bytes().replace(digest.encode(), b"0" * 64, 1)
+    assert hashlib.sha256(blank).hexdigest() == digest
+    stored = read_state(path)
+    assert stored.texts == ("a", None, "0" * 64) and len(state.prompts) == 3
+    assert stored.model_name == "tiny" and all(chunk.is_meta for chunk in stored.state.chunks)
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_what_takes_its_place_is_whole_and_an_earlier_one_stays_otherwise(state, path, monkeypatch):
+    save_state(state.first(frames=3), path)
+    monkeypatch.setattr(state_file, "_bytes", lambda tensor: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_state(state, path)
+    assert load_state(path).key == state.first(frames=3).key and os.listdir(path.parent) == [path.name]
+
+
+def test_latents_take_at_most_a_megabyte_a_frame(tmp_path):
+    big = CacheState(model="m").extended(
+        torch.zeros(1, 16, 3, 60, 104), timestep=0.0, prompt=torch.zeros(1, 4, 8), negative=None, seed=0
+    )
+    assert save_state(big, tmp_path / "big.safetensors").stat().st_size < 3 * 2**20
+
+
+# The beginning of a video
+
+
+def test_the_beginning_of_a_video_is_the_state_that_it_was_then(model):
+    states, state = [], None
+    for _ in range(5):
+        states.append(state := run(model, 1, state, sampling=GUIDED))
+    for made in states:
+        taken = state.first(frames=made.frames)
+        assert same(taken, made) and len(taken.prompts) == len(made.prompts) and taken.records == made.records
+        assert taken.chunks[0].data_ptr() == state.chunks[0].data_ptr()  # nothing is copied
+    assert same(run(model, 3, state.first(frames=5), sampling=GUIDED), state)
+    assert state.first(seconds=99) is state
+
+
+@pytest.mark.parametrize("seconds, frames", [(0.32, 2), (0.8124, 2), (0.8125, 4), (1.0, 4), (1.3125, 6), (2, 8)])
+def test_seconds_are_cut_to_whole_chunks(model, seconds, frames):
+    assert WAN_21.seconds(4) == 0.8125
+    assert sample(model, 4).first(seconds=seconds).frames == frames
+
+
+def test_what_cannot_be_taken_is_said(model):
+    state = sample(model, 2)
+    for nothing, message in (
+        (dict(seconds=0.1), r"begins with a chunk of 2 latent frames, 0.3125 s: no less can be taken, got 0.1 s"),
+        (dict(frames=1), "no less can be taken, got 1 latent frames"),
+        (dict(), "in latent frames or in seconds"),
+        (dict(frames=2, seconds=1), "in latent frames or in seconds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            state.first(**nothing)
+    with pytest.raises(ValueError, match="holds no frames yet"):
+        CacheState().first(frames=1)
+
+
+# For people
+
+
+def test_a_summary_has_a_row_for_each_way_in_which_chunks_were_made(state):
+    info = summarize(state, ["a red\ncircle", None])
+    rows = [(part.start, part.end, part.chunks, part.prompt, part.switch, part.seed) for part in info.stretches]
+    assert rows == [
+        (0, 1, 1, "a red\ncircle", "", None),
+        (1, 7, 3, "a red\ncircle", "", 1),
+        (7, 9, 1, "prompt 1", "", 1),
+        (9, 11, 1, "prompt 2", "", 1),
+        (11, 13, 1, "a red\ncircle", "cut", 2),
+    ]
+    assert (info.frames, info.chunks, info.seconds, info.width, info.height) == (13, 7, 3.0625, WIDTH, HEIGHT)
+    lines = info.table().splitlines()
+    assert len(lines) == 6 and lines[1].split()[:2] == ["0", "s"] and "a red\\ncircle" in lines[1]
+    assert lines[5].split()[-4:] == ["2", "cut", "a", "red\\ncircle"]
+
+
+# Refusals
+
+
+def test_another_model_or_size_is_refused_naming_both(state, path, model):
+    save_state(state, path, model_name="longlive")
+    other = small_model()
+    other.identity = "0123456789abcdef"
+    both = rf"made by the model longlive \({model.identity}, float32\), and here is test \(0123456789abcdef, float32\)"
+    with pytest.raises(StateFileError, match=both):
+        load_state(path, other)
+    with pytest.raises(StateFileError, match="is 48x32 pixels, and 64x32 are asked for"):
+        load_state(path, model, (32, 64))
+
+
+def test_what_cannot_be_saved_is_said(state, tmp_path):
+    for wrong, path, message in (
+        (CacheState(), "a.safetensors", "holds no frames yet"),
+        (state, "a.pt", r"must end in .safetensors, got 'a.pt'"),
+        (state, "a\0.safetensors", "zero character"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_state(wrong, tmp_path / path)
+    assert os.listdir(tmp_path) == []
+
+
+def parts(path):
+    raw = path.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8:end]), raw[end:]
+
+
+def forged(header, data=b"", said=None, digest=True):
+    """A file with a digest that fits, whatever it says."""
+    if said is not None:
+        header["__metadata__"]["state"] = said if isinstance(said, str) else json.dumps(said)
+    if digest:
+        header["__metadata__"]["digest"] = "0" * 64
+    text = json.dumps(header).encode()
+    raw = len(text).to_bytes(8, "little") + text + data
+    return raw.replace(b"0" * 64, hashlib.sha256(raw).hexdigest().encode(), 1) if digest else raw
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["STATE_FILE_BOMB"],)
+
+
+def malformed(good):
+    """(name, bytes, what the message says): more than a hundred files that nobody should believe."""
+    raw, rng = good.read_bytes(), random.Random(1)
+    start = len(raw) - len(parts(good)[1])
+    for end in [0, 1, 7, 8]:
+        yield f"{end} bytes", raw[:end], "no safetensors file"
+    for end in [9, 10, 100, start - 1, start, start + 1, len(raw) - 1, *rng.sample(range(start, len(raw)), 15)]:
+        yield f"cut at {end}", raw[:end], "cut short"
+    yield "longer", raw + b"\0", "longer than what it holds"
+    for place in [*rng.sample(range(9, start), 25), *rng.sample(range(start, len(raw)), 25)]:
+        flipped = raw[:place] + bytes([raw[place] ^ 1 << rng.randrange(8)]) + raw[place + 1 :]
+        yield f"flipped at {place}", flipped, ""
+    for length in (2**24 + 1, 2**40, 2**63, 2**64 - 1):
+        yield f"a header of {length}", length.to_bytes(8, "little") + raw[8:], "claims to be .* are the most"
+    yield "a pickle", pickle.dumps(Bomb()), "pickle or an archive, which was not opened"
+    yield "an archive", b"PK\x03\x04" + raw, "pickle or an archive, which was not opened"
+    yield "a web page", b"<!DOCTYPE html>" * 9, "no safetensors file"
+    yield "deep", len(b"{" * 90000).to_bytes(8, "little") + b"{" * 90000, "no JSON"
+    deep = b'{"a":' + b"[" * 90000
+    yield "deeper", len(deep).to_bytes(8, "little") + deep, "no JSON"
+    yield (
+        "an ordinary file",
+        forged({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"0000", digest=False),
+        ("no cache state"),
+    )
+
+    def entries(**changes):
+        header, data = parts(good)
+        header["chunk.1"] |= changes
+        return forged(header, data)
+
+    for dtype in ("I64", "U8", "F8_E4M3", "BOOL", "", None, [], {}, 7):
+        yield f"dtype {dtype}", entries(dtype=dtype), "has the type"
+    for shape in ([], [1] * 6, [0, 16, 2, 4, 6], [-1, 16, 2, 4, 6], [1.0, 16, 2, 4, 6], [True, 16], [2**40], ["1"]):
+        yield f"shape {shape}", entries(shape=shape), "a shape that no state has"
+    for shape in (None, 7, [1, 16, 2, 4, 2**30], [1, 16, 2, 4], "abc"):
+        yield f"shape {shape}", entries(shape=shape), ""
+    yield "transposed", entries(shape=[1, 16, 2, 6, 4]), "does not fit its log"
+    yield "half", entries(dtype="F16"), "does not lie where"
+    for offsets in ([0, 4], [4, 0], [-8, 9], [0], None, [0.5, 1], ["0", "1"], [2**70, 2**71]):
+        yield f"offsets {offsets}", entries(data_offsets=offsets), "does not lie where"
+    for name in ("../../evil", "/etc/passwd", "C:\\evil", "chunk.99", "chunk.01", "", "chunk.1\0", "\x1b[2J"):
+        header, data = parts(good)
+        header = {name if key == "chunk.1" else key: value for key, value in header.items()}
+        yield f"the name {name!r}", forged(header, data), "not those that its log tells of"
+
+    def said(**changes):
+        header, data = parts(good)
+        return forged(header, data, json.loads(header["__metadata__"]["state"]) | changes)
+
+    def logged(number=2, **changes):
+        header, data = parts(good)
+        content = json.loads(header["__metadata__"]["state"])
+        content["log"][number] |= changes
+        return forged(header, data, content)
+
+    for field, values in {
+        "frames": (0, 1, 3, -2, 2.0, True, "2", None, 10**30),
+        "timestep": (-1.0, 1001.0, 0, "0", None),
+        "prompt": (-1, 2, 99, 0.0, None, "0"),
+        "negative": (-2, 2, 99, None, 0.5),
+        "seed": (1.5, "1", True, 2**65),
+        "switch": ("explode", "hold ", None, 1, []),
+        "given": (-1, 3, 0.5, None),
+    }.items():
+        for value in values:
+            yield f"{field} {value}", logged(**{field: value}), ""
+    yield "a switch at the start", logged(0, switch="cut"), "has the switch 'cut'"
+    yield "an unknown fact", logged(evil=1), "damaged"
+    for name, value in (("log", []), ("log", None), ("log", [1]), ("log", {}), ("texts", None), ("texts", [1, 2, 3])):
+        yield f"{name} {value}", said(**{name: value}), ""
+    yield "texts too few", said(texts=[]), "not those that its log tells of"
+    for name in ("model", "model_name", "key"):
+        yield f"{name} null", said(**{name: None}), "where a text should be"
+    yield "another key", said(key="0" * 32), "make the key"
+    yield "another model's name in its log", said(model="0" * 16), "make the key"
+    yield "another seed", logged(seed=77), "make the key"
+    for text in ("", "{}", "[]", "null", "{" * 9, '{"log":[NaN]}', '{"log": 1e999}', "9" * 5000, "[" * 50000):
+        header, data = parts(good)
+        yield f"it says {text[:12]}", forged(header, data, text), ""
+    for version in ("2", "", "1\x1b"):
+        header, data = parts(good)
+        header["__metadata__"]["version"] = version
+        yield f"version {version!r}", forged(header, data), "of version .*, and '1' is what is read"
+    for number, value in ((0, float("nan")), (3, float("inf"))):
+        header, data = parts(good)
+        place = header[f"chunk.{number}"]["data_offsets"][0]
+        bad = torch.tensor([value]).view(torch.uint8).numpy().tobytes()
+        yield f"{value} in a chunk", forged(header, data[:place] + bad + data[place + 4 :]), "no numbers"
+    header, data = parts(good)
+    place = header["prompt.1"]["data_offsets"][0]
+    yield "NaN in a prompt", forged(header, data[:place] + b"\xff" * 4 + data[place + 4 :]), "no numbers"
+    yield "other values", forged(header, data[:place] + b"\0" * 4 + data[place + 4 :]), "make the key"
+
+
+def test_malformed_files_are_refused_in_a_sentence_and_nothing_is_executed(state, tmp_path, monkeypatch):
+    monkeypatch.setenv("STATE_FILE_BOMB", str(tmp_path / "executed"))
+    good, bad = save_state(state, tmp_path / "good.safetensors"), tmp_path / "bad.safetensors"
+    assert load_state(good).key == state.key
+    cases = list(malformed(good))
+    read = []
+    monkeypatch.setattr(state_file, "_tensor", lambda *args, whole=state_file._tensor: read.append(1) or whole(*args))
+    for name, content, message in cases:
+        bad.write_bytes(content)
+        read.clear()
+        with pytest.raises(StateFileError, match=message or None) as refused:
+            load_state(bad)
+        text = str(refused.value)
+        assert text.isprintable() and 0 < len(text) <= 600 and text.startswith(str(bad)), (name, text)
+        assert not read or any(word in text for word in ("make the key", "no numbers")), (name, text)
+        is_state_file(bad)
+    assert len(cases) > 150 and sorted(os.listdir(tmp_path)) == ["bad.safetensors", "good.safetensors"]
+
+
+def test_what_is_no_file_is_said(tmp_path):
+    save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    for path, message in (
+        (tmp_path, "no file"),
+        (tmp_path / "absent.safetensors", "no such file"),
+        ("a\0b", "no such file"),
+        (os.devnull, "no file"),
+        (tmp_path / "model.safetensors", "a safetensors file, but no cache state"),
+    ):
+        with pytest.raises(StateFileError, match=message):
+            load_state(path)
+        assert not is_state_file(path)
