@@ -3,7 +3,7 @@
 import torch
 
 from rolling_kv import CacheState, Pipeline, RollingSession
-from rolling_kv.sampling.state import ChunkRecord
+from rolling_kv.sampling.state_file import load_state, save_state
 
 pipeline = Pipeline.load("models/tiny", device="cpu")
 prompt = pipeline.text_encoder.encode(["a green square moving up"])
@@ -18,14 +18,8 @@ def continued(state: CacheState | None, chunks: int) -> CacheState:
 
 
 # A state is the clean latents and the log of how they came about: no keys and values, which are made anew from these.
-first = continued(None, 2)
-torch.save(
-    (first.chunks, first.prompts, [tuple(record) for record in first.records], first.model, first.key), "video.pt"
-)
-
-chunks, prompts, records, model, key = torch.load("video.pt", weights_only=True)
-loaded = CacheState(chunks, prompts, tuple(ChunkRecord(*record) for record in records), model, key)
-resumed = continued(loaded, 2)
+save_state(continued(None, 2), "video.safetensors", texts=["a green square moving up"])
+resumed = continued(load_state("video.safetensors", pipeline.model), 2)
 
 assert torch.equal(resumed.latents(), continued(None, 4).latents())
 print(resumed)

@@ -310,7 +310,7 @@ def test_a_video_continued_from_a_state_is_the_one_made_at_once(folder, tmp_path
     capsys.readouterr()
     main(["inspect", str(state)])
     told = capsys.readouterr().out
-    assert "a red circle" in told and re.search(r"3\.\d+ s +\d+ to \d+ +0 +cut +a green square", told), told
+    assert "a red circle" in told and re.search(r"3\.5625 s +4\.3125 s +15 to 18 +0 +cut +a green square", told), told
     assert "32x32" in told and "prompt 1" in told  # a mixture has no text
 
 
