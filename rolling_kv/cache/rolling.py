@@ -243,11 +243,7 @@ class RollingKVCache:
         """Forget all but the sink, an open chunk included, which is then opened anew where it stood in time."""
         self._away_next, self._away = self._away, 0
         self._work, self._worked = [], set()
-        rearranged = self.window.drop_to_sink()
-        kept = self._tokens(0, len(rearranged.sources))
-        for layer, parts in self._originals.items():
-            self._originals[layer] = tuple(part[:, kept] for part in parts)
-        self._placed = ()
+        self._keep_originals(len(self.window.drop_to_sink().sources))
 
     def restart(self, at: int, keep_sink: bool) -> int:
         """Forget the frames that a window at the latent frame `at` holds, to write them anew; returns the first of them.
@@ -257,12 +253,19 @@ class RollingKVCache:
         if self.window.restart(at, keep_sink):
             self._away = self._away_next = self._reach = 0
             self._work, self._worked = [], set()
+            self._keep_originals(len(self.window.kept))
         else:
             offset = self.offset
             self._forget()
             self.offset = offset
         self.store.discard()
         return self.window.end
+
+    def _keep_originals(self, frames: int) -> None:
+        """Of the kept frames' keys as first written, keep those of the first `frames`."""
+        for layer, parts in self._originals.items():
+            self._originals[layer] = tuple(part[:, self._tokens(0, frames)] for part in parts)
+        self._placed = ()
 
     # The work that this takes, in each layer.
 
@@ -402,7 +405,10 @@ class RollingKVCache:
         averages = self.averages
         assert isinstance(averages, SinkAverage)
         if layer not in averages.layers:
-            averages.start(layer, *self._heads(parts, [(0, len(self.window.kept))]))
+            sink, values = self._heads(parts, [(0, len(self.window.kept))])
+            if layer in self._originals:  # it has been moved in time
+                sink = self.codec.unpack(tuple(part.to(self.device) for part in self._originals.pop(layer)))
+            averages.start(layer, sink, values)
         keys, values = self._heads(parts, [(slot, 1) for slot in slots])
         keys = rotate(keys.to(averages.dtype), turn)
         tokens = self.shape.tokens_per_frame

@@ -134,9 +134,10 @@ class FrameWindow:
     def flush(self) -> Rearranged | None:
         """Forget all but the first frame of the sink and the last two; None where there are no others."""
         first = self.sink_frames()[:1]
-        if self.end - (first or [self.oldest])[0] <= len(first) + 2:
+        held = [*self.kept[: self.kept_until(self.end)], *range(self.oldest, self.end)]
+        if len(held) <= len(first) + 2:
             return None
-        staying = [*first, self.end - 2, self.end - 1]
+        staying = [*first, *held[-2:]]
         kept = staying[: self.sink]
         if not self.unlimited:
             kept += range(self.end, self.end + self.sink - len(kept))
@@ -175,6 +176,8 @@ class FrameWindow:
             that are written become the sink.
         Returns whether they stay.
         """
+        if self.shot and self.shot[0] not in self.kept:  # a new shot has begun: an older one's frames are free
+            self.kept = self.kept[: self.sink]
         ring_start = at - self.ring
         stay = bool(
             keep_sink and not self.unlimited and at > self.capacity and self.kept and self.kept[-1] < ring_start

@@ -99,8 +99,8 @@ class NaiveCache:
             places = [slot.at for slot in self.slots]
         else:
             places = list(range(count))
-            held = min(config.held, count - self.open)  # the frames of one pass follow each other
-            if config.span is not None and count > config.held:
+            held = min(self.held, count - self.open)  # the frames of one pass follow each other
+            if config.span is not None and count > self.held:
                 end = min(self.total, config.span)
                 places[held:] = range(end - (count - held), end)
         own = count - self.open

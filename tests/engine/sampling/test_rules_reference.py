@@ -13,7 +13,10 @@ from rolling_kv.sampling.schedule import chunk_noise, seeded_noise
 from rolling_kv.sampling.session import RollingSession
 
 LATENTS = HEIGHT // 8, WIDTH // 8
+ONE, TWO = (SamplingConfig(chunk=chunk, denoising_steps=(1000,)) for chunk in (1, 2))
 CLEAN_SHOTS = CacheConfig(8, 2, "window", cut_flush=False, shot_sink=True, shot_clean=True)
+SHOTS = CacheConfig(8, 2, "window", cut_flush=False, shot_sink=True)
+NEW_AVERAGES = CacheConfig(6, 2, "window", span=9, leaving="ema", ema_alpha=0.5, global_sink=False)
 
 
 @st.composite
@@ -72,11 +75,11 @@ def script(*switches, chunks=10):
     return [(number % 3, dict(switches).get(number, "hold"), 0) for number in range(chunks)]
 
 
-TWO = SamplingConfig(chunk=2, denoising_steps=(1000, 500))
-
-
-@settings(max_examples=12, deadline=None, phases=(Phase.explicit, Phase.generate), derandomize=True)
+@settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.generate), derandomize=True)
 @example((CLEAN_SHOTS, TWO, script((1, "cut"), (5, "cut"))))
+@example((SHOTS, TWO, script((2, "cut"), (8, "cut"), (9, "causal"), chunks=12)))
+@example((NEW_AVERAGES, TWO, script((5, "causal"), chunks=8)))
+@example((CacheConfig(3, 2, "window"), ONE, script((5, "cut"), chunks=7)))
 @given(videos())
 def test_it_is_what_a_list_of_slots_makes(model, video):
     cache, sampling, chunks = video
