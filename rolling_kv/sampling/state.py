@@ -191,7 +191,7 @@ class CacheState(NamedTuple):
         geometry, count, at = self.geometry, 0, 0
         for record in self.records:
             at += record.frames
-            if not (at <= frames if seconds is None else geometry.seconds(at) <= seconds):
+            if (frames is not None and at > frames) or (seconds is not None and not geometry.seconds(at) <= seconds):
                 break
             count += 1
         if not count:

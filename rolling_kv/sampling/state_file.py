@@ -221,8 +221,9 @@ def _parsed(raw: bytes) -> dict:
 
 def _metadata(header: dict) -> dict[str, str]:
     found = header.get("__metadata__")
-    strings = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
-    return found if strings else {}
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        return {}
+    return found
 
 
 def _read_header(file: BinaryIO) -> tuple[StoredState, list[_Place]]:

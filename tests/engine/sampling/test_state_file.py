@@ -161,6 +161,7 @@ def test_what_cannot_be_taken_is_said(model):
     for nothing, message in (
         (dict(seconds=0.1), r"begins with a chunk of 2 latent frames, 0.3125 s: no less can be taken, got 0.1 s"),
         (dict(frames=1), "no less can be taken, got 1 latent frames"),
+        (dict(seconds=float("nan")), "got nan s"),
         (dict(), "in latent frames or in seconds"),
         (dict(frames=2, seconds=1), "in latent frames or in seconds"),
     ):
