@@ -75,7 +75,7 @@ def script(*switches, chunks=10):
     return [(number % 3, dict(switches).get(number, "hold"), 0) for number in range(chunks)]
 
 
-@settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.generate), derandomize=True)
+@settings(max_examples=6, deadline=None, phases=(Phase.explicit, Phase.generate), derandomize=True)
 @example((CLEAN_SHOTS, TWO, script((1, "cut"), (5, "cut"))))
 @example((SHOTS, TWO, script((2, "cut"), (8, "cut"), (9, "causal"), chunks=12)))
 @example((NEW_AVERAGES, TWO, script((5, "causal"), chunks=8)))
