@@ -186,7 +186,8 @@ def read_picture(path: str | Path, height: int, width: int) -> Tensor:
         with av.open(str(path)) as container:
             picture = next(container.decode(video=0)).to_ndarray(format="rgb24")
     except (av.FFmpegError, IndexError, StopIteration) as error:
-        raise ValueError(f"{path} holds no picture that can be read: give a .png, .jpg or .webp file") from error
+        advice = "give a .png, .jpg or .webp file" if Path(path).exists() else "there is no such file"
+        raise ValueError(f"{path} holds no picture that can be read: {advice}") from error
     pixels = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
     rows, columns = pixels.shape[2:]
     if rows * width < columns * height:
