@@ -12,6 +12,8 @@ from rolling_kv.geometry import WAN_21
 from rolling_kv.pipeline import Pipeline
 from rolling_kv.presets import DEFAULT_PRESET
 from rolling_kv.sampling.session import RollingSession
+from rolling_kv.sampling.state import CacheState
+from rolling_kv.sampling.state_file import save_state
 from rolling_kv.tiny import make_tiny
 from rolling_kv.vae import to_raw
 
@@ -34,6 +36,8 @@ VALUES = {  # of options whose type does not tell one; anything but the default
     "--span": "24",
     "--ema-alpha": "0.5",
     "--memory-alphas": "0.2 0.4",
+    "--state-in": "earlier.safetensors",
+    "--state-out": "later.safetensors",
 }
 NEEDED = {  # by options that do not go without others
     "--span": ["--positions", "window"],
@@ -86,7 +90,10 @@ def given(name, action):
 
 
 @pytest.mark.parametrize("name", [name for name in options() if name not in NOT_PASSED_ON])
-def test_an_option_changes_what_the_pipeline_is_asked_for(name, monkeypatch):
+def test_an_option_changes_what_the_pipeline_is_asked_for(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    first = dict(timestep=0.0, prompt=torch.zeros(1, 2, 8), negative=None, seed=0)
+    save_state(CacheState().extended(torch.zeros(1, 16, 3, 8, 8), **first), VALUES["--state-in"])
     prompt = [*PROMPT, *NEEDED.get(name, [])]
     plain = reached(monkeypatch, prompt)
     assert reached(monkeypatch, prompt) == plain
