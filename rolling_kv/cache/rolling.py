@@ -90,10 +90,9 @@ class RollingKVCache:
             averages = SinkAverage.bytes_needed(shape, config)
         elif config.leaving == "memory":
             averages = MemoryAverages.bytes_needed(shape, config)
-        moved = config.sink * (
-            1 + config.shot_sink
-        )  # kept frames, whose keys are kept as written beside where they stand
-        if config.positions == "absolute" or config.leaving == "ema":  # an average is moved, not what it began as
+        # Frames whose keys are kept as written, beside those that stand elsewhere. An average is moved itself.
+        moved = config.sink * (1 + config.shot_sink)
+        if config.positions == "absolute" or config.leaving == "ema":
             moved = 0
         originals = shape.bytes_per_frame(config.storage) * moved // 2
         if config.offload:
@@ -117,7 +116,7 @@ class RollingKVCache:
     def reserve(self, frames: int) -> None:
         """Make room for a video of `frames` latent frames. Only an unlimited window ever grows."""
         if self.config.unlimited and frames > self.window.capacity:
-            # Nothing has ever left an unlimited window: slot equals frame, so the layout stays.
+            # No frame ever leaves an unlimited window to make room, so its ring never wraps around: the layout stays.
             self.store.resize(self._sizes(frames), self.window.filled * self.shape.tokens_per_frame)
             self.window.capacity = frames
 
@@ -166,9 +165,9 @@ class RollingKVCache:
         window = self.window
         self._reach = max(self._reach, window.filled)
         self._bring_back()
+        self.grow(window.filled + frames)  # first: a shot is kept apart only where frames have to leave
         for rearranged in window.place_shot(frames):
             self._rearrange(rearranged)
-        self.grow(window.filled + frames)
         window.begin(frames)
         self._away, self._away_next = self._away_next, 0
         if self.averages is not None and window.leaving:

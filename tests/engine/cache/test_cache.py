@@ -165,3 +165,20 @@ def test_bad_settings_are_refused(window, sink, message):
         CacheConfig(window, sink)
     with pytest.raises(ValueError, match="make the window at least 6"):
         CacheConfig(5, 3).check_chunk(3)
+
+
+def test_a_shot_in_an_unlimited_window_pushes_nobody_out():
+    """A cut right behind a first chunk of one frame, in a window that is full just when the next chunk comes."""
+    shape = CacheShape(layers=1, batch=1, tokens_per_frame=2, heads=1, head_dim=2, dtype=torch.float32)
+    config = CacheConfig(ALL_FRAMES, sink=2, cut_flush=False, shot_sink=True)
+    cache = RollingKVCache(shape, config, "cpu", capacity=7)
+    end = 0
+    for size in (1, 3, 3, 3, 3):
+        cache.begin(size)
+        new = list(range(end, end + size))
+        keys, _ = cache.update(0, content(new, 0, tokens=2), torch.zeros(1, 2 * size, 1, 2))
+        end += size
+        assert sorted(keys.flatten(2)[0, ::2, 0].round().int().tolist()) == list(range(end))
+        cache.commit()
+        if end == 4:
+            cache.window.keep_shot(1, 3)
