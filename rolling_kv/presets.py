@@ -166,6 +166,7 @@ _SGF_PLUS = f"{_HUB}/ZihanSu/Self_Gradient_Forcing_Plus/resolve/main"
 _SGF_PLUS_CODE = f"{_GITHUB}/Zihan-Su/Self_Gradient_Forcing_Plus"
 _SGF_LICENCE = f"{_APACHE} (its repository)"
 _SGF_NAME = r"(self.?gradient.?forcing|(^|[/_.-])sgf)"
+_SGF_PLUS_NOTE = "A second set of weights makes the context passes, and takes as much memory as the first."
 _SGF_PLUS_NAME = rf"{_SGF_NAME}.?(\+|plus)"
 _LONGLIVE_2_CODE = f"{_GITHUB}/NVlabs/LongLive"
 _LONGLIVE_2 = f"{_HUB}/Efficient-Large-Model/LongLive-2.0-5B"
@@ -452,7 +453,7 @@ PRESETS: dict[str, ModelPreset] = {
             licence=_SGF_LICENCE,
             source=_SGF_PLUS_CODE,
             compared="self-gradient-forcing",
-            note="A second set of weights makes the context passes, and takes as much memory as the first.",
+            note=_SGF_PLUS_NOTE,
         ),
         ModelPreset(
             "self-gradient-forcing-plus-framewise",
@@ -464,7 +465,7 @@ PRESETS: dict[str, ModelPreset] = {
             licence=_SGF_LICENCE,
             source=_SGF_PLUS_CODE,
             compared="self-gradient-forcing",
-            note="A second set of weights makes the context passes, and takes as much memory as the first.",
+            note=_SGF_PLUS_NOTE,
         ),
         ModelPreset(
             "opsd-v-self-forcing",
