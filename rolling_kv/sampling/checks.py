@@ -41,6 +41,16 @@ def check_latents(
         )
 
 
+def check_source_length(source: torch.Tensor, chunks: int, sampling: SamplingConfig, start: int) -> None:
+    """Raise ValueError unless latents to start from, [B, C, F, h, w], are as long as that many chunks from frame `start` on."""
+    needed = sampling.frames_of(chunks, start)
+    if source.shape[2] < needed:
+        raise ValueError(
+            f"the latents to start from are {source.shape[2]} frames, and {chunks} chunks are {needed}: make fewer "
+            "chunks, or give more frames"
+        )
+
+
 def long_sink_note(sampling: SamplingConfig, cache: CacheConfig, frames: int) -> str:
     """What is known of a video of `frames` latent frames under these rules, as a sentence; empty where it is nothing."""
     grows = cache.positions == "absolute" and cache.context == "kept" and not sampling.joint and not cache.unlimited

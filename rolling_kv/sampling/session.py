@@ -4,39 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
-from ..cache.joint import JointPass
-from ..cache.prompt import Branch
 from ..cache.sizes import CacheBytes
 from ..checkpoints.model import CausalModel
 from ..config import CacheConfig, ExecutionConfig, SamplingConfig
 from ..step_cache import StepCache, StepCacheReport, StepProbe, start_step_cache
 from ..wan.attachment import RollingAttachment, apply_rolling_kv_cache
 from .branches import GuidanceBranches
-from .checks import check_latents, fitted_embeds
-from .denoiser import Denoiser, beside_given, noise_dtype, with_given
+from .checks import check_latents, check_source_length, fitted_embeds
+from .denoiser import noise_dtype, with_given
 from .history import History
-from .prompting import Prompting
+from .prompting import Prompting, Wanted
 from .recomputed import RecomputedContext, ReencodedFrames, Reencoding, check_vae, context_passes
 from .rolling import check_rolling, rolling_chunks
+from .running import Running
 from .schedule import Noise, NoiseSource, chunk_noise, sample_chunk, starting_from, warp_steps
 from .state import CacheState, Chunk
 from .workspace import CacheSpec, Workspace
-
-
-@dataclass
-class _Open:
-    """What a session holds while it is open."""
-
-    attachment: RollingAttachment
-    branches: GuidanceBranches
-    history: History
-    steps: StepCache | StepProbe | None = None
 
 
 class RollingSession:
@@ -102,7 +89,7 @@ class RollingSession:
         self._workspace = workspace
         self._vae = vae
         self._given: torch.Tensor | None = None  # the frame that the first chunk will begin with
-        self._open: _Open | None = None
+        self._open: Running | None = None
         self._passes_done = 0
         self.sampling.check_cache(self.cache_config)
         self.execution.check(step_cache=step_cache is not None)
@@ -199,7 +186,8 @@ class RollingSession:
         check_vae(self.cache_config, self.sampling, self.state, chunks, self._vae)
         sampling, source_start = self.sampling, frames
         if source is not None:
-            self._check_source(source, chunks)
+            check_latents(self.model, self.batch, self.latent_size, source, "the latents to start from")
+            check_source_length(source, chunks, sampling, frames)
             sampling = sampling.at_strength(strength)
         branches.leave_cancelled_chunk(
             self.state, self.sampling.chunk_size(frames), self._prompts.next_switch(self.state)
@@ -214,83 +202,61 @@ class RollingSession:
             # Anew for each chunk: a prompt that was set since may have passes of its own.
             on_step = partial(self._tick, self.passes_needed(chunks - made))
             switch, wanted = self._prompts.next_switch(self.state), self._prompts.begin()
-            prompt, negative = wanted.prompt, wanted.negative
-            start, context_noise = self.state.frames, sampling.context_noise
-            run.history.bring_to(self.state, switch, prompt, negative, context_noise, on_step)
-            shape = (self.batch, self.model.geometry.channels, sampling.chunk_size(start), *self.latent_size)
-            branches = run.branches.for_prompts(prompt, negative)
-            for branch in branches:
-                branch.cache.begin(shape[2])
-            passes: list[Callable[..., torch.Tensor]] = [
-                partial(run.attachment.predict, branch=branch) for branch in branches
-            ]
-            given = None if start else self._given
-            if given is not None:
-                passes = [beside_given(run_pass, given) for run_pass in passes]
-            predict = Denoiser(passes, sampling, self.dtype, run.steps, on_step)
-            noise = chunk_noise(
-                noise_source, seed, start, shape, noise_dtype(sampling, self.dtype), self.model.compute_device()
-            )
+            start, given = self.state.frames, None if self.state.frames else self._given
+            run.history.bring_to(self.state, switch, wanted.prompt, wanted.negative, sampling.context_noise, on_step)
+            predict = run.denoiser(wanted, sampling.chunk_size(start), on_step, given)
+            noise = self._noise(noise_source, seed, start)
             if source is not None:
-                piece = source[:, :, start - source_start :][:, :, : shape[2]]
+                piece = source[:, :, start - source_start :][:, :, : sampling.chunk_size(start)]
                 noise = starting_from(piece, noise, warp_steps(sampling.steps_at(start), sampling.shift)[0])
             with torch.inference_mode():
                 latents = sample_chunk(predict, noise, sampling, start).to(self.dtype)
                 latents = latents if given is None else with_given(latents, given)
-            self.state = self.state.extended(
-                latents,
-                timestep=context_noise,
-                prompt=prompt,
-                negative=negative,
-                seed=seed,
-                switch=switch,
-                given=0 if given is None else given.shape[2],
-            )
-            self._prompts.done(wanted)
-            yield Chunk(start, latents)
-
-    def _check_source(self, source: torch.Tensor, chunks: int) -> None:
-        check_latents(self.model, self.batch, self.latent_size, source, "the latents to start from")
-        needed = self.sampling.frames_of(chunks, self.state.frames)
-        if source.shape[2] < needed:
-            raise ValueError(
-                f"the latents to start from are {source.shape[2]} frames, and {chunks} chunks are {needed}: make fewer "
-                "chunks, or give more frames"
-            )
+            yield self._finished(latents, wanted, seed, switch, 0 if given is None else given.shape[2])
 
     def _generate_jointly(
         self, chunks: int, seed: int, noise_source: NoiseSource | None, on_step: Callable[[], None]
     ) -> Generator[Chunk, None, None]:
         sampling, first = self.sampling, self.state.frames
-        shape = (self.batch, self.model.geometry.channels, sampling.chunk, *self.latent_size)
-        dtype, device = noise_dtype(sampling, self.dtype), self.model.compute_device()
         wanted = self._prompts.wanted
 
         def noise(number: int) -> Noise:
-            return chunk_noise(noise_source, seed, first + number * sampling.chunk, shape, dtype, device)
+            return self._noise(noise_source, seed, first + number * sampling.chunk)
 
         def predict(x: torch.Tensor, timesteps: Sequence[float]) -> torch.Tensor:
             nonlocal wanted
             run, wanted = self._running(), self._prompts.wanted
             run.history.bring_to(self.state, "", wanted.prompt, wanted.negative, sampling.context_noise, on_step)
             wanted = self._prompts.begin()  # `on_pass` may have set others
-            passes = [
-                partial(run.attachment.predict, branch=_looking_at(branch, x.shape[2]))
-                for branch in run.branches.for_prompts(wanted.prompt, wanted.negative)
-            ]
-            return Denoiser(passes, sampling, self.dtype, None, on_step)(x, timesteps)
+            return run.joint_denoiser(wanted, x.shape[2], on_step)(x, timesteps)
 
         steps = warp_steps(sampling.denoising_steps, sampling.shift)
         made = rolling_chunks(predict, noise, steps, chunks)
         for _ in range(chunks):
             with torch.inference_mode():
                 latents = next(made).to(self.dtype)
-            start = self.state.frames
-            self.state = self.state.extended(
-                latents, timestep=sampling.context_noise, prompt=wanted.prompt, negative=wanted.negative, seed=seed
-            )
-            self._prompts.done(wanted)
-            yield Chunk(start, latents)
+            yield self._finished(latents, wanted, seed)
+
+    def _noise(self, source: NoiseSource | None, seed: int, start: int) -> Noise:
+        """The draws of the chunk that begins at the latent frame `start`."""
+        shape = (self.batch, self.model.geometry.channels, self.sampling.chunk_size(start), *self.latent_size)
+        dtype = noise_dtype(self.sampling, self.dtype)
+        return chunk_noise(source, seed, start, shape, dtype, self.model.compute_device())
+
+    def _finished(self, latents: torch.Tensor, wanted: Wanted, seed: int, switch: str = "", given: int = 0) -> Chunk:
+        """Let the state have a chunk that was made with this."""
+        start = self.state.frames
+        self.state = self.state.extended(
+            latents,
+            timestep=self.sampling.context_noise,
+            prompt=wanted.prompt,
+            negative=wanted.negative,
+            seed=seed,
+            switch=switch,
+            given=given,
+        )
+        self._prompts.done(wanted)
+        return Chunk(start, latents)
 
     def passes_needed(self, chunks: int) -> int:
         """Model passes (counting a guided pair as one) until `chunks` more chunks are done, from the start."""
@@ -308,7 +274,7 @@ class RollingSession:
             self.on_pass(self._passes_done, total)
         self._passes_done += 1
 
-    def _running(self) -> _Open:
+    def _running(self) -> Running:
         if self._open is None:
             raise ValueError("this session is not open: generate inside `with session:`")
         return self._open
@@ -334,7 +300,7 @@ class RollingSession:
             capacity = max(self.state.frames, sampling.chunk)
             branches = GuidanceBranches.open(spec, self._workspace or Workspace(), self.state.key, capacity)
             history = self._history(branches, attachments[-1], ending)
-            self._open = run = _Open(attachments[0], branches, history)
+            self._open = run = Running(attachments[0], branches, history, sampling, self.dtype)
             if self.step_cache is not None:  # after the rolling cache, and off before it: its hooks wrap what they find
                 run.steps = start_step_cache(
                     transformer, self.step_cache, steps=sampling.passes, few_step=sampling.few_step
@@ -369,10 +335,3 @@ class RollingSession:
         # Whoever takes it over cannot know how a cancelled chunk was switched to.
         run.branches.leave_cancelled_chunk(self.state, self.sampling.chunk_size(self.state.frames), "")
         run.branches.close(self._workspace if keep else None, self.state.key)
-
-
-def _looking_at(branch: Branch, frames: int) -> Branch:
-    """The branch for a joint pass over `frames` latent frames, which reads its cache and writes nothing."""
-    cache: Any = branch.cache
-    seen: Any = JointPass(cache, frames)
-    return Branch(seen, branch.prompt)
