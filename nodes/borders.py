@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import comfy.model_management as mm
@@ -15,6 +16,8 @@ from ..rolling_kv.vae import to_model, to_raw
 
 AFTER_CUT = "rolling_kv_after_cut"
 """Key of a CONDITIONING: the embedding of the same text without the marker that begins a shot."""
+NAMED = "rolling_kv_named"
+"""Key of a CONDITIONING: the text that was encoded, and the embedding that it became; a node may have changed the CONDITIONING's."""
 
 
 def embedding(conditioning: list, name: str) -> torch.Tensor:
@@ -36,6 +39,17 @@ def after_cut(conditioning: list, preset: ModelPreset) -> torch.Tensor | None:
     """
     _, *notes = conditioning[0]
     return notes[0].get(AFTER_CUT) if preset.cut_marker and notes else None
+
+
+def texts_in(*conditionings: list | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """What was encoded, as far as the CONDITIONINGs tell: texts with their embeddings, for `CacheState.named`.
+
+    Encode Prompt leaves it there; CLIP Text Encode does not.
+    """
+    for _, *notes in (part for conditioning in conditionings if conditioning for part in conditioning):
+        if notes and NAMED in notes[0]:
+            text, embedding = notes[0][NAMED]
+            yield from ((text, made) for made in (embedding, notes[0].get(AFTER_CUT)) if made is not None)
 
 
 class Start(NamedTuple):

@@ -43,5 +43,6 @@ class RollingKVEncodePrompt(io.ComfyNode):
         text_encoder.bring_to_device()
         marker = next((marker for marker in CUT_MARKERS if clean(text).startswith(marker)), "")
         embedding, after = text_encoder.model.encode_shot(text, marker)
+        embedding = embedding.to(mm.intermediate_device())
         notes = {} if after is None else {borders.AFTER_CUT: after.to(mm.intermediate_device())}
-        return io.NodeOutput([[embedding.to(mm.intermediate_device()), notes]])
+        return io.NodeOutput([[embedding, {borders.NAMED: (text, embedding)} | notes]])

@@ -1,3 +1,4 @@
+from itertools import chain
 from typing import Any
 
 from comfy_api.latest import io
@@ -155,7 +156,12 @@ class RollingKVSample(io.ComfyNode):
                     pass
         if session.step_report is not None:
             run.say("\n".join([*notes, session.step_report.summary()]), cls.hidden.unique_id)
-        return io.NodeOutput(borders.latent_of(session.state), session.state)
+        if plan is None:
+            known = borders.texts_in(positive, negative)
+        else:
+            known = chain(positive.texts(), borders.texts_in(negative))
+        state = session.state.named(known)
+        return io.NodeOutput(borders.latent_of(state), state)
 
 
 def _needed_vae(model: ModelHandle, sampling: SamplingConfig, state: CacheState, chunks: int, vae):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +57,10 @@ class EncodedSchedule(NamedTuple):
     schedule: PromptSchedule
     embeds: Embeds
     origin: str
+
+    def texts(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Its texts with their embeddings, for `CacheState.named`."""
+        return ((text, made) for text, pair in self.embeds.items() for made in pair if made is not None)
 
     def __repr__(self) -> str:  # error messages print their inputs
         return f"EncodedSchedule({len(self.schedule.segments)} prompts, from the {self.origin}'s beginning)"

@@ -353,7 +353,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _inspect_state(path: Path) -> None:
     stored = read_state(path)
-    info = summarize(stored.state, stored.texts)
+    info = summarize(stored.state)
     print(f"file       {printable(str(path))}, the state of a video")
     print(f"size       {_size(path.stat().st_size)}: latents in {info.dtype}, and prompts")
     print(f"model      {printable(stored.model_name)} ({printable(info.model)}), latents of {info.geometry}")

@@ -23,7 +23,7 @@ from .sampling.recomputed import needs_vae
 from .sampling.scheduled import check_plan, cues, generate_scheduled, switches_of
 from .sampling.session import RollingSession
 from .sampling.state import CacheState
-from .sampling.state_file import SUFFIX, check_state_path, load_state, read_state, save_state
+from .sampling.state_file import SUFFIX, check_state_path, load_state, save_state
 from .schedules.reading import read_schedule
 from .schedules.schedule import Plan, PromptSchedule
 from .text import TextEncoder, load_text_encoder
@@ -137,7 +137,7 @@ class Pipeline:
             sampling.check_given()
         if state_out is not None:
             check_state_path(state_out)
-        state, texts = self._continued(state_in, image, (height, width))
+        state = self._continued(state_in, image, (height, width))
         start = state.frames if image is None or sampling.given_inside(1) else 1
         plan = plan_prompts(prompt, schedule, sampling, self.model.geometry, seconds, start)
         marker = self.model.preset.cut_marker
@@ -185,9 +185,9 @@ class Pipeline:
         )
 
         def save(path: str | Path) -> Path:
-            known = [(text, pair) for text, pair in embeds.items()] + [(negative_prompt, (negative, None))]
-            words = [*texts, *(_text_of(made, known) for made in session.state.prompts[len(texts) :])]
-            return save_state(session.state, path, texts=words, model_name=self.model.preset.name)
+            pairs = [*embeds.items(), (negative_prompt, (negative, None))]
+            known = [(text, made) for text, pair in pairs for made in pair if made is not None]
+            return save_state(session.state.named(known), path, model_name=self.model.preset.name)
 
         decoder, interrupted = self.vae.decoder(), False
         with writer, session:
@@ -217,24 +217,16 @@ class Pipeline:
             save(state_out)
         return Path(output)
 
-    def _continued(self, state_in: str | Path | None, image, size: tuple[int, int]) -> tuple[CacheState, tuple]:
-        """The state that a run continues, and the texts of its prompts."""
+    def _continued(self, state_in: str | Path | None, image, size: tuple[int, int]) -> CacheState:
+        """The state that a run continues."""
         if state_in is None:
-            return CacheState(model=self.model.identity), ()
+            return CacheState(model=self.model.identity)
         if image is not None:
             raise ValueError("a video that is continued has its beginning already: leave the image out")
-        state, stored = load_state(state_in, self.model, size), read_state(state_in)
+        state = load_state(state_in, self.model, size)
         if state.chunks[0].shape[0] != 1:
             raise ValueError(f"{state_in} holds {state.chunks[0].shape[0]} videos; one at a time can be continued here")
-        return state, stored.texts
-
-
-def _text_of(prompt: torch.Tensor, known: list) -> str | None:
-    """The text whose embeddings a state's prompt is; None for a mixture. known: texts, each with its embeddings."""
-    for text, embeds in known:
-        if any(e is not None and torch.equal(e.to(prompt.device, prompt.dtype), prompt) for e in embeds):
-            return text
-    return None
+        return state
 
 
 def plan_prompts(

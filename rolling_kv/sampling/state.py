@@ -7,7 +7,7 @@ the log, so replaying one context pass per chunk gives the same bits (see `sampl
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,6 +61,7 @@ class CacheState(NamedTuple):
     records: the log, one record per chunk.
     model: identity of the model that made it.
     key: digest of everything above; equal keys mean equal videos.
+    texts: of each prompt, for people; None where nobody said it. No part of the key, and no bit depends on them.
     """
 
     chunks: tuple[torch.Tensor, ...] = ()
@@ -68,6 +69,7 @@ class CacheState(NamedTuple):
     records: tuple[ChunkRecord, ...] = ()
     model: str = ""
     key: str = ""
+    texts: tuple[str | None, ...] = ()
 
     @property
     def frames(self) -> int:
@@ -159,7 +161,22 @@ class CacheState(NamedTuple):
         prompts, negative_index = _with_prompt(prompts, negative)
         record = ChunkRecord(chunk.shape[2], float(timestep), prompt_index, negative_index, seed, switch, given)
         key = _key_after(self.key, self.model, record, chunk, prompts[len(self.prompts) :])
-        return CacheState(self.chunks + (chunk,), prompts, self.records + (record,), self.model, key)
+        texts = (*self.texts, *[None] * (len(prompts) - len(self.texts)))
+        return CacheState(self.chunks + (chunk,), prompts, self.records + (record,), self.model, key, texts)
+
+    def named(self, known: Iterable[tuple[str, torch.Tensor]]) -> CacheState:
+        """The same video with the texts of prompts that nobody has named yet.
+
+        known: texts, each with its embeddings, [B or 1, L, D] of any device and dtype.
+        """
+        known = list(known)
+
+        def text_of(prompt: torch.Tensor) -> str | None:
+            return next((text for text, embeds in known if _became(embeds, prompt)), None)
+
+        texts = [None if index >= len(self.texts) else self.texts[index] for index in range(len(self.prompts))]
+        named = (text_of(prompt) if text is None else text for text, prompt in zip(texts, self.prompts))
+        return self._replace(texts=tuple(named))
 
     @classmethod
     def from_log(
@@ -168,16 +185,18 @@ class CacheState(NamedTuple):
         prompts: Sequence[torch.Tensor],
         records: Sequence[ChunkRecord],
         model: str,
+        texts: Sequence[str | None] = (),
     ) -> CacheState:
         """The state that `extended` made of all this, chunk by chunk: its key follows. The tensors are shared.
 
         prompts: in the order in which the log comes to them; what it does not come to is left out.
+        texts: of the prompts, as far as they are known.
         """
         key, known = "", 0
         for chunk, record in zip(chunks, records):
             before, known = known, max(known, record.prompt + 1, record.negative + 1)
             key = _key_after(key, model, record, chunk, prompts[before:known])
-        return cls(tuple(chunks), tuple(prompts[:known]), tuple(records), model, key)
+        return cls(tuple(chunks), tuple(prompts[:known]), tuple(records), model, key, tuple(texts[:known]))
 
     def first(self, *, frames: int | None = None, seconds: float | None = None) -> CacheState:
         """The beginning of this video as it was when it was made: the same state by its key, to be continued from there.
@@ -202,7 +221,7 @@ class CacheState(NamedTuple):
             )
         if count == len(self.records):
             return self
-        return CacheState.from_log(self.chunks[:count], self.prompts, self.records[:count], self.model)
+        return CacheState.from_log(self.chunks[:count], self.prompts, self.records[:count], self.model, self.texts)
 
     def __repr__(self) -> str:  # error messages print their inputs
         if not self.chunks:
@@ -229,6 +248,13 @@ def _with_prompt(prompts: tuple[torch.Tensor, ...], prompt: torch.Tensor | None)
         if same_values(known, prompt):
             return prompts, index
     return prompts + (prompt,), len(prompts)
+
+
+def _became(embeds: torch.Tensor, prompt: torch.Tensor) -> bool:
+    """Whether a session that was given these embeddings, [B or 1, L, D], has made that prompt of them."""
+    if embeds.shape[1:] != prompt.shape[1:] or embeds.shape[0] not in (1, prompt.shape[0]):
+        return False
+    return torch.equal(embeds.to(prompt.device, prompt.dtype).expand_as(prompt), prompt)
 
 
 def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:

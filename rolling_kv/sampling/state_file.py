@@ -49,12 +49,10 @@ class StoredState(NamedTuple):
     """What the header of a state's file says.
 
     state: with tensors on the meta device: shapes and dtypes, no values.
-    texts: of each prompt, for people; None where nobody said it.
     model_name: of the model that made it, for people.
     """
 
     state: CacheState
-    texts: tuple[str | None, ...] = ()
     model_name: str = ""
 
 
@@ -67,12 +65,11 @@ class _Place(NamedTuple):
     nbytes: int
 
 
-def save_state(state: CacheState, path: str | Path, *, texts: Sequence[str | None] = (), model_name: str = "") -> Path:
+def save_state(state: CacheState, path: str | Path, *, model_name: str = "") -> Path:
     """Write a state into a file, which appears when it is whole; returns the path.
 
     path: ends in .safetensors.
-    texts: of `state.prompts`, for people who look into the file; None, or too few, where they are not known.
-    model_name: likewise.
+    model_name: of the model that made it, for people who look into the file.
 
     Raises ValueError for an empty state and for a name that no state can have, OSError for a place that cannot be written.
     """
@@ -81,7 +78,7 @@ def save_state(state: CacheState, path: str | Path, *, texts: Sequence[str | Non
         raise ValueError("this cache state holds no frames yet: there is nothing to save")
     tensors = {f"chunk.{index}": chunk for index, chunk in enumerate(state.chunks)}
     tensors |= {f"prompt.{index}": prompt for index, prompt in enumerate(state.prompts)}
-    header = _header(state, tensors, list(texts), model_name)
+    header = _header(state, tensors, model_name)
     digest = hashlib.sha256(header)
     for tensor in tensors.values():
         digest.update(_bytes(tensor))
@@ -109,7 +106,7 @@ def load_state(path: str | Path, model: CausalModel | None = None, size: tuple[i
             raise StateFileError("it holds values that are no numbers (NaN or infinity), so nothing can follow it")
         records = stored.state.records
         chunks, prompts = tuple(tensors[: len(records)]), tuple(tensors[len(records) :])
-        state = CacheState.from_log(chunks, prompts, records, stored.state.model)
+        state = CacheState.from_log(chunks, prompts, records, stored.state.model, stored.state.texts)
         if state.key != stored.state.key:
             raise StateFileError(f"its log and its latents make the key {state.key}, not {stored.state.key}")
         return state
@@ -142,13 +139,13 @@ def check_state_path(path: str | Path) -> Path:
 # Writing
 
 
-def _header(state: CacheState, tensors: dict[str, torch.Tensor], texts: list[str | None], model_name: str) -> bytes:
+def _header(state: CacheState, tensors: dict[str, torch.Tensor], model_name: str) -> bytes:
     """The file up to the first tensor, without the digest."""
     said = {
         "model": state.model,
         "model_name": model_name,
         "key": state.key,
-        "texts": (texts + [None] * len(state.prompts))[: len(state.prompts)],
+        "texts": state.named(()).texts,
         "log": [record._asdict() for record in state.records],
     }
     # The digest comes first, so that its place is found whatever the texts say.
@@ -297,8 +294,8 @@ def _stored(said: dict, places: dict[str, _Place]) -> tuple[StoredState, list[_P
         raise StateFileError("its log is damaged: something else stands where a text should be")
     empty = [torch.empty(place.shape, dtype=place.dtype, device="meta") for place in ordered]
     chunks, prompts = tuple(empty[: len(records)]), tuple(empty[len(records) :])
-    state = CacheState(chunks, prompts, records, said["model"], said["key"])
-    return StoredState(state, tuple(texts), said["model_name"]), ordered
+    state = CacheState(chunks, prompts, records, said["model"], said["key"], tuple(texts))
+    return StoredState(state, said["model_name"]), ordered
 
 
 def _check_log(records: Sequence[ChunkRecord], prompts: int) -> None:

@@ -67,13 +67,8 @@ class StateSummary(NamedTuple):
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
-def summarize(state: CacheState, texts: Sequence[str | None] = ()) -> StateSummary:
-    """What a state is. Its tensors may be on the meta device: no value is read.
-
-    texts: of `state.prompts`, as far as they are known.
-
-    Raises ValueError for an empty state.
-    """
+def summarize(state: CacheState) -> StateSummary:
+    """What a state is. Its tensors may be on the meta device: no value is read. Raises ValueError for an empty state."""
     height, width = state.size
     return StateSummary(
         frames=state.frames,
@@ -88,15 +83,12 @@ def summarize(state: CacheState, texts: Sequence[str | None] = ()) -> StateSumma
         dtype=str(state.chunks[-1].dtype).removeprefix("torch."),
         nbytes=state.nbytes,
         key=state.key,
-        stretches=tuple(_stretches(state, texts)),
+        stretches=tuple(_stretches(state)),
     )
 
 
-def _stretches(state: CacheState, texts: Sequence[str | None]) -> Iterator[Stretch]:
-    def text_of(index: int) -> str:
-        known = texts[index] if index < len(texts) else None
-        return f"prompt {index}" if known is None else known
-
+def _stretches(state: CacheState) -> Iterator[Stretch]:
+    texts = [f"prompt {index}" if text is None else text for index, text in enumerate(state.named(()).texts)]
     geometry, at = state.geometry, 0
     for records in _alike(state.records):
         first, start, at = records[0], at, at + sum(record.frames for record in records)
@@ -106,8 +98,8 @@ def _stretches(state: CacheState, texts: Sequence[str | None]) -> Iterator[Stret
             geometry.seconds(start),
             geometry.seconds(at),
             len(records),
-            text_of(first.prompt),
-            "" if first.negative < 0 else text_of(first.negative),
+            texts[first.prompt],
+            "" if first.negative < 0 else texts[first.negative],
             first.switch,
             first.seed,
         )

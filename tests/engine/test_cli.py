@@ -306,7 +306,7 @@ def test_a_video_continued_from_a_state_is_the_one_made_at_once(folder, tmp_path
     video(folder, part, "--schedule", SCHEDULE, "--state-in", state, "--state-out", state)
     assert torch.equal(read_frames(part), read_frames(whole))
     ours, theirs = read_state(state), read_state(tmp_path / "whole.safetensors")
-    assert ours.state.key == theirs.state.key and ours.texts == theirs.texts
+    assert ours.state.key == theirs.state.key and ours.state.texts == theirs.state.texts
     capsys.readouterr()
     main(["inspect", str(state)])
     told = capsys.readouterr().out

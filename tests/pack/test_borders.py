@@ -62,3 +62,11 @@ def test_a_family_without_a_marker_reads_no_shots(borders):
     assert borders.after_cut(marked, PRESETS["self-forcing"]) is None
     assert borders.after_cut([[after, {}]], PRESETS["longlive2"]) is None
     assert borders.after_cut([[after]], PRESETS["longlive2"]) is None
+
+
+def test_texts_are_told_of_what_was_encoded_and_of_nothing_that_a_node_made_of_it(borders):
+    encoded, shot = torch.rand(1, 512, 8), torch.rand(1, 512, 8)
+    notes = {borders.NAMED: ("a dog", encoded), borders.AFTER_CUT: shot}
+    told = list(borders.texts_in([[encoded + 1, notes]], None, [[encoded]], [[encoded, {}]]))
+    assert [text for text, _ in told] == ["a dog", "a dog"]
+    assert told[0][1] is encoded and told[1][1] is shot

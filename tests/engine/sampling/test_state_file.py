@@ -107,7 +107,7 @@ def test_a_blend_and_a_batch_and_half_precision_come_back(state, path):
 
 
 def test_it_is_an_ordinary_safetensors_file_whose_digest_anybody_can_compute(state, path):
-    save_state(state, path, texts=["a", None, "0" * 64], model_name="tiny")
+    save_state(state._replace(texts=("a", None, "0" * 64)), path, model_name="tiny")
     with safe_open(path, framework="pt") as file:
         digest = file.metadata()["digest"]
         assert torch.equal(file.get_tensor("chunk.1"), state.chunks[1])
@@ -115,7 +115,7 @@ def test_it_is_an_ordinary_safetensors_file_whose_digest_anybody_can_compute(sta
     blank = path.read_bytes().replace(digest.encode(), b"0" * 64, 1)
     assert hashlib.sha256(blank).hexdigest() == digest
     stored = read_state(path)
-    assert stored.texts == ("a", None, "0" * 64) and len(state.prompts) == 3
+    assert stored.state.texts == ("a", None, "0" * 64) and len(state.prompts) == 3
     assert stored.model_name == "tiny" and all(chunk.is_meta for chunk in stored.state.chunks)
     assert os.listdir(path.parent) == [path.name]
 
@@ -133,6 +133,30 @@ def test_latents_take_at_most_a_megabyte_a_frame(tmp_path):
         torch.zeros(1, 16, 3, 60, 104), timestep=0.0, prompt=torch.zeros(1, 4, 8), negative=None, seed=0
     )
     assert save_state(big, tmp_path / "big.safetensors").stat().st_size < 3 * 2**20
+
+
+# Texts of prompts
+
+
+def test_texts_go_with_a_state_wherever_it_goes_and_no_bit_depends_on_them(model, path):
+    words = [
+        ("first", prompt(model, 0)),
+        ("second", prompt(model, 1).double()),
+        ("of another model", torch.ones(1, 4, 9)),
+    ]
+    bare = run(model, 3, sampling=GUIDED)
+    state = bare.named(words)
+    assert bare.texts == (None, None, None) and state.texts == ("first", None, "second")
+    assert state.key == bare.key and bits(state) == bits(bare)
+    again = state.named([("other", prompt(model, 0)), ("negative", prompt(model, 9))])
+    assert again.texts == ("first", "negative", "second")
+    longer = run(model, 2, state, sampling=GUIDED)
+    assert longer.texts == ("first", None, "second", None, None) and same(longer, run(model, 5, sampling=GUIDED))
+    assert longer.first(frames=4).texts == ("first", None)
+    assert load_state(save_state(longer, path)).texts == longer.texts
+    batch = RollingSession(model, prompt(model, 0), height=HEIGHT, width=WIDTH, batch=2)
+    batch.prefill(torch.ones(2, 16, 1, 4, 6))
+    assert batch.state.named(words).texts == ("first",)
 
 
 # The beginning of a video
@@ -175,7 +199,7 @@ def test_what_cannot_be_taken_is_said(model):
 
 
 def test_a_summary_has_a_row_for_each_way_in_which_chunks_were_made(state):
-    info = summarize(state, ["a red\ncircle", None])
+    info = summarize(state._replace(texts=("a red\ncircle", None)))
     rows = [(part.start, part.end, part.chunks, part.prompt, part.switch, part.seed) for part in info.stretches]
     assert rows == [
         (0, 1, 1, "a red\ncircle", "", None),
