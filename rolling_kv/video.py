@@ -18,8 +18,10 @@ from .geometry import WAN_21
 
 H264_SIDE = 16384
 """Most pixels along one side of a picture that libx264 takes."""
-SAME_BYTES = "cpu-independent=1"
-"""Options of x264 that keep what lies in memory by chance out of the file."""
+X264 = "cpu-independent=1:rc-lookahead=8:sync-lookahead=0"
+"""Options of x264: what lies in memory by chance stays out of the file, and no more than nine frames wait in the encoder."""
+FINISHED = {"movflags": "+faststart"}
+"""Options of an mp4 whose index comes first, so that browsers can play it."""
 _BT709 = 1
 """The code of BT.709 for primaries, transfer and matrix alike (ITU-T H.273)."""
 
@@ -83,17 +85,15 @@ class VideoWriter:
 
     def __enter__(self) -> VideoWriter:
         with ExitStack() as ending:
-            self._unfinished = ending.enter_context(replacing(self.path, what="video"))
-            self._open()
+            unfinished = ending.enter_context(replacing(self.path, what="video"))
+            self._open(unfinished, FINISHED)
             ending.push(self._close)
             self._ending = ending.pop_all()
         return self
 
-    def _open(self) -> None:
-        flags = "+faststart+use_metadata_tags" if self.metadata else "+faststart"
-        self._container = av.open(str(self._unfinished), "w", format="mp4", options={"movflags": flags})
-        self._container.metadata.update(self.metadata)
-        options = {"crf": str(self.crf), "x264-params": SAME_BYTES}
+    def _open(self, place: Path, options: dict[str, str]) -> None:
+        self._container = open_mp4(place, options, self.metadata)
+        options = {"crf": str(self.crf), "x264-params": X264}
         self._stream = self._container.add_stream("libx264", rate=self.fps, options=options)
         self._stream.width, self._stream.height = self.width * self.scale, self.height * self.scale
         self._stream.pix_fmt = "yuv420p"
@@ -137,6 +137,14 @@ class VideoWriter:
         if not self.frames:
             raise ValueError(f"no frames were written to {self.path}")
         self._container.mux(self._stream.encode(None))
+
+
+def open_mp4(place: Path, options: dict[str, str], metadata: dict[str, str]) -> av.container.OutputContainer:
+    """An mp4 file to write to. options: of the muxer, `movflags` among them. metadata: tags for the file."""
+    flags = options["movflags"] + ("+use_metadata_tags" if metadata else "")
+    container = av.open(str(place), "w", format="mp4", options=options | {"movflags": flags})
+    container.metadata.update(metadata)
+    return container
 
 
 def to_uint8(frames: Tensor) -> Tensor:

@@ -1,0 +1,113 @@
+"""A video file that plays while it grows, and becomes an ordinary one at the end."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import av
+
+from .atomic import replacing
+from .video import FINISHED, VideoWriter, open_mp4
+
+FRAGMENTED = {
+    "movflags": "+empty_moov+default_base_moof",
+    "frag_duration": "500000",  # microseconds
+    "flush_packets": "1",
+}
+"""Options of an mp4 in fragments: each is whole once it is written, and what comes before it plays."""
+
+
+def growing_place(path: str | Path) -> Path:
+    """Where a video lies while it grows."""
+    return Path(path).with_suffix(".growing.mp4")
+
+
+class GrowingVideo(VideoWriter):
+    """Writes frames as `VideoWriter` does, into a file that plays from its first frames on, whatever ends the process.
+
+    A context manager. The file lies beside its place as NAME.growing.mp4 and stays there when the block ends, however it
+    ends; then `finish` makes the video of it, or `discard` removes it. An earlier video of the name is untouched until then.
+
+        with GrowingVideo("out.mp4", 832, 480) as video:
+            for frames in chunks:
+                video.write(frames)
+        video.finish()
+
+    The finished video has the very packets that `VideoWriter` writes.
+    """
+
+    @property
+    def growing(self) -> Path:
+        """The file while it grows."""
+        return growing_place(self.path)
+
+    def __enter__(self) -> GrowingVideo:
+        try:
+            self.growing.parent.mkdir(parents=True, exist_ok=True)
+            self._open(self.growing, FRAGMENTED)
+            self._container.start_encoding()
+        except OSError as error:
+            raise OSError(f"cannot write {self.growing}: {error.strerror}") from error
+        return self
+
+    def __exit__(self, kind, *exception) -> None:
+        if kind is None:
+            self._close(None, None, None)
+            return
+        with suppress(OSError, ValueError):  # what ended the block is what has to be told
+            self._close(None, None, None)
+
+    def finish(self) -> Path:
+        """Give the video its name and an index in front; returns its path.
+
+        Where that cannot be done, on a full disk say, what is whole of the file takes the name as it is: it plays. Raises
+        ValueError where no frame was written, and OSError where the name cannot be taken.
+        """
+        if not self.frames:
+            self.discard()
+            raise ValueError(f"no frames were written to {self.path}")
+        try:
+            self._reorder()
+        except OSError:
+            os.truncate(self.growing, whole_length(self.growing))
+            os.replace(self.growing, self.path)
+        else:
+            self.discard()
+        return self.path
+
+    def discard(self) -> None:
+        """Remove what has grown."""
+        self.growing.unlink(missing_ok=True)
+
+    def _reorder(self) -> None:
+        with replacing(self.path, what="video") as part, av.open(str(self.growing)) as source:
+            with open_mp4(part, FINISHED, self.metadata) as container:
+                stream = container.add_stream_from_template(source.streams.video[0])
+                offset = None
+                for packet in source.demux(video=0):
+                    if packet.dts is None:
+                        continue
+                    offset = packet.pts if offset is None else offset
+                    packet.pts, packet.dts = packet.pts - offset, packet.dts - offset
+                    packet.stream = stream
+                    container.mux(packet)
+
+
+def whole_length(path: Path) -> int:
+    """Bytes of a fragmented mp4 up to the end of its last whole fragment."""
+    whole, size = 0, path.stat().st_size
+    with path.open("rb") as file:
+        at = 0
+        while len(head := file.read(16)) >= 8:
+            length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+            if length == 1:  # the length proper follows
+                length = int.from_bytes(head[8:16], "big")
+            at += length
+            if length < 8 or at > size:
+                break
+            if kind in (b"moov", b"mdat"):
+                whole = at
+            file.seek(at)
+    return whole
