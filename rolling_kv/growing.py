@@ -53,11 +53,10 @@ class GrowingVideo(VideoWriter):
         return self
 
     def __exit__(self, kind, *exception) -> None:
-        if kind is None:
-            self._close(None, None, None)
-            return
-        with suppress(OSError, ValueError):  # what ended the block is what has to be told
-            self._close(None, None, None)
+        # What ended the block is what has to be told, not what comes of it here.
+        with suppress(*(() if kind is None else (OSError, ValueError))), self._container:
+            if self.frames:
+                self._finish()
 
     def finish(self) -> Path:
         """Give the video its name and an index in front; returns its path.

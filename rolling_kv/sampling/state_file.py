@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import torch
 
 from ..atomic import check_place, replacing
 from ..checkpoints.model import CausalModel
-from ..config import SWITCHES
-from ..geometry import GEOMETRIES
-from ..messages import MESSAGE_LENGTH, listed, printable, shortened, shown
-from .state import CacheState, ChunkRecord
+from ..messages import printable, shortened, shown
+from .journal import MAGIC, read_journal
+from .state import CacheState
+from .stored import NAMES, Place, StateFileError, StoredState, place_of, read_tensor, stored_of, tensor_bytes
 
 SUFFIX = ".safetensors"
 FORMAT = "rolling_kv.state"
@@ -30,39 +29,10 @@ VERSION = "1"
 MOST_HEADER = 16 * 2**20
 """Bytes of a header; a chunk takes about 170 of them, and so this is most of a day."""
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _NO_DIGEST = "0" * 64
 _BLOCK = 2**20
 _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """How pickles begin, and the archives that they lie in."""
-
-
-class StateFileError(ValueError):
-    """A file that is no cache state, or not one that can be used here. The message is one line, fit for every log."""
-
-    def __init__(self, message: str):
-        super().__init__(shortened(printable(message), MESSAGE_LENGTH))
-
-
-class StoredState(NamedTuple):
-    """What the header of a state's file says.
-
-    state: with tensors on the meta device: shapes and dtypes, no values.
-    model_name: of the model that made it, for people.
-    """
-
-    state: CacheState
-    model_name: str = ""
-
-
-class _Place(NamedTuple):
-    """Where the values of a tensor lie in the file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
 
 
 def save_state(state: CacheState, path: str | Path, *, model_name: str = "") -> Path:
@@ -81,16 +51,16 @@ def save_state(state: CacheState, path: str | Path, *, model_name: str = "") -> 
     header = _header(state, tensors, model_name)
     digest = hashlib.sha256(header)
     for tensor in tensors.values():
-        digest.update(_bytes(tensor))
+        digest.update(tensor_bytes(tensor))
     with replacing(path, what="cache state") as part, part.open("wb") as file:
         file.write(header.replace(_NO_DIGEST.encode(), digest.hexdigest().encode(), 1))
         for tensor in tensors.values():
-            file.write(_bytes(tensor))
+            file.write(tensor_bytes(tensor))
     return path
 
 
 def load_state(path: str | Path, model: CausalModel | None = None, size: tuple[int, int] | None = None) -> CacheState:
-    """The state in a file: equal to the one that was saved, to the bit and by its key.
+    """The state in a file, or in the journal of a run that was killed: equal to the one that was saved, to the bit.
 
     model: that is to continue it. size: height and width in pixels that are asked for.
 
@@ -101,28 +71,28 @@ def load_state(path: str | Path, model: CausalModel | None = None, size: tuple[i
         stored, places = _read_header(file)
         _check_model(stored, model)
         _check_size(stored.state, size)
-        tensors = [_tensor(file, place) for place in places]
+        tensors = [read_tensor(file, place) for place in places]
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise StateFileError("it holds values that are no numbers (NaN or infinity), so nothing can follow it")
         records = stored.state.records
         chunks, prompts = tuple(tensors[: len(records)]), tuple(tensors[len(records) :])
         state = CacheState.from_log(chunks, prompts, records, stored.state.model, stored.state.texts)
-        if state.key != stored.state.key:
+        if stored.state.key not in (state.key, ""):
             raise StateFileError(f"its log and its latents make the key {state.key}, not {stored.state.key}")
         return state
 
 
 def read_state(path: str | Path) -> StoredState:
-    """What a state's file says, checked against its digest; no tensor is read. Raises StateFileError."""
+    """What a state's file or journal says, checked against its digest; no tensor is read. Raises StateFileError."""
     with _telling(path), _opened(path) as file:
         return _read_header(file)[0]
 
 
 def is_state_file(path: str | Path) -> bool:
-    """Whether a file says that it is a cache state; it may be damaged all the same."""
+    """Whether a file says that it is a cache state, or a journal; it may be damaged all the same."""
     try:
         with _opened(path) as file:
-            return _metadata(_parsed(_raw_header(file))).get("format") == FORMAT
+            return _is_journal(file) or _metadata(_parsed(_raw_header(file))).get("format") == FORMAT
     except (OSError, ValueError):
         return False
 
@@ -153,16 +123,12 @@ def _header(state: CacheState, tensors: dict[str, torch.Tensor], model_name: str
     entries, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps({"__metadata__": metadata} | entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MOST_HEADER:
         raise ValueError(f"a video of {len(state.records):,} chunks is too long for the file of a cache state")
     return len(text).to_bytes(8, "little") + text
-
-
-def _bytes(tensor: torch.Tensor):
-    return tensor.detach().contiguous().view(torch.uint8).numpy().data
 
 
 # Reading
@@ -223,8 +189,16 @@ def _metadata(header: dict) -> dict[str, str]:
     return found
 
 
-def _read_header(file: BinaryIO) -> tuple[StoredState, list[_Place]]:
+def _is_journal(file: BinaryIO) -> bool:
+    start = file.read(len(MAGIC))
+    file.seek(0)
+    return start == MAGIC
+
+
+def _read_header(file: BinaryIO) -> tuple[StoredState, list[Place]]:
     """What the file says, and where each chunk and then each prompt lies in it."""
+    if _is_journal(file):
+        return read_journal(file)
     raw = _raw_header(file)
     header = _parsed(raw)
     metadata = _metadata(header)
@@ -238,26 +212,20 @@ def _read_header(file: BinaryIO) -> tuple[StoredState, list[_Place]]:
     places = _places(header, len(raw), os.fstat(file.fileno()).st_size)
     _check_digest(file, raw, metadata.get("digest", ""))
     said = json.loads(metadata["state"], parse_constant=_no_number)
-    return _stored(said, places)
+    return stored_of(said, places)
 
 
-def _places(header: dict, start: int, size: int) -> dict[str, _Place]:
+def _places(header: dict, start: int, size: int) -> dict[str, Place]:
     """Where each tensor lies. Raises StateFileError unless they fill the rest of the file, one after the other."""
     places, end = {}, 0
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-        if dtype is None:
-            raise StateFileError(f"its tensor {shown(name)} has the type {shown(entry['dtype'])}, which no state has")
-        shape = tuple(entry["shape"])
-        if not 1 <= len(shape) <= 5 or not all(_whole(length, 1, 2**31) for length in shape):
-            raise StateFileError(f"its tensor {shown(name)} has a shape that no state has")
-        nbytes = math.prod(shape) * dtype.itemsize
-        if entry["data_offsets"] != [end, end + nbytes]:
+        place = place_of(name, entry["dtype"], entry["shape"], start + end)
+        if entry["data_offsets"] != [end, end + place.nbytes]:
             raise StateFileError(f"its tensor {shown(name)} does not lie where the one before it ends")
-        places[name] = _Place(dtype, shape, start + end, nbytes)
-        end += nbytes
+        places[name] = place
+        end += place.nbytes
     if start + end != size:
         what = "cut short" if start + end > size else "longer than what it holds"
         raise StateFileError(f"the file is {what}: its tensors end at byte {start + end:,}, and the file at {size:,}")
@@ -275,64 +243,6 @@ def _check_digest(file: BinaryIO, raw: bytes, digest: str) -> None:
 
 def _no_number(text: str):
     raise StateFileError(f"its log is damaged: it says {text} where a number should be")
-
-
-def _stored(said: dict, places: dict[str, _Place]) -> tuple[StoredState, list[_Place]]:
-    records = tuple(ChunkRecord(**entry) for entry in said["log"])
-    texts = said["texts"]
-    if not records or not isinstance(texts, list):
-        raise StateFileError("its log is damaged: it has no chunks, or no list of texts")
-    names = [f"chunk.{index}" for index in range(len(records))] + [f"prompt.{index}" for index in range(len(texts))]
-    if places.keys() != set(names):
-        others = sorted(places.keys() ^ set(names))
-        raise StateFileError(f"its tensors are not those that its log tells of: {listed(others)}")
-    ordered = [places[name] for name in names]
-    _check_log(records, len(texts))
-    _check_shapes(records, ordered)
-    strings = [*(text for text in texts if text is not None), said["model"], said["model_name"], said["key"]]
-    if not all(isinstance(text, str) for text in strings):
-        raise StateFileError("its log is damaged: something else stands where a text should be")
-    empty = [torch.empty(place.shape, dtype=place.dtype, device="meta") for place in ordered]
-    chunks, prompts = tuple(empty[: len(records)]), tuple(empty[len(records) :])
-    state = CacheState(chunks, prompts, records, said["model"], said["key"], tuple(texts))
-    return StoredState(state, said["model_name"]), ordered
-
-
-def _check_log(records: Sequence[ChunkRecord], prompts: int) -> None:
-    """Raise StateFileError for what no log says. Prompts are numbered as they come up."""
-    known = 0
-    for number, record in enumerate(records):
-        wrong = {
-            "prompt": not _whole(record.prompt, 0, known),
-            "negative": not _whole(record.negative, -1, known + (record.prompt == known)),
-            "frames": not _whole(record.frames, 1, 2**31),
-            "timestep": not (isinstance(record.timestep, float) and 0 <= record.timestep <= 1000),
-            "seed": record.seed is not None and not _whole(record.seed, -(2**64), 2**64),
-            "switch": record.switch not in ("", *SWITCHES) or bool(record.switch and not number),
-            "given": not _whole(record.given, 0, record.frames),
-        }
-        for name in (name for name, bad in wrong.items() if bad):
-            raise StateFileError(f"its log is damaged: chunk {number} has the {name} {shown(getattr(record, name))}")
-        known = max(known, record.prompt + 1, record.negative + 1)
-    if known != prompts:
-        raise StateFileError(f"its log is damaged: it tells of {known} prompts, and the file holds {prompts}")
-
-
-def _check_shapes(records: Sequence[ChunkRecord], places: Sequence[_Place]) -> None:
-    chunks, prompts = places[: len(records)], places[len(records) :]
-    first = chunks[0].shape
-    for number, (record, place) in enumerate(zip(records, chunks)):
-        if place.shape != (*first[:2], record.frames, *first[3:]) or len(first) != 5:
-            raise StateFileError(f"chunk {number} has the shape {list(place.shape)}, which does not fit its log")
-    if first[1] not in GEOMETRIES:
-        raise StateFileError(f"its latents have {first[1]} channels, which no model here has")
-    for number, place in enumerate(prompts):
-        if len(place.shape) != 3 or (place.shape[0], place.shape[2]) != (first[0], prompts[0].shape[-1]):
-            raise StateFileError(f"prompt {number} has the shape {list(place.shape)}, which does not fit the others")
-
-
-def _whole(value: Any, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def _check_model(stored: StoredState, model: CausalModel | None) -> None:
@@ -353,11 +263,3 @@ def _check_size(state: CacheState, size: tuple[int, int] | None) -> None:
         raise StateFileError(
             f"this video is {width}x{height} pixels, and {size[1]}x{size[0]} are asked for: a video keeps its size"
         )
-
-
-def _tensor(file: BinaryIO, place: _Place) -> torch.Tensor:
-    file.seek(place.start)
-    values = bytearray(place.nbytes)
-    if file.readinto(values) != place.nbytes:  # pyright: ignore[reportAttributeAccessIssue]
-        raise StateFileError("the file was cut short while it was read")
-    return torch.frombuffer(values, dtype=place.dtype).view(place.shape)

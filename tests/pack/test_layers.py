@@ -12,7 +12,17 @@ from tools.comfyui.env import PACK
 
 GROUND = ["geometry", "rope", "devices", "atomic", "messages", "installed"]
 SETTINGS = ["config", "presets"]
-ABOVE = ["pipeline", "inspection", "cli", "options", "tiny", "bundled", "hook_state", "__init__", "__main__"]
+ABOVE = [
+    "pipeline",
+    "inspection",
+    "cli",
+    "options",
+    "tiny",
+    "bundled",
+    "hook_state",
+    "__init__",
+    "__main__",
+]
 
 LAYERS: list[tuple[list[str], list[str]]] = [
     (GROUND, []),
@@ -22,6 +32,7 @@ LAYERS: list[tuple[list[str], list[str]]] = [
     (["checkpoints"], [*GROUND, *SETTINGS]),
     (["lora", "text", "vae"], [*GROUND, *SETTINGS, "checkpoints"]),
     (["video", "schedules"], [*GROUND, *SETTINGS]),
+    (["growing"], [*GROUND, *SETTINGS, "video"]),
     (["wan"], [*GROUND, *SETTINGS, "cache"]),
     (["sampling"], [*GROUND, *SETTINGS, "cache", "wan", "step_cache", "schedules", "checkpoints.model"]),
     (["hooks"], [*GROUND, *SETTINGS, "cache", "wan.processors"]),

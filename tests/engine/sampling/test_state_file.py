@@ -122,7 +122,7 @@ def test_it_is_an_ordinary_safetensors_file_whose_digest_anybody_can_compute(sta
 
 def test_what_takes_its_place_is_whole_and_an_earlier_one_stays_otherwise(state, path, monkeypatch):
     save_state(state.first(frames=3), path)
-    monkeypatch.setattr(state_file, "_bytes", lambda tensor: 1 / 0)
+    monkeypatch.setattr(state_file, "tensor_bytes", lambda tensor: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_state(state, path)
     assert load_state(path).key == state.first(frames=3).key and os.listdir(path.parent) == [path.name]
@@ -362,7 +362,9 @@ def test_malformed_files_are_refused_in_a_sentence_and_nothing_is_executed(state
     assert load_state(good).key == state.key
     cases = list(malformed(good))
     read = []
-    monkeypatch.setattr(state_file, "_tensor", lambda *args, whole=state_file._tensor: read.append(1) or whole(*args))
+    monkeypatch.setattr(
+        state_file, "read_tensor", lambda *args, whole=state_file.read_tensor: read.append(1) or whole(*args)
+    )
     for name, content, message in cases:
         bad.write_bytes(content)
         read.clear()
