@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
+
 import torch
 
 from ..checkpoints.model import CausalModel
 from ..config import CacheConfig, SamplingConfig
+from .state import Seeds
 
 LONG_SINK_FRAMES = 120
 """Latent frames, half a minute, up to which a sink at absolute positions is no worry."""
@@ -49,6 +53,15 @@ def check_source_length(source: torch.Tensor, chunks: int, sampling: SamplingCon
             f"the latents to start from are {source.shape[2]} frames, and {chunks} chunks are {needed}: make fewer "
             "chunks, or give more frames"
         )
+
+
+def checked_seeds(seed: int | Sequence[int], batch: int) -> Seeds:
+    """Seeds as the log has them: a batch of one has one. Raises ValueError unless a sequence has one for each video."""
+    if not isinstance(seed, Sequence):
+        return seed
+    if len(seed) != batch:
+        raise ValueError(f"there must be one seed for each of the {batch} videos, or one for all, got {len(seed)}")
+    return tuple(map(operator.index, seed)) if batch > 1 else seed[0]
 
 
 def long_sink_note(sampling: SamplingConfig, cache: CacheConfig, frames: int) -> str:

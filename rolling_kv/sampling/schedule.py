@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..config import SamplingConfig
 from ..devices import has_float64, to_device
+from .state import Seeds
 
 TRAIN_TIMESTEPS = 1000
 Predict = Callable[[torch.Tensor, float], torch.Tensor]
@@ -135,14 +136,16 @@ def sample_chunk(predict: Predict, noise: Noise, config: SamplingConfig, start_f
     return integrate_chunk(predict, noise, config)
 
 
-def seeded_noise(seed: int, start_frame: int, shape: tuple[int, ...], draw: int) -> torch.Tensor:
+def seeded_noise(seed: Seeds, start_frame: int, shape: tuple[int, ...], draw: int) -> torch.Tensor:
     """Counter-based noise: a function of (seed, first latent frame of the chunk, draw, batch index), nothing else.
 
-    So any split of a video into runs, and any device, gives the same draws. Float32 on the CPU, [B, C, f, h, w].
+    So any split of a video into runs, and any device, gives the same draws. A video with a seed of its own has those that
+    it would have alone, those of index 0. Float32 on the CPU, [B, C, f, h, w].
     """
     samples = []
-    for index in range(shape[0]):
-        counter = hashlib.sha256(f"rolling-kv {seed} {start_frame} {draw} {index}".encode()).digest()
+    videos = [(own, 0) for own in seed] if isinstance(seed, tuple) else [(seed, index) for index in range(shape[0])]
+    for own, index in videos:
+        counter = hashlib.sha256(f"rolling-kv {own} {start_frame} {draw} {index}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(counter[:8], "little") >> 1)
         samples.append(torch.randn(shape[1:], generator=generator))
     return torch.stack(samples)
@@ -150,7 +153,7 @@ def seeded_noise(seed: int, start_frame: int, shape: tuple[int, ...], draw: int)
 
 def chunk_noise(
     source: NoiseSource | None,
-    seed: int,
+    seed: Seeds,
     start_frame: int,
     shape: tuple[int, ...],
     dtype: torch.dtype,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
@@ -95,7 +95,7 @@ def generate_scheduled(
     embeds: Embeds,
     *,
     negative: torch.Tensor | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     **settings,
 ) -> Generator[Chunk, None, None]:
     """Make the chunks of a plan in an open session, each with the prompt that the schedule has for it.

@@ -14,7 +14,7 @@ from ..config import CacheConfig, ExecutionConfig, SamplingConfig
 from ..step_cache import StepCache, StepCacheReport, StepProbe, start_step_cache
 from ..wan.attachment import RollingAttachment, apply_rolling_kv_cache
 from .branches import GuidanceBranches
-from .checks import check_latents, check_source_length, fitted_embeds
+from .checks import check_latents, check_source_length, checked_seeds, fitted_embeds
 from .denoiser import noise_dtype, with_given
 from .history import History
 from .prompting import Prompting, Wanted
@@ -22,7 +22,7 @@ from .recomputed import RecomputedContext, ReencodedFrames, Reencoding, check_va
 from .rolling import check_rolling, rolling_chunks
 from .running import Running
 from .schedule import Noise, NoiseSource, chunk_noise, sample_chunk, starting_from, warp_steps
-from .state import CacheState, Chunk
+from .state import CacheState, Chunk, Seeds
 from .workspace import CacheSpec, Workspace
 
 
@@ -157,7 +157,7 @@ class RollingSession:
     def generate(
         self,
         chunks: int,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         noise_source: NoiseSource | None = None,
         *,
         source: torch.Tensor | None = None,
@@ -172,19 +172,21 @@ class RollingSession:
         given up: what follows begins with new ones, right after those that are done. So a video made in two runs is not
         that of one run, but always the same one. A new prompt holds from the next joint pass on, for all chunks in it.
 
-        seed: of the noise. noise_source: other noise than that of the seed.
+        seed: of the noise; of a batch, a sequence of one seed per video gives each the noise that it would have alone.
+        noise_source: other noise than that of the seed.
         source: video to video: latents [B, C, F, h, w] in model space, of which the first frame is that of the first
             chunk here. Each chunk begins as these with noise, instead of as pure noise.
         strength: with a source, 0 to 1, by how much all steps are scaled, and so how little of it stays; at 1, nothing
             stays where the steps begin at 1000.
 
         Raises ValueError unless the session is open, for fewer chunks than the sampler can make at a time, for a source
-        that is too short or not for this sampler, and where a recomputed context lacks its VAE.
+        that is too short or not for this sampler, for another number of seeds than videos, and where a recomputed
+        context lacks its VAE.
         """
         branches, frames = self._running().branches, self.state.frames
         self.sampling.check_length(chunks, frames, self.model.geometry)
         check_vae(self.cache_config, self.sampling, self.state, chunks, self._vae)
-        sampling, source_start = self.sampling, frames
+        sampling, source_start, seeds = self.sampling, frames, checked_seeds(seed, self.batch)
         if source is not None:
             check_latents(self.model, self.batch, self.latent_size, source, "the latents to start from")
             check_source_length(source, chunks, sampling, frames)
@@ -195,7 +197,7 @@ class RollingSession:
         branches.reserve(frames + self.sampling.frames_of(chunks, frames))
         if self.sampling.joint:
             on_step = partial(self._tick, self.passes_needed(chunks))
-            yield from self._generate_jointly(chunks, seed, noise_source, on_step)
+            yield from self._generate_jointly(chunks, seeds, noise_source, on_step)
             return
         for made in range(chunks):
             run = self._running()
@@ -205,23 +207,23 @@ class RollingSession:
             start, given = self.state.frames, None if self.state.frames else self._given
             run.history.bring_to(self.state, switch, wanted.prompt, wanted.negative, sampling.context_noise, on_step)
             predict = run.denoiser(wanted, sampling.chunk_size(start), on_step, given)
-            noise = self._noise(noise_source, seed, start)
+            noise = self._noise(noise_source, seeds, start)
             if source is not None:
                 piece = source[:, :, start - source_start :][:, :, : sampling.chunk_size(start)]
                 noise = starting_from(piece, noise, warp_steps(sampling.steps_at(start), sampling.shift)[0])
             with torch.inference_mode():
                 latents = sample_chunk(predict, noise, sampling, start).to(self.dtype)
                 latents = latents if given is None else with_given(latents, given)
-            yield self._finished(latents, wanted, seed, switch, 0 if given is None else given.shape[2])
+            yield self._finished(latents, wanted, seeds, switch, 0 if given is None else given.shape[2])
 
     def _generate_jointly(
-        self, chunks: int, seed: int, noise_source: NoiseSource | None, on_step: Callable[[], None]
+        self, chunks: int, seeds: Seeds, noise_source: NoiseSource | None, on_step: Callable[[], None]
     ) -> Generator[Chunk, None, None]:
         sampling, first = self.sampling, self.state.frames
         wanted = self._prompts.wanted
 
         def noise(number: int) -> Noise:
-            return self._noise(noise_source, seed, first + number * sampling.chunk)
+            return self._noise(noise_source, seeds, first + number * sampling.chunk)
 
         def predict(x: torch.Tensor, timesteps: Sequence[float]) -> torch.Tensor:
             nonlocal wanted
@@ -235,15 +237,15 @@ class RollingSession:
         for _ in range(chunks):
             with torch.inference_mode():
                 latents = next(made).to(self.dtype)
-            yield self._finished(latents, wanted, seed)
+            yield self._finished(latents, wanted, seeds)
 
-    def _noise(self, source: NoiseSource | None, seed: int, start: int) -> Noise:
+    def _noise(self, source: NoiseSource | None, seeds: Seeds, start: int) -> Noise:
         """The draws of the chunk that begins at the latent frame `start`."""
         shape = (self.batch, self.model.geometry.channels, self.sampling.chunk_size(start), *self.latent_size)
         dtype = noise_dtype(self.sampling, self.dtype)
-        return chunk_noise(source, seed, start, shape, dtype, self.model.compute_device())
+        return chunk_noise(source, seeds, start, shape, dtype, self.model.compute_device())
 
-    def _finished(self, latents: torch.Tensor, wanted: Wanted, seed: int, switch: str = "", given: int = 0) -> Chunk:
+    def _finished(self, latents: torch.Tensor, wanted: Wanted, seeds: Seeds, switch: str = "", given: int = 0) -> Chunk:
         """Let the state have a chunk that was made with this."""
         start = self.state.frames
         self.state = self.state.extended(
@@ -251,7 +253,7 @@ class RollingSession:
             timestep=self.sampling.context_noise,
             prompt=wanted.prompt,
             negative=wanted.negative,
-            seed=seed,
+            seed=seeds,
             switch=switch,
             given=given,
         )

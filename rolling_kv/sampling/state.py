@@ -14,6 +14,8 @@ import torch
 
 from ..geometry import Geometry, geometry_of
 
+Seeds = int | tuple[int, ...]
+"""Of the noise: one for all videos of a batch, or one for each of them."""
 _NOT_FINITE = (
     "the {} latents from latent frame {} on hold values that are no numbers (NaN or infinity), so the video ends before "
     "them. Likely causes: weights or a LoRA that are damaged, float16 where the model needs bfloat16, or a LoRA "
@@ -39,7 +41,7 @@ class ChunkRecord(NamedTuple):
     timestep: of its context pass.
     prompt: index into `CacheState.prompts`.
     negative: likewise, or -1 without guidance.
-    seed: None where the frames were given, not generated.
+    seed: of a batch, one for all videos or one for each; None where the frames were given, not generated.
     switch: what was done to the cache before this chunk, one of `config.SWITCHES`; empty where nothing was.
     given: how many of a generated chunk's first frames were given.
     """
@@ -48,7 +50,7 @@ class ChunkRecord(NamedTuple):
     timestep: float
     prompt: int
     negative: int
-    seed: int | None
+    seed: Seeds | None
     switch: str = ""
     given: int = 0
 
@@ -138,7 +140,7 @@ class CacheState(NamedTuple):
         timestep: float,
         prompt: torch.Tensor,
         negative: torch.Tensor | None,
-        seed: int | None,
+        seed: Seeds | None,
         switch: str = "",
         given: int = 0,
     ) -> CacheState:
@@ -222,6 +224,28 @@ class CacheState(NamedTuple):
         if count == len(self.records):
             return self
         return CacheState.from_log(self.chunks[:count], self.prompts, self.records[:count], self.model, self.texts)
+
+    def video(self, index: int) -> CacheState:
+        """One video of a batch as a state of its own: what it is alone if it has a seed of its own, also by its key.
+
+        index: its number, from 0. Raises IndexError where there is none.
+        """
+        batch = self.chunks[0].shape[0] if self.chunks else 0
+        if not 0 <= index < batch:
+            raise IndexError(f"there is no video {index} in a batch of {batch}")
+        prompts = [prompt[index : index + 1] for prompt in self.prompts]
+        alone = CacheState(model=self.model)
+        for chunk, record in zip(self.chunks, self.records):
+            alone = alone.extended(
+                chunk[index : index + 1],
+                timestep=record.timestep,
+                prompt=prompts[record.prompt],
+                negative=None if record.negative < 0 else prompts[record.negative],
+                seed=record.seed[index] if isinstance(record.seed, tuple) else record.seed,
+                switch=record.switch,
+                given=record.given,
+            )
+        return alone.named((text, prompt) for text, prompt in zip(self.texts, prompts) if text is not None)
 
     def __repr__(self) -> str:  # error messages print their inputs
         if not self.chunks:

@@ -60,7 +60,7 @@ def stored_of(said: dict, places: dict[str, Place]) -> tuple[StoredState, list[P
 
     said: its model, model_name, key, texts and log. places: of its tensors, by their names.
     """
-    records = tuple(ChunkRecord(**entry) for entry in said["log"])
+    records = tuple(_record(**entry) for entry in said["log"])
     texts = said["texts"]
     if not records or not isinstance(texts, list):
         raise StateFileError("its log is damaged: it has no chunks, or no list of texts")
@@ -69,7 +69,7 @@ def stored_of(said: dict, places: dict[str, Place]) -> tuple[StoredState, list[P
         others = sorted(places.keys() ^ set(names))
         raise StateFileError(f"its tensors are not those that its log tells of: {listed(others)}")
     ordered = [places[name] for name in names]
-    _check_log(records, len(texts))
+    _check_log(records, len(texts), ordered[0].shape[0])
     _check_shapes(records, ordered)
     strings = [*(text for text in texts if text is not None), said["model"], said["model_name"], said["key"]]
     if not all(isinstance(text, str) for text in strings):
@@ -80,7 +80,11 @@ def stored_of(said: dict, places: dict[str, Place]) -> tuple[StoredState, list[P
     return StoredState(state, said["model_name"]), ordered
 
 
-def _check_log(records: Sequence[ChunkRecord], prompts: int) -> None:
+def _record(seed: Any, **others: Any) -> ChunkRecord:
+    return ChunkRecord(seed=tuple(seed) if isinstance(seed, list) else seed, **others)
+
+
+def _check_log(records: Sequence[ChunkRecord], prompts: int, batch: int) -> None:
     """Raise StateFileError for what no log says. Prompts are numbered as they come up."""
     known = 0
     for number, record in enumerate(records):
@@ -89,7 +93,7 @@ def _check_log(records: Sequence[ChunkRecord], prompts: int) -> None:
             "negative": not _whole(record.negative, -1, known + (record.prompt == known)),
             "frames": not _whole(record.frames, 1, 2**31),
             "timestep": not (isinstance(record.timestep, float) and 0 <= record.timestep <= 1000),
-            "seed": record.seed is not None and not _whole(record.seed, -(2**64), 2**64),
+            "seed": not _is_seed(record.seed, batch),
             "switch": record.switch not in ("", *SWITCHES) or bool(record.switch and not number),
             "given": not _whole(record.given, 0, record.frames),
         }
@@ -111,6 +115,12 @@ def _check_shapes(records: Sequence[ChunkRecord], places: Sequence[Place]) -> No
     for number, place in enumerate(prompts):
         if len(place.shape) != 3 or (place.shape[0], place.shape[2]) != (first[0], prompts[0].shape[-1]):
             raise StateFileError(f"prompt {number} has the shape {list(place.shape)}, which does not fit the others")
+
+
+def _is_seed(seed: Any, batch: int) -> bool:
+    if isinstance(seed, tuple):
+        return len(seed) == batch > 1 and all(_whole(own, -(2**64), 2**64) for own in seed)
+    return seed is None or _whole(seed, -(2**64), 2**64)
 
 
 def _whole(value: Any, low: int, high: int) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ..messages import printable, shortened
-from .state import CacheState, ChunkRecord
+from ..messages import listed, printable, shortened
+from .state import CacheState, ChunkRecord, Seeds
 
 PROMPT_LENGTH = 60
 """Characters of a prompt in the table."""
@@ -20,7 +20,7 @@ class Stretch(NamedTuple):
     prompt: its text, or its number where nobody knows the text.
     negative: likewise; empty without guidance.
     switch: what was done to the cache before the first chunk, one of `config.SWITCHES`; empty where nothing was.
-    seed: None where the frames were given.
+    seed: of a batch, one for all videos or one for each; None where the frames were given.
     """
 
     start: int
@@ -31,7 +31,7 @@ class Stretch(NamedTuple):
     prompt: str
     negative: str
     switch: str
-    seed: int | None
+    seed: Seeds | None
 
 
 class StateSummary(NamedTuple):
@@ -58,7 +58,7 @@ class StateSummary(NamedTuple):
         """The stretches as lines of text, with a head."""
         rows = [("from", "to", "latents", "seed", "switch", "prompt")]
         for part in self.stretches:
-            seed = "given" if part.seed is None else str(part.seed)
+            seed = "given" if part.seed is None else str(part.seed) if isinstance(part.seed, int) else listed(part.seed)
             negative = part.negative and f" (not: {shortened(printable(part.negative), PROMPT_LENGTH)})"
             prompt = shortened(printable(part.prompt), PROMPT_LENGTH) + negative
             times = f"{part.start_seconds:g} s", f"{part.end_seconds:g} s", f"{part.start} to {part.end}"

@@ -2,9 +2,9 @@
 
 Nothing is subclassed or patched on a class. While attached, each block's two attention modules have a processor of
 ours, and some modules have an instance-level `forward`: the rotary embedding (absolute frame positions, angles in
-float64), the condition embedder (time sinusoid in float64, text projected once per prompt), the blocks (the same
-arithmetic in fewer passes over memory) and above all the last block (whose remainder the context pass does not need).
-The state dict and the module tree stay as they are.
+float64), the patch embedding (video by video), the condition embedder (time sinusoid in float64, text projected once per
+prompt), the blocks (the same arithmetic in fewer passes over memory) and above all the last block (whose remainder the
+context pass does not need). The state dict and the module tree stay as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .execution import compiled_code, weights_of
 from .framewise import framewise_forward
 from .fused import fused_forwards, is_plain, last_block_forward
 from .graphs import CudaRecorder, PassGraphs, PassKey
-from .inputs import PassInputs, condition_forward
+from .inputs import PassInputs, condition_forward, video_by_video
 from .processors import PromptCrossAttention, RollingSelfAttention
 
 
@@ -117,7 +117,8 @@ class RollingAttachment:
             self._set_processor(block.attn1, RollingSelfAttention(context, layer))
             self._set_processor(block.attn2, PromptCrossAttention(context, layer))
         self._set_forward(self.transformer.rope, lambda hidden_states: context.rotation)
-        embedder = self.transformer.condition_embedder
+        patches, embedder = self.transformer.patch_embedding, self.transformer.condition_embedder
+        self._set_forward(patches, video_by_video(patches.forward))
         self._set_forward(embedder, condition_forward(embedder, context))
         if not self.execution.exact and not self.execution.compile:
             for module, forward in fused_forwards(blocks):

@@ -80,17 +80,32 @@ def condition_forward(embedder, context: PassContext):
             prompt.projected = embedder.text_embedder(encoder_hidden_states)
         assert context.sinusoid is not None
         framewise = context.sinusoid.ndim == 2
-        # One matrix row per frame, as the original computes it: the row count changes the rounding of the product.
+        # One matrix row per frame, as the original computes it: the row count changes the rounding of the product. The videos
+        # of a batch share these rows, so that each is what it is alone.
         rows = len(context.sinusoid) if framewise else context.running.time_rows
-        sinusoid = context.sinusoid.repeat(len(timestep) // rows if framewise else len(timestep) * rows, 1)
+        sinusoid = context.sinusoid if framewise else context.sinusoid.repeat(rows, 1)
         time = embedder.time_embedder(sinusoid).type_as(encoder_hidden_states)
         modulation = embedder.time_proj(embedder.act_fn(time))
         if not framewise:
-            return time[::rows], modulation[::rows], prompt.projected, None
+            batch = len(timestep)
+            return time[:1].expand(batch, -1), modulation[:1].expand(batch, -1), prompt.projected, None
         assert context.rotation is not None
-        tokens = context.rotation.shape[1] // rows
+        tokens, batch = context.rotation.shape[1] // rows, len(timestep) // rows
         # The output norm wants a row for each token; the blocks, see `framewise`, one for each frame.
-        time = time.unflatten(0, (-1, rows)).repeat_interleave(tokens, dim=1)
-        return time, modulation.unflatten(0, (-1, rows)), prompt.projected, None
+        time = time.repeat_interleave(tokens, dim=0).expand(batch, -1, -1)
+        return time, modulation.expand(batch, -1, -1), prompt.projected, None
+
+    return forward
+
+
+def video_by_video(embed_patches):
+    """A `forward` for the patch embedding: a convolution over a batch may round otherwise than over one video."""
+
+    def forward(latents):
+        return (
+            torch.cat([embed_patches(video) for video in latents.split(1)])
+            if len(latents) > 1
+            else embed_patches(latents)
+        )
 
     return forward

@@ -322,7 +322,7 @@ def malformed(good):
         "timestep": (-1.0, 1001.0, 0, "0", None),
         "prompt": (-1, 2, 99, 0.0, None, "0"),
         "negative": (-2, 2, 99, None, 0.5),
-        "seed": (1.5, "1", True, 2**65),
+        "seed": (1.5, "1", True, 2**65, [], [1], [1, 2], [[1]], {}),
         "switch": ("explode", "hold ", None, 1, []),
         "given": (-1, 3, 0.5, None),
     }.items():
