@@ -7,12 +7,15 @@ from .benchmark import RollingKVBenchmark
 from .decode import RollingKVDecodeImages, RollingKVDecodeVideo
 from .encode_prompt import RollingKVEncodePrompt
 from .encode_video import RollingKVEncodeVideo
+from .inspect_state import RollingKVInspectState
 from .load_lora import RollingKVLoadLoRA
 from .load_model import RollingKVLoadModel
+from .load_state import RollingKVLoadState
 from .load_text_encoder import RollingKVLoadTextEncoder
 from .load_vae import RollingKVLoadVAE
 from .prompt_schedule import RollingKVPromptSchedule
 from .sample import RollingKVSample
+from .save_state import RollingKVSaveState
 from .step_cache import RollingKVStepCache
 
 
@@ -29,6 +32,9 @@ class RollingKVExtension(ComfyExtension):
             RollingKVStepCache,
             RollingKVBenchmark,
             RollingKVSample,
+            RollingKVSaveState,
+            RollingKVLoadState,
+            RollingKVInspectState,
             RollingKVEncodeVideo,
             RollingKVDecodeVideo,
             RollingKVDecodeImages,

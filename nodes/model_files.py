@@ -56,19 +56,27 @@ def find(kind: Kind, name: object) -> Path | None:
 
     A name never leads out of the folders.
     """
-    if not isinstance(name, str) or not name:
-        return None
     if name == BUNDLED_NAME and kind.subfolder:
         return BUNDLED if (BUNDLED / kind.subfolder).is_dir() else None
-    parts = name.replace("\\", "/").split("/")
-    outside = ".." in parts or PureWindowsPath(name).anchor  # a drive, a share, or a root on any system
-    if outside or len(name) > LONGEST or max(map(len, parts)) > LONGEST_PART:
+    below = inside(name)
+    if below is None:
         return None
-    single = folder_paths.get_full_path(kind.folder, str(Path(*parts)))
+    single = folder_paths.get_full_path(kind.folder, str(below))
     if single is not None:
         return Path(single)
-    folders = (Path(root, *parts) for root in folder_paths.get_folder_paths("diffusers") if kind.subfolder)
+    folders = (Path(root, below) for root in folder_paths.get_folder_paths("diffusers") if kind.subfolder)
     return next((folder for folder in folders if os.path.isdir(folder / kind.subfolder)), None)
+
+
+def inside(name: object) -> Path | None:
+    """The path below a folder that a name stands for, with either kind of slash; None where it would lead out of it."""
+    if not isinstance(name, str) or not name:
+        return None
+    parts = name.replace("\\", "/").split("/")
+    outside = ".." in parts or PureWindowsPath(name).anchor  # a drive, a share, or a root on any system
+    if outside or "\0" in name or len(name) > LONGEST or max(map(len, parts)) > LONGEST_PART:
+        return None
+    return Path(*parts)
 
 
 def get(kind: Kind, name: object) -> Path:
@@ -101,22 +109,35 @@ def _diffusers_folders(subfolder: str) -> set[str]:
 
 def _files(folder: str) -> list[str]:
     """Names of all files in ComfyUI's folders of one kind."""
-    return [name for root in folder_paths.get_folder_paths(folder) for name in _listing(root).names()]
+    return [name for root in folder_paths.get_folder_paths(folder) for name in listing(root).names()]
 
 
 class Listing:
-    """The files below a folder. It is walked again only when it or a folder in it has changed, as in `folder_paths`."""
+    """The files below a folder. It is walked again only when it or a folder in it has changed, as in `folder_paths`.
 
-    def __init__(self, root: str):
+    links: whether folders elsewhere that links lead to count as below it.
+    """
+
+    def __init__(self, root: str, links: bool):
         self.root = root
+        self.links = links
         self.files: list[str] = []
         self.times: dict[str, float] = {}  # when each folder was last changed
 
     def names(self) -> list[str]:
         """Names of the files, relative to the folder."""
         if not self.times or any(_changed(folder) != time for folder, time in self.times.items()):
-            self.files, self.times = folder_paths.recursive_search(self.root, [".git"])
+            self.files, self.times = self._walk()
         return self.files
+
+    def _walk(self) -> tuple[list[str], dict[str, float]]:
+        if self.links:
+            return folder_paths.recursive_search(self.root, [".git"])
+        files, times = [], {}
+        for folder, _, names in os.walk(self.root):
+            times[folder] = _changed(folder)
+            files += [os.path.relpath(os.path.join(folder, name), self.root) for name in names]
+        return files, times
 
 
 def _changed(folder: str) -> float | None:
@@ -124,5 +145,6 @@ def _changed(folder: str) -> float | None:
 
 
 @cache
-def _listing(root: str) -> Listing:
-    return Listing(root)
+def listing(root: str, links: bool = True) -> Listing:
+    """That of a folder, which is kept."""
+    return Listing(root, links)

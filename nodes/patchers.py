@@ -59,6 +59,10 @@ class ManagedModel(ManagedModule):
         sets = len(self.model.transformers)
         return sum(self.open_lora(path).nbytes(self.model.dtype) * sets for path, _ in loras)
 
+    def identity_with(self, loras: tuple[tuple[Path, float], ...]) -> str:
+        """What tells the model with these LoRAs from others, before they are applied."""
+        return self.loras.identity_with(self._with_strengths(loras))
+
     def use_loras(self, loras: tuple[tuple[Path, float], ...]) -> None:
         """Make these the applied LoRAs, each with its strength; quick when they are already.
 

@@ -355,14 +355,8 @@ def _inspect_state(path: Path) -> None:
     stored = read_state(path)
     info = summarize(stored.state)
     print(f"file       {printable(str(path))}, the state of a video")
-    print(f"size       {_size(path.stat().st_size)}: latents in {info.dtype}, and prompts")
-    print(f"model      {printable(stored.model_name)} ({printable(info.model)}), latents of {info.geometry}")
-    batch = "" if info.batch == 1 else f"{info.batch} videos of "
-    print(
-        f"video      {batch}{info.seconds:g} s, {info.pixel_frames} frames, {info.width}x{info.height}; "
-        f"{info.frames} latent frames in {info.chunks} chunks"
-    )
-    print(f"key        {printable(info.key)}", "", info.table(), sep="\n")
+    print(f"size       {_size(path.stat().st_size)}")
+    print(*(f"{name:11}{said}" for name, said in info.facts().items()), "", info.table(), sep="\n")
 
 
 def _size(count: int) -> str:

@@ -147,6 +147,12 @@ class LoraStack:
         """Whether these are the applied LoRAs, at these strengths."""
         return _names(loras) == self.applied
 
+    def identity_with(self, loras: Iterable[tuple[Lora, float]]) -> str:
+        """What `model.identity` is while these LoRAs are applied, each with its strength."""
+        if not (wanted := _names(loras)):
+            return self._bare_identity
+        return hashlib.sha256(f"{self._bare_identity} {wanted} {self.fuse}".encode()).hexdigest()[:16]
+
     def set(self, loras: Iterable[tuple[Lora, float]]) -> bool:
         """Make these the applied LoRAs, each with its strength; strength 0 is none. False if they were already.
 
@@ -158,6 +164,7 @@ class LoraStack:
         wanted = _names(loras)
         if wanted == self.applied:
             return False
+        identity = self.identity_with(loras)
         loras = [(fit_lora(lora, self.model), strength) for lora, strength in loras]
         self.clear()
         try:
@@ -167,9 +174,7 @@ class LoraStack:
             self.clear()
             raise
         self.applied = wanted
-        if wanted:
-            digest = hashlib.sha256(f"{self._bare_identity} {wanted} {self.fuse}".encode())
-            self.model.identity = digest.hexdigest()[:16]
+        self.model.identity = identity
         return True
 
     @torch.inference_mode(False)

@@ -66,7 +66,7 @@ class Journal:
         if self._file is None:
             with replacing(self.path, what="journal") as part, part.open("wb") as file:
                 file.write(MAGIC)
-                self._write(file, {"model": state.model, "model_name": self.model_name}, [])
+                self._write(file, {"model": state.model, "model_name": self.model_name or state.model_name}, [])
                 self._append(file, state, new)
             self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
             self._file.seek(0, os.SEEK_END)

@@ -79,7 +79,7 @@ class RollingSession:
         self.sampling = sampling or model.preset.sampling
         self.cache_config = cache or model.preset.cache
         self.execution = execution or ExecutionConfig()
-        self.state = state or CacheState(model=model.identity)
+        self.state = state or CacheState(model=model.identity, model_name=model.preset.name)
         self.batch = batch
         self.dtype = model.dtype
         self.latent_size = model.geometry.latent_size(height, width)

@@ -64,6 +64,7 @@ class CacheState(NamedTuple):
     model: identity of the model that made it.
     key: digest of everything above; equal keys mean equal videos.
     texts: of each prompt, for people; None where nobody said it. No part of the key, and no bit depends on them.
+    model_name: of the model, likewise.
     """
 
     chunks: tuple[torch.Tensor, ...] = ()
@@ -72,6 +73,7 @@ class CacheState(NamedTuple):
     model: str = ""
     key: str = ""
     texts: tuple[str | None, ...] = ()
+    model_name: str = ""
 
     @property
     def frames(self) -> int:
@@ -164,7 +166,8 @@ class CacheState(NamedTuple):
         record = ChunkRecord(chunk.shape[2], float(timestep), prompt_index, negative_index, seed, switch, given)
         key = _key_after(self.key, self.model, record, chunk, prompts[len(self.prompts) :])
         texts = (*self.texts, *[None] * (len(prompts) - len(self.texts)))
-        return CacheState(self.chunks + (chunk,), prompts, self.records + (record,), self.model, key, texts)
+        chunks, records = (*self.chunks, chunk), (*self.records, record)
+        return self._replace(chunks=chunks, prompts=prompts, records=records, key=key, texts=texts)
 
     def named(self, known: Iterable[tuple[str, torch.Tensor]]) -> CacheState:
         """The same video with the texts of prompts that nobody has named yet.
@@ -188,17 +191,18 @@ class CacheState(NamedTuple):
         records: Sequence[ChunkRecord],
         model: str,
         texts: Sequence[str | None] = (),
+        model_name: str = "",
     ) -> CacheState:
         """The state that `extended` made of all this, chunk by chunk: its key follows. The tensors are shared.
 
         prompts: in the order in which the log comes to them; what it does not come to is left out.
-        texts: of the prompts, as far as they are known.
+        texts: of the prompts, as far as they are known. model_name: for people.
         """
         key, known = "", 0
         for chunk, record in zip(chunks, records):
             before, known = known, max(known, record.prompt + 1, record.negative + 1)
             key = _key_after(key, model, record, chunk, prompts[before:known])
-        return cls(tuple(chunks), tuple(prompts[:known]), tuple(records), model, key, tuple(texts[:known]))
+        return cls(tuple(chunks), tuple(prompts[:known]), tuple(records), model, key, tuple(texts[:known]), model_name)
 
     def first(self, *, frames: int | None = None, seconds: float | None = None) -> CacheState:
         """The beginning of this video as it was when it was made: the same state by its key, to be continued from there.
@@ -223,7 +227,8 @@ class CacheState(NamedTuple):
             )
         if count == len(self.records):
             return self
-        return CacheState.from_log(self.chunks[:count], self.prompts, self.records[:count], self.model, self.texts)
+        named = self.model, self.texts, self.model_name
+        return CacheState.from_log(self.chunks[:count], self.prompts, self.records[:count], *named)
 
     def video(self, index: int) -> CacheState:
         """One video of a batch as a state of its own: what it is alone if it has a seed of its own, also by its key.
@@ -234,7 +239,7 @@ class CacheState(NamedTuple):
         if not 0 <= index < batch:
             raise IndexError(f"there is no video {index} in a batch of {batch}")
         prompts = [prompt[index : index + 1] for prompt in self.prompts]
-        alone = CacheState(model=self.model)
+        alone = CacheState(model=self.model, model_name=self.model_name)
         for chunk, record in zip(self.chunks, self.records):
             alone = alone.extended(
                 chunk[index : index + 1],

@@ -39,7 +39,7 @@ def save_state(state: CacheState, path: str | Path, *, model_name: str = "") -> 
     """Write a state into a file, which appears when it is whole; returns the path.
 
     path: ends in .safetensors.
-    model_name: of the model that made it, for people who look into the file.
+    model_name: of the model that made it, where the state does not tell.
 
     Raises ValueError for an empty state and for a name that no state can have, OSError for a place that cannot be written.
     """
@@ -59,24 +59,32 @@ def save_state(state: CacheState, path: str | Path, *, model_name: str = "") -> 
     return path
 
 
-def load_state(path: str | Path, model: CausalModel | None = None, size: tuple[int, int] | None = None) -> CacheState:
+def load_state(
+    path: str | Path,
+    model: CausalModel | None = None,
+    size: tuple[int, int] | None = None,
+    *,
+    identity: str | None = None,
+) -> CacheState:
     """The state in a file, or in the journal of a run that was killed: equal to the one that was saved, to the bit.
 
     model: that is to continue it. size: height and width in pixels that are asked for.
+    identity: of the model with LoRAs that are applied when it runs; None: its own.
 
     Raises StateFileError, before any tensor is read, for a file that is no state, is cut short or altered, for a state of
     another version, and for one of another model or size than given.
     """
     with _telling(path), _opened(path) as file:
         stored, places = _read_header(file)
-        _check_model(stored, model)
+        _check_model(stored, model, identity)
         _check_size(stored.state, size)
         tensors = [read_tensor(file, place) for place in places]
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise StateFileError("it holds values that are no numbers (NaN or infinity), so nothing can follow it")
         records = stored.state.records
         chunks, prompts = tuple(tensors[: len(records)]), tuple(tensors[len(records) :])
-        state = CacheState.from_log(chunks, prompts, records, stored.state.model, stored.state.texts)
+        named = stored.state.model, stored.state.texts, stored.model_name
+        state = CacheState.from_log(chunks, prompts, records, *named)
         if stored.state.key not in (state.key, ""):
             raise StateFileError(f"its log and its latents make the key {state.key}, not {stored.state.key}")
         return state
@@ -113,7 +121,7 @@ def _header(state: CacheState, tensors: dict[str, torch.Tensor], model_name: str
     """The file up to the first tensor, without the digest."""
     said = {
         "model": state.model,
-        "model_name": model_name,
+        "model_name": model_name or state.model_name,
         "key": state.key,
         "texts": state.named(()).texts,
         "log": [record._asdict() for record in state.records],
@@ -245,14 +253,14 @@ def _no_number(text: str):
     raise StateFileError(f"its log is damaged: it says {text} where a number should be")
 
 
-def _check_model(stored: StoredState, model: CausalModel | None) -> None:
-    if model is None or model.identity == stored.state.model:
+def _check_model(stored: StoredState, model: CausalModel | None, identity: str | None) -> None:
+    if model is None or (identity := identity or model.identity) == stored.state.model:
         return
     theirs, ours = stored.state, str(model.dtype).removeprefix("torch.")
     dtype = str(theirs.chunks[-1].dtype).removeprefix("torch.")
     raise StateFileError(
         f"this video was made by the model {shortened(stored.model_name) or 'with the identity'} "
-        f"({shortened(theirs.model, 16)}, {dtype}), and here is {model.preset.name} ({model.identity}, {ours}): load the "
+        f"({shortened(theirs.model, 16)}, {dtype}), and here is {model.preset.name} ({identity}, {ours}): load the "
         "same model, in the same precision and with the same LoRAs"
     )
 

@@ -76,7 +76,7 @@ def stored_of(said: dict, places: dict[str, Place]) -> tuple[StoredState, list[P
         raise StateFileError("its log is damaged: something else stands where a text should be")
     empty = [torch.empty(place.shape, dtype=place.dtype, device="meta") for place in ordered]
     chunks, prompts = tuple(empty[: len(records)]), tuple(empty[len(records) :])
-    state = CacheState(chunks, prompts, records, said["model"], said["key"], tuple(texts))
+    state = CacheState(chunks, prompts, records, said["model"], said["key"], tuple(texts), said["model_name"])
     return StoredState(state, said["model_name"]), ordered
 
 

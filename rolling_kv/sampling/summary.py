@@ -37,7 +37,7 @@ class Stretch(NamedTuple):
 class StateSummary(NamedTuple):
     """frames, chunks: latent frames and the chunks that they lie in. pixel_frames, seconds: of the video.
     height, width: pixels. batch: videos. geometry: of the models that have such latents, for people.
-    model: identity. dtype: of the latents. nbytes: of latents and prompts.
+    model: identity. model_name: for people. dtype: of the latents. nbytes: of latents and prompts.
     """
 
     frames: int
@@ -49,13 +49,35 @@ class StateSummary(NamedTuple):
     batch: int
     geometry: str
     model: str
+    model_name: str
     dtype: str
     nbytes: int
     key: str
     stretches: tuple[Stretch, ...]
 
+    def facts(self) -> dict[str, str]:
+        """What holds for all of it, in words, each under what it is about."""
+        batch = "" if self.batch == 1 else f"{self.batch} videos of "
+        return {
+            "model": f"{printable(self.model_name)} ({printable(self.model)}), latents of {self.geometry}",
+            "video": f"{batch}{self.seconds:g} s, {self.pixel_frames} frames, {self.width}x{self.height}; {self.frames} "
+            f"latent frames in {self.chunks} chunks",
+            "memory": f"{self.nbytes / 2**20:.1f} MiB, latents in {self.dtype} and prompts",
+            "key": printable(self.key),
+        }
+
     def table(self) -> str:
         """The stretches as lines of text, with a head."""
+        rows = self._rows()
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+    def markdown(self) -> str:
+        """The same table in Markdown."""
+        head, *rows = [[cell.replace("|", r"\|") for cell in row] for row in self._rows()]
+        return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+    def _rows(self) -> list[tuple[str, ...]]:
         rows = [("from", "to", "latents", "seed", "switch", "prompt")]
         for part in self.stretches:
             seed = "given" if part.seed is None else str(part.seed) if isinstance(part.seed, int) else listed(part.seed)
@@ -63,8 +85,7 @@ class StateSummary(NamedTuple):
             prompt = shortened(printable(part.prompt), PROMPT_LENGTH) + negative
             times = f"{part.start_seconds:g} s", f"{part.end_seconds:g} s", f"{part.start} to {part.end}"
             rows.append((*times, seed, part.switch or "-", prompt))
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+        return rows
 
 
 def summarize(state: CacheState) -> StateSummary:
@@ -80,6 +101,7 @@ def summarize(state: CacheState) -> StateSummary:
         batch=state.chunks[0].shape[0],
         geometry=state.geometry.name,
         model=state.model,
+        model_name=state.model_name,
         dtype=str(state.chunks[-1].dtype).removeprefix("torch."),
         nbytes=state.nbytes,
         key=state.key,

@@ -1,9 +1,10 @@
 """Each example workflow in the real frontend: nothing missing, no complaints, and it runs with the Run button."""
 
 import itertools
+import json
 
 import pytest
-from graphs import PACK, read_video
+from graphs import PACK, node, one_sampler, prompt, read_video, sample
 
 from tools.comfyui.client import first_file
 
@@ -68,3 +69,32 @@ def test_the_table_is_still_there_after_a_look_at_another_tab(frontend):
     frontend.page.locator(".workflow-tab", has_text="rolling_kv_benchmark").last.click()
     frontend.page.wait_for_selector("table tr", state="attached")
     assert rows.count() == count > 12
+
+
+def test_a_state_is_shown_as_a_table_above_its_last_frames(frontend, tmp_path):
+    graph = one_sampler(2) | {
+        "blue": prompt("a blue | or green circle"),
+        "second": sample(1, 2, "blue", state=["sample", 1]),
+    }
+    graph["look"] = node("RollingKVInspectState", state=["second", 1], model=["model", 0], vae=["vae", 0])
+    graph["put away"] = node("RollingKVSaveState", state=["second", 1], filename_prefix="states/shown")
+    numbers = {name: str(number) for number, name in enumerate(graph, 1)}
+    text = json.dumps(graph)
+    for name, number in numbers.items():
+        text = text.replace(f'"{name}": {{"class_type"', f'"{number}": {{"class_type"').replace(
+            f'["{name}", ', f'["{number}", '
+        )
+    path = tmp_path / "state.json"
+    path.write_text(text, encoding="utf-8")
+    nodes = frontend.open_workflow(path)
+    assert len(nodes) == len(graph) and all(made["known"] for made in nodes)
+    frontend.press_run(seconds=300)
+    page = frontend.page
+    page.wait_for_selector("table tr", state="attached")
+    frontend.screenshot(tmp_path / "state.png")
+    assert page.locator("table tr").count() == 3
+    assert page.locator("table tr").last.locator("td").last.inner_text() == "a blue | or green circle"
+    assert "rules: chunks of 3" in page.locator("p", has_text="rules:").inner_text()
+    shown = "id => window.app.graph.getNodeById(id)?.imgs?.length ?? document.querySelectorAll(`[data-node-id='${id}'] img`).length"
+    page.wait_for_function(f"id => ({shown})(id) > 0", arg=int(numbers["look"]))
+    assert frontend.errors_from("RollingKV", "rolling-kv", "rolling_kv") == []

@@ -17,7 +17,7 @@ BENCHMARK_PAGES = sorted((PACK / "web" / "docs" / "RollingKVBenchmark").glob("*.
 PREFIX = "RollingKV"
 """What the ids of the pack's own nodes begin with."""
 
-FILE_INPUTS = ("model_name", "lora_name", "text_encoder_name", "vae_name", "image")
+FILE_INPUTS = ("model_name", "lora_name", "text_encoder_name", "vae_name", "state_name", "image")
 """Inputs that list the files of the machine."""
 SHIPPED = ("tiny (bundled)", "example.png")
 """Files that every machine has: the pack's model and ComfyUI's example image."""

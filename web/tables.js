@@ -1,15 +1,18 @@
-// Shows the table of Benchmark Step Caches inside the node; the plot is an image, which ComfyUI shows by itself.
+// Shows the tables of Benchmark Step Caches and Inspect State inside the nodes; pictures ComfyUI shows by itself.
 import { app } from "../../scripts/app.js"
 
-const COMFY_CLASS = "RollingKVBenchmark"
+const TABLES = { // how many columns hold texts, which stand on the left, and the height of the picture below in pixels
+  RollingKVBenchmark: { texts: 2, picture: 420 },
+  RollingKVInspectState: { texts: 6, picture: 140 },
+}
 const WIDGET = "measured"
-const LINE = 16, PLOT = 420 // heights in pixels
+const LINE = 16 // height in pixels
 
 /** Rows of a Markdown table in `text`, each a list of cells, and the other lines of the text, in their order. */
 function parse(text) {
   const lines = text.split("\n").map(line => line.trim()).filter(Boolean)
   const isRow = line => line.startsWith("|")
-  const cells = line => line.slice(1, -1).split("|").map(cell => cell.trim())
+  const cells = line => line.slice(1, -1).split(/(?<!\\)\|/).map(cell => cell.trim().replaceAll("\\|", "|"))
   const rows = lines.filter(isRow).map(cells).filter(row => !row.every(cell => /^-+$/.test(cell)))
   const first = lines.findIndex(isRow)
   return { before: lines.slice(0, first), rows, after: lines.slice(first).filter(line => !isRow(line)) }
@@ -22,12 +25,12 @@ function element(tag, style, ...children) {
   return made
 }
 
-function show(area, text) {
+function show(area, text, texts) {
   const { before, rows, after } = parse(text)
   const paragraph = line => element("p", "margin: 4px 0", line)
   const row = (cells, index) =>
     element("tr", "", ...cells.map((cell, column) =>
-      element(index ? "td" : "th", `padding: 1px 4px; white-space: nowrap; text-align: ${column < 2 ? "left" : "right"};`
+      element(index ? "td" : "th", `padding: 1px 4px; white-space: nowrap; text-align: ${column < texts ? "left" : "right"};`
         + " border-bottom: 1px solid var(--border-color)", cell)))
   area.replaceChildren(...before.map(paragraph),
     element("table", "border-collapse: collapse", ...rows.map(row)), ...after.map(paragraph))
@@ -35,7 +38,7 @@ function show(area, text) {
 
 /** Show what a run of the node put out, if it did: { text: [Markdown], … }. */
 function display(node, output) {
-  const text = output?.text?.join("\n")
+  const text = output?.text?.join("\n"), { texts, picture } = TABLES[node.comfyClass]
   if (!text) return
   let widget = node.widgets?.find(known => known.name === WIDGET)
   if (!widget) {
@@ -45,11 +48,11 @@ function display(node, output) {
     widget = node.addDOMWidget(WIDGET, "table", area,
       { serialize: false, getMinHeight: height, getMaxHeight: height })
     widget.serialize = false
-    show(area, text)
+    show(area, text, texts)
     const [width, least] = node.computeSize()
-    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], least + PLOT)])
+    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], least + picture)])
   } else {
-    show(widget.element, text)
+    show(widget.element, text, texts)
   }
   node.setDirtyCanvas(true, true)
 }
@@ -62,9 +65,9 @@ function nodeOf(locator) {
 }
 
 app.registerExtension({
-  name: "RollingKV.Benchmark",
+  name: "RollingKV.Tables",
   nodeCreated(node) {
-    if (node.comfyClass !== COMFY_CLASS) return
+    if (!(node.comfyClass in TABLES)) return
     const executed = node.onExecuted
     node.onExecuted = function (output) {
       executed?.apply(this, arguments)
@@ -75,7 +78,7 @@ app.registerExtension({
   onNodeOutputsUpdated(outputs) {
     for (const [locator, output] of Object.entries(outputs)) {
       const node = nodeOf(locator)
-      if (node?.comfyClass === COMFY_CLASS) display(node, output)
+      if (node?.comfyClass in TABLES) display(node, output)
     }
   },
 })
