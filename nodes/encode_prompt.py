@@ -3,7 +3,7 @@ from comfy_api.latest import io
 
 from ..rolling_kv.presets import CUT_MARKERS
 from ..rolling_kv.text import clean
-from . import borders
+from . import borders, run
 from .guard import guarded
 from .types import CATEGORY, TextEncoder
 
@@ -35,11 +35,14 @@ class RollingKVEncodePrompt(io.ComfyNode):
                     display_name="conditioning", tooltip="The UMT5 embedding, zero-padded to 512 tokens."
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     @guarded
     def execute(cls, text_encoder, text) -> io.NodeOutput:
+        if remark := text_encoder.model.remark([text]):
+            run.say(remark, cls.hidden.unique_id)
         text_encoder.bring_to_device()
         marker = next((marker for marker in CUT_MARKERS if clean(text).startswith(marker)), "")
         embedding, after = text_encoder.model.encode_shot(text, marker)

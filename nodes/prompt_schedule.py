@@ -66,6 +66,8 @@ class RollingKVPromptSchedule(io.ComfyNode):
             settings = model.sampling, model.geometry
             plan = schedule.plan(*settings, chunks=schedule.chunks(*settings, last=LAST_SECONDS), origin="run")
             shown, notes = str(plan.snapped()), plan.notes
+        if remark := text_encoder.model.remark(schedule.texts):
+            notes = [*notes, remark]
         told = "\n".join([shown, *notes])
         run.say(told, cls.hidden.unique_id)
         text_encoder.bring_to_device()

@@ -168,6 +168,8 @@ class Pipeline:
         )
         if note := long_sink_note(sampling, cache, frames):
             logger.warning("%s", note)
+        if note := self.text_encoder.remark(plan.texts):
+            logger.warning("%s", note)
         embeds = {text: self.text_encoder.encode_shot(text, marker) for text in plan.texts}
         negative = self.text_encoder.encode([negative_prompt]) if sampling.guided else None
         session = RollingSession(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from .checkpoints.readers import Checkpoint, CheckpointError, known_fields, open
 from .config import check_choice, check_real, check_whole
 from .geometry import TEXT_LENGTH
 from .messages import listed, printable, shortened
+from .words import Words, read_words
 
 _FILES = "umt5_xxl_fp16.safetensors or umt5_xxl_fp8_e4m3fn_scaled.safetensors"
 _NOT_IN_SHAPES = {
@@ -75,12 +76,15 @@ class TextEncoder(nn.Module):
     """UMT5 with its tokenizer. It has no `device` attribute, so that a memory manager may assign one.
 
     Weights may be stored in half precision; a block is float32 while it runs.
+
+    words: those that the model understands, where it says so because they are few.
     """
 
-    def __init__(self, encoder: UMT5EncoderModel, tokenizer: Tokenizer):
+    def __init__(self, encoder: UMT5EncoderModel, tokenizer: Tokenizer, words: Words | None = None):
         super().__init__()
         self.encoder = encoder
         self.tokenizer = tokenizer
+        self.words = words
         stored = encoder.shared.weight.dtype
         if stored != torch.float32:
             for block in encoder.encoder.block:
@@ -106,6 +110,10 @@ class TextEncoder(nn.Module):
             logger.warning("The prompt has %d tokens; the model reads the first %d.", len(ids), TEXT_LENGTH - 1)
         eos = cast(int, self.encoder.config.eos_token_id)  # the annotation allows several
         return ids[: TEXT_LENGTH - 1] + [eos]
+
+    def remark(self, prompts: Iterable[str]) -> str:
+        """What to say about the words of prompts that the model does not know; empty where there is nothing to say."""
+        return self.words.remark(map(clean, prompts)) if self.words else ""
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -205,7 +213,8 @@ def load_text_encoder(
                 f"the tokenizer has {found.size} tokens and the text encoder {encoder.config.vocab_size}: they do not "
                 "belong together."
             )
-    return TextEncoder(encoder, found)
+        words = read_words(source.absolute().parent) if source.is_dir() else None
+    return TextEncoder(encoder, found, words)
 
 
 def _weights(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

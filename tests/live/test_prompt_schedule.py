@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from graphs import node, one_sampler, prompt, sample, save_latent, saved_latent
+from graphs import chosen, node, one_sampler, prompt, sample, save_latent, saved_latent
 
 from tools.comfyui.client import PromptFailed
 
@@ -97,3 +97,13 @@ def test_what_cannot_be_is_told(client, change, message):
 def test_the_length_of_a_schedule_needs_one(client):
     with pytest.raises(PromptFailed, match="connect Prompt Schedule to positive"):
         client.run(one_sampler(2, length_unit="schedule"))
+
+
+def test_words_that_the_bundled_model_does_not_know_are_named(client):
+    graph = scheduled(1, f"0: {RED}\n3: a red cat")
+    graph["negative"] = prompt("a cat in the snow")
+    graph["sample"]["inputs"] |= {"negative": ["negative", 0], **chosen("guidance", "this strength", strength=1.5)}
+    said = {}
+    outputs = client.run(graph, on_text=lambda node_id, text: said.setdefault(node_id, []).append(text))
+    assert "leaves out: cat. It knows" in outputs["positive"]["text"][0]
+    assert "leaves out: cat, in, snow. It knows" in " ".join(said["negative"])

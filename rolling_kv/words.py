@@ -1,0 +1,60 @@
+"""The words that a model with a small vocabulary understands, as the bundled one tells them in its rolling_kv.json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoints.detect import PRESET_FILE
+from .checkpoints.readers import read_json
+from .messages import listed
+
+ENTRY = "words"
+"""Of rolling_kv.json: `{"known": {"colours": ["red", …], …}, "also": ["crimson", "the", …]}`."""
+MOST = 8
+"""Unknown words that a remark names."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """known: the words and phrases by their kind, to be listed. also: others that are no news: synonyms, articles."""
+
+    known: dict[str, tuple[str, ...]]
+    also: tuple[str, ...] = ()
+
+    def unknown(self, prompt: str) -> list[str]:
+        """The words of a prompt, as they stand there, that are none of these; each once."""
+        rest = prompt
+        phrases = {phrase.lower() for kind in self.known.values() for phrase in kind} | {
+            word.lower() for word in self.also
+        }
+        for phrase in sorted(phrases, key=len, reverse=True):
+            # Chinese has no spaces between words; elsewhere a word is known only as a whole.
+            edge = r"\b" if phrase.isascii() else ""
+            rest = re.sub(edge + re.escape(phrase) + edge, " ", rest, flags=re.IGNORECASE)
+        return list({word.lower(): word for word in reversed(re.findall(r"\w[\w'’-]*", rest))}.values())[::-1]
+
+    def remark(self, prompts: Iterable[str]) -> str:
+        """What to say about prompts with words that are none of these; empty where there is nothing to say."""
+        found = self.unknown(" ".join(prompts))
+        if not found:
+            return ""
+        kinds = "; ".join(f"{kind}: {', '.join(words)}" for kind, words in self.known.items())
+        return f"Words that this tiny model does not know, and leaves out: {listed(found, MOST, 24)}. It knows {kinds}."
+
+
+def read_words(folder: Path) -> Words | None:
+    """What the model in `folder` says of its words; None where it does not."""
+    content = read_json(folder / PRESET_FILE).get(ENTRY) if (folder / PRESET_FILE).is_file() else None
+    if not isinstance(content, dict):
+        return None
+    known, also = content.get("known"), content.get("also", [])
+    if not isinstance(known, dict) or not all(_texts(value) for value in (list(known), also, *known.values())):
+        return None
+    return Words({kind: tuple(words) for kind, words in known.items()}, tuple(also))
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) and entry for entry in value)
