@@ -28,6 +28,7 @@ from .sampling.state_file import check_state_path, is_state_file, read_state
 from .sampling.summary import summarize
 from .schedules.reading import load_schedule, read_schedule
 from .schedules.schedule import PromptSchedule
+from .streaming import check_ended
 from .tiny import make_tiny
 from .video import VideoWriter, read_video_info
 
@@ -142,7 +143,11 @@ def _parser() -> argparse.ArgumentParser:
         "--state-in",
         type=Path,
         metavar="F",
-        help="the state of a video to continue, with its size and by --seconds more; --output gets all of it",
+        help="the state of a video to continue, with its size and by --seconds more, or the journal of a run that was "
+        "killed; --output gets all of it",
+    )
+    generate.add_argument(
+        "--new-only", action="store_true", help="with --state-in: --output gets what is made now alone"
     )
     generate.add_argument(
         "--state-out",
@@ -153,8 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--seconds",
         type=float,
-        help=f"length, rounded up to whole chunks (default: the schedule's; without one {LAST_PROMPT_SECONDS:g}, after the "
-        "beginning of its last prompt)",
+        help="length, rounded up to whole chunks; 0 is until Ctrl-C (default: the schedule's; without one "
+        f"{LAST_PROMPT_SECONDS:g}, after the beginning of its last prompt)",
     )
     generate.add_argument("--seed", type=int, default=0, help="same seed, same video")
     generate.add_argument(
@@ -231,7 +236,8 @@ def _generate(args: argparse.Namespace) -> None:
         preset.sampling.check_cache(preset.cache.with_rules(**rules))
     loras = [_lora(*values) for values in args.lora]
     height, width = size or default_size(args.model)
-    # Raises for what no video can be, before anything is loaded.
+    # Both raise for what no video can be, before anything is loaded.
+    check_ended(args.output, args.state_in)
     VideoWriter(args.output, args.width or width, args.height or height, scale=args.scale)
     pipeline = Pipeline.load(
         args.model,
@@ -260,7 +266,7 @@ def _generate(args: argparse.Namespace) -> None:
 
         def on_pass(done: int, total: int) -> None:
             heed()
-            bar.total = total
+            bar.total = total if args.seconds != 0 else None
             bar.update(done - bar.n)
 
         pipeline.generate(
@@ -279,9 +285,10 @@ def _generate(args: argparse.Namespace) -> None:
             execution=execution,
             state_in=args.state_in,
             state_out=args.state_out,
+            new_only=args.new_only,
             on_pass=on_pass,
         )
-        bar.update(bar.total - bar.n)
+        bar.update((bar.total or bar.n) - bar.n)
     info = read_video_info(args.output)
     print(f"{args.output}: {info.frames} frames, {info.width}x{info.height}, {info.fps:g} frames per second")
 

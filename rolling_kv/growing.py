@@ -43,7 +43,13 @@ class GrowingVideo(VideoWriter):
         """The file while it grows."""
         return growing_place(self.path)
 
+    @property
+    def place(self) -> Path:
+        """Where the video is now: the growing file until it has its name."""
+        return self.path if self._finished else self.growing
+
     def __enter__(self) -> GrowingVideo:
+        self._finished = False
         try:
             self.growing.parent.mkdir(parents=True, exist_ok=True)
             self._open(self.growing, FRAGMENTED)
@@ -74,6 +80,7 @@ class GrowingVideo(VideoWriter):
             os.replace(self.growing, self.path)
         else:
             self.discard()
+        self._finished = True
         return self.path
 
     def discard(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -23,12 +22,13 @@ from .sampling.recomputed import needs_vae
 from .sampling.scheduled import check_plan, cues, generate_scheduled, switches_of
 from .sampling.session import RollingSession
 from .sampling.state import CacheState
-from .sampling.state_file import SUFFIX, check_state_path, load_state, save_state
+from .sampling.state_file import check_state_path, load_state
 from .schedules.reading import read_schedule
 from .schedules.schedule import Plan, PromptSchedule
+from .streaming import ENDLESS_SECONDS, VideoStream
 from .text import TextEncoder, load_text_encoder
-from .vae import WanVAE, load_vae, to_model, to_raw
-from .video import VideoWriter, read_picture
+from .vae import WanVAE, load_vae, to_model
+from .video import read_picture
 
 logger = logging.getLogger(__name__)
 
@@ -111,25 +111,27 @@ class Pipeline:
         execution: ExecutionConfig | None = None,
         state_in: str | Path | None = None,
         state_out: str | Path | None = None,
+        new_only: bool = False,
         on_pass: Callable[[int, int], None] | None = None,
     ) -> Path:
-        """Write a video of at least `seconds` to `output` (.mp4), decoding each chunk as it is done; returns the path.
+        """Write a video of at least `seconds` to `output` (.mp4) while it is made; returns the path.
 
-        Memory does not grow with the length, up to the clean latents (0.4 MB per latent frame at 480x832).
-        After Ctrl-C the chunks that are done stay as a video, and as a state from which to continue: in `state_out`, or
-        beside the video. After any other error the state stays, if `state_out` is given.
+        Memory does not grow with the length. The video grows as NAME.growing.mp4, with its state beside it as NAME.journal,
+        and takes its name at the end: see `VideoStream`. After Ctrl-C and after errors the chunks that are done stay as a
+        video, and as a state from which to continue: in `state_out`, or beside the video.
 
         prompt: what the video shows; with a schedule None, or what it shows before the schedule's first prompt.
-        seconds: None: what the schedule says, or else 5 for its last prompt.
+        seconds: None: what the schedule says, or else 5 for its last prompt. 0: until Ctrl-C.
         schedule: prompts and when they begin, or text that `read_schedule` reads.
         height, width: pixels, multiples of 16 (for Wan 2.2 5B: 32). scale: enlarge each pixel so many times.
         image: a picture that the video starts with, scaled and cropped to that size.
         sampling, cache: by default the model's preset. execution, on_pass: see `RollingSession`.
-        state_in: file of a state to continue (see `sampling.state_file`), by `seconds` more. The video is all of it, from
-            its beginning on.
+        state_in: file or journal of a state to continue (see `sampling.state_file`), by `seconds` more. The video is all
+            of it, from its beginning on; with `new_only` what is made now.
         state_out: file for the state at the end, .safetensors; it may be the same.
         Raises ValueError, before anything is sampled, for settings that cannot work or take more memory than there is.
-        Raises Interrupted after Ctrl-C, where at least one chunk was done.
+        Raises FileExistsError where an earlier run of that name did not end, and Interrupted after Ctrl-C, where at least
+        one chunk was done.
         """
         sampling = sampling or self.model.preset.sampling
         cache = cache or self.model.preset.cache
@@ -139,6 +141,11 @@ class Pipeline:
             check_state_path(state_out)
         state = self._continued(state_in, image, (height, width))
         start = state.frames if image is None or sampling.given_inside(1) else 1
+        endless = seconds == 0
+        if new_only and state_in is None:
+            raise ValueError(
+                "only what is new can be written where a state is continued: give one, or leave new_only out"
+            )
         plan = plan_prompts(prompt, schedule, sampling, self.model.geometry, seconds, start)
         marker = self.model.preset.cut_marker
         check_plan(plan, sampling, cache, marker)
@@ -147,12 +154,27 @@ class Pipeline:
             metadata["schedule"] = str(plan.snapped())
             for note in plan.notes:
                 logger.info("%s", note)
-        writer = VideoWriter(output, width, height, fps=self.model.geometry.fps, scale=scale, metadata=metadata)
+        stream = VideoStream(
+            output,
+            self.vae,
+            height,
+            width,
+            before=state,
+            journal_in=state_in,
+            new_only=new_only,
+            state_out=state_out,
+            model_name=self.model.preset.name,
+            scale=scale,
+            metadata=metadata,
+        )
         picture = None if image is None else read_picture(image, height, width)
-        chunks = plan.chunks
-        frames = start + sampling.frames_of(chunks, start)
-        sampling.check_length(chunks, start, self.model.geometry)
-        streams = 1 + needs_vae(cache, sampling, state, chunks)  # one for the file, one for the context
+        frames = start + sampling.frames_of(plan.chunks, start)
+        sampling.check_length(plan.chunks, start, self.model.geometry)
+        if endless and cache.unlimited:
+            raise ValueError(
+                "a video without an end needs a window: with all frames in it, memory grows with the video"
+            )
+        streams = 1 + needs_vae(cache, sampling, state, plan.chunks)  # one for the file, one for the context
         check_fits(
             self.model.transformer,
             height,
@@ -172,6 +194,8 @@ class Pipeline:
             logger.warning("%s", note)
         embeds = {text: self.text_encoder.encode_shot(text, marker) for text in plan.texts}
         negative = self.text_encoder.encode([negative_prompt]) if sampling.guided else None
+        known = [(text, embed) for text, pair in embeds.items() for embed in pair if embed is not None]
+        known += [] if negative is None else [(negative_prompt, negative)]
         session = RollingSession(
             self.model,
             next(cues(plan, embeds, cache, marker)).prompt,
@@ -185,39 +209,24 @@ class Pipeline:
             state=state,
             on_pass=on_pass,
         )
-
-        def save(path: str | Path) -> Path:
-            pairs = [*embeds.items(), (negative_prompt, (negative, None))]
-            known = [(text, made) for text, pair in pairs for made in pair if made is not None]
-            return save_state(session.state.named(known), path, model_name=self.model.preset.name)
-
-        decoder, interrupted = self.vae.decoder(), False
-        with writer, session:
-            if picture is not None:
-                with torch.inference_mode():
-                    session.prefill(to_model(self.vae.encode_video(picture)))
-            made = (chunk.latents for chunk in generate_scheduled(session, plan, embeds, negative=negative, seed=seed))
-            try:
-                for latents in chain(session.state.chunks, made):
+        try:
+            with stream, session:
+                if picture is not None:
                     with torch.inference_mode():
-                        for pictures in decoder.decode_frames(to_raw(latents.float())):
-                            writer.write(pictures)
-            except BaseException as error:
-                if session.state.frames <= start:
-                    raise
-                interrupted = isinstance(error, KeyboardInterrupt)
-                if not interrupted and state_out is not None:
-                    kept = save(state_out)
-                    logger.warning("the %g s that are done are kept in %s", session.state.seconds, kept)
-                if not interrupted:
-                    raise
-        if interrupted:
-            kept = save(state_out or Path(output).with_suffix(f".state{SUFFIX}"))
-            done = session.state.seconds
-            raise Interrupted(Path(output), kept, done, self.model.geometry.seconds(frames) - done)
-        if state_out is not None:
-            save(state_out)
-        return Path(output)
+                        session.prefill(to_model(self.vae.encode_video(picture)))
+                for _ in generate_scheduled(session, plan, embeds, negative=negative, seed=seed):
+                    session.state = stream.add(session.state.named(known))
+        except KeyboardInterrupt as error:
+            if stream.state_file is None:
+                raise
+            done = stream.state.seconds
+            left = 0.0 if endless else self.model.geometry.seconds(frames) - done
+            raise Interrupted(stream.video, stream.state_file, done, left) from error
+        except BaseException:
+            if stream.kept:
+                logger.warning("%s", stream.kept)
+            raise
+        return stream.video
 
     def _continued(self, state_in: str | Path | None, image, size: tuple[int, int]) -> CacheState:
         """The state that a run continues."""
@@ -252,6 +261,7 @@ def plan_prompts(
     elif prompt is not None:
         schedule = schedule.led_by(prompt)
     if seconds is not None:
+        seconds = seconds or ENDLESS_SECONDS
         chunks = sampling.chunks_for_seconds(seconds, start_frame, geometry)
     else:
         chunks = schedule.chunks(sampling, geometry, start_frame=start_frame, last=LAST_PROMPT_SECONDS)

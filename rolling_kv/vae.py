@@ -7,6 +7,7 @@ kinds of latents, both [B, C, F, h, w]: *raw* latents are what the VAE reads and
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -106,6 +107,17 @@ class WanVAE(nn.Module):
         """How pixels, frames and latents follow from each other for this VAE."""
         return geometry_of(self.vae.config["z_dim"])
 
+    @property
+    def reach(self) -> int:
+        """Latent frames before one that its pixels depend on, at most: the causal convolutions of the decoder reach no further."""
+        decoder, rate = self.vae.decoder, 1
+        frames = _behind(decoder.conv_in) + _behind(decoder.mid_block)
+        for block in decoder.up_blocks:
+            frames += _behind(block) / rate
+            upsampler = getattr(block, "upsampler", None) or next(iter(getattr(block, "upsamplers", None) or []), None)
+            rate *= 2 if getattr(upsampler, "mode", "") == "upsample3d" else 1
+        return math.ceil(frames + _behind(decoder.conv_out) / rate)
+
     def decoder(self) -> StreamingDecoder:
         """A fresh decoding stream, which starts at the first frame of a video."""
         return StreamingDecoder(self.vae)
@@ -140,6 +152,12 @@ class WanVAE(nn.Module):
         The last frames beyond 1 + 4n are left out, as ComfyUI's VAEEncode does.
         """
         return self.encoder().encode(pixels[:, :, : self.geometry.whole_frames(pixels.shape[2])])
+
+
+def _behind(module: nn.Module) -> int:
+    """Frames before one that the causal convolutions in a module see, all together."""
+    convolutions = (part for part in module.modules() if isinstance(part, WanCausalConv3d))
+    return sum(convolution.kernel_size[0] - 1 for convolution in convolutions)
 
 
 class _CausalStream:

@@ -41,7 +41,7 @@ class RollingSession:
     batch: videos made side by side.
     sampling, cache: by default the model's preset.
     execution: how passes are computed.
-    state: the video to continue; its tensors are only read.
+    state: the video to continue; its tensors are only read. Between chunks an equal one may be put in its place.
     workspace: where to look for, and leave, a working cache.
     switch: how to switch to this prompt where the state's last chunk had another: one of `config.SWITCHES`. None: in the
         family's own way, and not at all if it is the same prompt.

@@ -346,7 +346,7 @@ def test_ctrl_c_before_the_first_chunk_leaves_nothing(folder, tmp_path, monkeypa
     assert os.listdir(tmp_path) == []
 
 
-def test_an_error_on_the_way_keeps_the_state(folder, tmp_path, monkeypatch):
+def test_an_error_on_the_way_keeps_the_video_so_far_and_its_state(folder, tmp_path, monkeypatch, caplog):
     def fail(self, total, passes=[]):  # noqa: B006
         passes.append(total)
         if len(passes) == 9:
@@ -355,7 +355,10 @@ def test_an_error_on_the_way_keeps_the_state(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(RollingSession, "_tick", fail)
     with pytest.raises(SystemExit, match="error: no more"):
         video(folder, tmp_path / "video.mp4", "--schedule", SCHEDULE, "--state-out", tmp_path / "a.safetensors")
-    assert os.listdir(tmp_path) == ["a.safetensors"] and read_state(tmp_path / "a.safetensors").state.frames
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "video.mp4"]
+    done = read_state(tmp_path / "a.safetensors").state
+    assert done.frames and read_video_info(tmp_path / "video.mp4").frames == done.pixel_frames
+    assert f"the {done.seconds:g} s that are done are in {tmp_path / 'video.mp4'}, and their state in" in caplog.text
 
 
 def test_what_contradicts_a_state_is_said_before_anything_is_loaded(folder, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,225 @@
+"""A video on its way to disk: each finished chunk is journalled, decoded and encoded while the next one is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from queue import Queue
+from threading import Thread
+
+import torch
+
+from .growing import GrowingVideo, growing_place
+from .sampling.journal import SUFFIX as JOURNAL_SUFFIX
+from .sampling.journal import Journal
+from .sampling.state import CacheState
+from .sampling.state_file import SUFFIX, check_state_path, save_state
+from .vae import WanVAE, to_raw
+from .video import to_uint8
+
+ENDLESS_SECONDS = 7 * 24 * 3600.0
+"""How long a video becomes that is made until somebody stops it, where a number is needed."""
+WAITING = 4
+"""Pieces of work that may wait for the thread that writes: what is made faster than it is written waits, too."""
+
+
+def journal_place(path: str | Path) -> Path:
+    """Where the journal of a video lies while it grows."""
+    return Path(path).with_suffix(JOURNAL_SUFFIX)
+
+
+def check_ended(path: str | Path, journal_in: str | Path | None = None) -> bool:
+    """Raise FileExistsError where a run that made the video of that name did not end, so that its chunks are not lost.
+
+    journal_in: what is continued. Returns whether that is the journal of that very run.
+    """
+    left = journal_place(path)
+    resumed = journal_in is not None and Path(journal_in).resolve() == left.resolve()
+    if left.exists() and not resumed:
+        raise FileExistsError(
+            f"{left.with_suffix('.mp4').name} was being made by a run that did not end: what it shows is in "
+            f"{growing_place(path)}, and its state in {left}. Continue from that state, or delete the two files to begin "
+            "anew, or choose another name"
+        )
+    return resumed
+
+
+class VideoStream:
+    """Writes one video while it is made, in constant memory, and never loses a chunk that is finished.
+
+    A context manager:
+
+        with VideoStream("out.mp4", vae, 480, 832) as stream, session:
+            for _ in session.generate(100):
+                session.state = stream.add(session.state)
+
+    While it grows, the video is NAME.growing.mp4, which plays, and its state NAME.journal. At the end it takes its name, and
+    the journal goes. When the block ends with an error, a cancelled run included, and a chunk was made, what is finished
+    becomes the video all the same, and its state is kept: `kept` says where. Where none was made, nothing is left. A run
+    that is killed leaves the growing video and the journal.
+
+    path: ends in .mp4; an earlier video is untouched until the end.
+    vae: decodes; on CUDA in a thread and a stream of its own, beside the sampling.
+    height, width: pixels.
+    before: the state that is continued. journal_in: the journal that it was read from, if it was one.
+    new_only: leave the frames of that state out of the video.
+    state_out: file for the state, .safetensors; by default one is kept only where the block fails, beside the video.
+    model_name: of the model that makes the video, for people.
+    settings: of `GrowingVideo`: fps, crf, scale, metadata.
+
+    Raises FileExistsError where an earlier run of this name did not end, and what `GrowingVideo` raises. An error of the
+    thread that writes is raised by the next `add`, or on leaving.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        vae: WanVAE,
+        height: int,
+        width: int,
+        *,
+        before: CacheState | None = None,
+        journal_in: str | Path | None = None,
+        new_only: bool = False,
+        state_out: str | Path | None = None,
+        model_name: str = "",
+        **settings,
+    ):
+        before = before or CacheState()
+        settings.setdefault("fps", vae.geometry.fps)
+        self._growing = GrowingVideo(path, width, height, **settings)
+        self.path = self._growing.path
+        self._state_out = None if state_out is None else check_state_path(state_out)
+        self._journal = Journal(journal_place(self.path), model_name=model_name)
+        self._resumed = check_ended(self.path, journal_in)
+        self._decoder = vae.decoder()
+        self._cuda = _stream_beside(vae)
+        self._generated = before.generated
+        self._written_from = before.frames if new_only else 0
+        self._next = max(self._written_from - vae.reach, 0)  # the latent frame to decode next
+        self._state = before
+        self.state_file: Path | None = None
+        """Where the state is, once the block has ended."""
+
+    @property
+    def state(self) -> CacheState:
+        """As of the last `add`."""
+        return self._state
+
+    @property
+    def kept(self) -> str:
+        """Where what is finished is, as a sentence; empty as long as there is nothing."""
+        if self.state_file is None:
+            return ""
+        return f"the {self._state.seconds:g} s that are done are in {self._growing.place}, and their state in {self.state_file}"
+
+    @property
+    def video(self) -> Path:
+        """The file as it is now: the growing one, or the finished one."""
+        return self._growing.place
+
+    def add(self, state: CacheState) -> CacheState:
+        """Put on disk what is new in a state. Returns the same state, with chunks that hold no memory where they may.
+
+        Raises OSError where the journal, or what was given before, cannot be written.
+        """
+        try:
+            self._state = self._journal.add(state)
+        except OSError as error:
+            raise OSError(f"cannot write {self._journal.path}: {error.strerror or error}") from error
+        at = 0
+        for chunk in self._state.chunks:
+            first, at = at, at + chunk.shape[2]
+            if at > self._next:
+                self._send(chunk[:, :, self._next - first :], self._next)
+                self._next = at
+        return self._state
+
+    def _send(self, latents: torch.Tensor, first: int) -> None:
+        """Have model latents [1, C, f, h, w] decoded and written, of which the first is the video's latent frame `first`."""
+        latents = to_raw(latents.float())
+        if self._cuda is not None:
+            self._work.put(partial(self._decode, latents, first, self._growing.write))
+        else:
+            self._decode(latents, first, lambda frames: self._work.put(partial(self._growing.write, frames)))
+
+    def _decode(self, latents: torch.Tensor, first: int, write: Callable[[torch.Tensor], None]) -> None:
+        beside = nullcontext() if self._cuda is None else torch.cuda.stream(self._cuda)
+        with torch.inference_mode(), beside:
+            for number, frames in enumerate(self._decoder.decode_frames(latents), first):
+                if number >= self._written_from:
+                    write(to_uint8(frames[0]).permute(1, 2, 3, 0))
+
+    def __enter__(self) -> VideoStream:
+        self._growing.__enter__()
+        self._work = _Worker(WAITING)
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        failed = self._work.close()
+        ending = error or failed
+        self._growing.__exit__(ending and type(ending), ending, trace)
+        self._journal.__exit__()
+        if self._state.generated <= self._generated:
+            self._growing.discard()
+            if not self._resumed:
+                self._journal.remove()
+        else:
+            self._finish(ending)
+        if error is None and failed is not None:
+            raise failed
+
+    def _finish(self, ending: BaseException | None) -> None:
+        try:
+            if self._growing.frames:
+                self._growing.finish()
+            if self._state_out is None and ending is None:
+                self._journal.remove()
+                return
+            place = self._state_out or self.path.with_suffix(f".state{SUFFIX}")
+            self.state_file = save_state(self._state, place, model_name=self._journal.model_name)
+            self._journal.remove()
+        except OSError as error:
+            self.state_file = self._journal.path
+            if ending is None:
+                raise OSError(f"{error}; {self.kept}") from error
+
+
+class _Worker:
+    """A thread that does pieces of work in their order, until one of them fails."""
+
+    def __init__(self, waiting: int):
+        self._queue: Queue[Callable[[], None] | None] = Queue(waiting)
+        self._error: BaseException | None = None
+        self._thread = Thread(target=self._run, name="rolling_kv video", daemon=True)
+        self._thread.start()
+
+    def put(self, task: Callable[[], None]) -> None:
+        """Have a piece of work done; waits where too many wait. Raises what an earlier one has raised."""
+        if self._error is not None:
+            raise self._error
+        self._queue.put(task)
+
+    def close(self) -> BaseException | None:
+        """Wait for all of it; returns what a piece of work has raised."""
+        self._queue.put(None)
+        self._thread.join()
+        return self._error
+
+    def _run(self) -> None:
+        while (task := self._queue.get()) is not None:
+            if self._error is not None:
+                continue
+            try:
+                task()
+            except BaseException as error:
+                self._error = error
+            del task  # and the frames in it
+
+
+def _stream_beside(vae: WanVAE) -> torch.cuda.Stream | None:
+    """A CUDA stream that decodes beside the sampling; None elsewhere, where both share the processor."""
+    device = vae.vae.quant_conv.weight.device
+    return torch.cuda.Stream(device) if device.type == "cuda" else None

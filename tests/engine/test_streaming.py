@@ -1,0 +1,259 @@
+"""A video on its way to disk: what is there while it grows, whatever ends it, and how it goes on."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from test_growing import readable
+
+from rolling_kv import streaming as streaming_module
+from rolling_kv.config import CacheConfig
+from rolling_kv.growing import growing_place
+from rolling_kv.pipeline import Interrupted, Pipeline
+from rolling_kv.sampling.session import RollingSession
+from rolling_kv.sampling.state_file import load_state, read_state
+from rolling_kv.streaming import VideoStream, journal_place
+from rolling_kv.tiny import make_tiny
+from rolling_kv.vae import to_raw
+from rolling_kv.video import read_frames, read_video_info
+
+SIZE = dict(height=32, width=32)
+PROMPT = "a red circle moving left"
+ENGINE = Path(streaming_module.__file__).parents[1]
+posix = pytest.mark.skipif(os.name == "nt", reason="signals and mounts of POSIX")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return Pipeline.load(make_tiny(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def whole(pipeline, tmp_path_factory):
+    """A video of ten chunks, made without a break."""
+    return pipeline.generate(PROMPT, tmp_path_factory.mktemp("whole") / "a.mp4", seconds=7, seed=3, **SIZE)
+
+
+def names(folder) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def seen_after(monkeypatch, number, look):
+    """Have `look(stream)` called after that many chunks; what it raises ends the run."""
+    add, counted = VideoStream.add, []
+
+    def watched(self, state):
+        kept = add(self, state)
+        counted.append(kept.frames)
+        if len(counted) == number:
+            look(self)
+        return kept
+
+    monkeypatch.setattr(VideoStream, "add", watched)
+
+
+def test_while_it_grows_the_video_plays_and_its_state_can_be_read(pipeline, whole, tmp_path, monkeypatch):
+    def look(stream):
+        assert names(tmp_path) == ["a.growing.mp4", "a.journal"] and stream.video == growing_place(tmp_path / "a.mp4")
+        assert read_state(journal_place(tmp_path / "a.mp4")).state.key == stream.state.key
+        assert readable(stream.video) >= stream.state.pixel_frames - 4 * streaming_module.WAITING - 20
+        looked.append(stream)
+
+    looked = []
+    seen_after(monkeypatch, 5, look)
+    made = pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=7, seed=3, **SIZE)
+    assert looked and made == tmp_path / "a.mp4" and names(tmp_path) == ["a.mp4"]
+    assert made.read_bytes() == whole.read_bytes()
+
+
+class Cancelled(BaseException):
+    """Stands for ComfyUI's interrupt, which is a BaseException too."""
+
+
+@pytest.mark.parametrize("error", [ValueError, Cancelled, SystemExit])
+def test_whatever_ends_a_run_leaves_what_is_finished(error, pipeline, whole, tmp_path, monkeypatch, caplog):
+    def end(_):
+        raise error("enough")
+
+    with monkeypatch.context() as patch, pytest.raises(error, match="enough"):
+        seen_after(patch, 4, end)
+        pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=7, seed=3, **SIZE)
+    state = tmp_path / "a.state.safetensors"
+    assert names(tmp_path) == ["a.mp4", state.name] and str(state) in caplog.text
+    done = load_state(state, pipeline.model)
+    assert torch.equal(read_frames(tmp_path / "a.mp4"), read_frames(whole)[: done.pixel_frames])
+    assert read_state(state).state.texts == (PROMPT,)
+    again = pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=5, seed=3, state_in=state, **SIZE)
+    full = read_frames(whole)
+    assert torch.equal(read_frames(again)[: len(full)], full)
+
+
+def test_nothing_is_left_where_no_chunk_was_made(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(RollingSession, "_tick", lambda *_: (_ for _ in ()).throw(ValueError("no")))
+    with pytest.raises(ValueError, match="no"):
+        pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=7, **SIZE)
+    assert names(tmp_path) == []
+
+
+def test_only_what_is_new(pipeline, whole, tmp_path):
+    state = tmp_path / "a.safetensors"
+    for seconds, options in ((5, dict(state_out=state)), (2, dict(state_in=state, new_only=True))):
+        made = pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=seconds, seed=3, **SIZE, **options)
+    before = read_state(state).state.pixel_frames
+    with torch.inference_mode():
+        pictures = pipeline.vae.decoder().decode(to_raw(load_state(state).latents().float()))
+    assert read_video_info(made).frames == read_video_info(whole).frames - before
+    assert before == pictures.shape[2]
+    with pytest.raises(ValueError, match="where a state is continued"):
+        pipeline.generate(PROMPT, tmp_path / "b.mp4", seconds=1, new_only=True, **SIZE)
+
+
+def test_the_frames_of_a_part_are_those_of_the_whole(pipeline, tmp_path):
+    """The decoder needs no more of what comes before than `reach` says."""
+    generator, written = torch.Generator().manual_seed(0), []
+    frames = pipeline.vae.reach + 9
+    latents = torch.randn(1, 16, frames, 4, 4, generator=generator)
+    with torch.inference_mode():
+        expected = pipeline.vae.decoder().decode(to_raw(latents))
+    session = RollingSession(pipeline.model, pipeline.text_encoder.encode([PROMPT]), **SIZE)
+    session.prefill(latents[:, :, : frames - 3])
+    before = session.state
+    session.prefill(latents[:, :, frames - 3 :])
+    stream = VideoStream(tmp_path / "a.mp4", pipeline.vae, 32, 32, before=before, new_only=True)
+    stream._growing.write = written.append
+    with stream:
+        stream.add(session.state)
+    own = torch.cat(written)
+    assert torch.equal(own, ((expected[0, :, -12:] + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0))
+
+
+def test_an_endless_video_ends_with_ctrl_c(pipeline, whole, tmp_path, monkeypatch):
+    def end(_):
+        raise KeyboardInterrupt
+
+    seen_after(monkeypatch, 6, end)
+    with pytest.raises(Interrupted) as stopped:
+        pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=0, seed=3, **SIZE)
+    assert stopped.value.left == 0 and stopped.value.video == tmp_path / "a.mp4"
+    done = read_state(stopped.value.state).state
+    assert done.frames == 18 and torch.equal(read_frames(tmp_path / "a.mp4"), read_frames(whole)[: done.pixel_frames])
+    with pytest.raises(ValueError, match="needs a window"):
+        pipeline.generate(PROMPT, tmp_path / "b.mp4", seconds=0, cache=CacheConfig("all"), **SIZE)
+
+
+def test_a_run_that_did_not_end_is_not_written_over(pipeline, tmp_path):
+    journal_place(tmp_path / "a.mp4").write_bytes(b"of another run")
+    with pytest.raises(FileExistsError, match=r"a run that did not end.*a\.growing\.mp4.*a\.journal"):
+        pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=1, **SIZE)
+    assert names(tmp_path) == ["a.journal"]
+
+
+def test_an_error_of_the_thread_that_writes_ends_the_run(pipeline, tmp_path, monkeypatch):
+    def broken(self, frames, write=streaming_module.GrowingVideo.write):
+        if self.frames >= 21:
+            raise OSError(28, "No space left on device")
+        write(self, frames)
+
+    monkeypatch.setattr(streaming_module.GrowingVideo, "write", broken)
+    with pytest.raises(OSError, match="No space left on device"):
+        pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=60, seed=3, **SIZE)
+    assert read_video_info(tmp_path / "a.mp4").frames == 21
+    assert read_state(tmp_path / "a.state.safetensors").state.frames < 60  # it did not go on for long
+
+
+@posix
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid(), reason="needs to mount a small disk")
+@pytest.mark.parametrize("kilobytes", [160, 300])
+def test_a_full_disk_keeps_what_is_finished(kilobytes, pipeline, tmp_path, caplog):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no disk can be mounted: {mounted.stderr.decode()}")
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*a\..*: No space left on device|No space left on device"):
+            pipeline.generate(PROMPT, disk / "a.mp4", seconds=600, seed=3, **SIZE)
+        kept = next(path for path in disk.iterdir() if path.suffix in (".journal", ".safetensors"))
+        done = load_state(kept, pipeline.model)
+        assert done.frames > 6 and str(kept) in caplog.text
+        assert names(disk) == sorted(["a.mp4", kept.name])
+        assert len(read_frames(disk / "a.mp4")) >= done.pixel_frames - 40
+        on_a_larger_one = pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=0.5, seed=3, state_in=kept, **SIZE)
+        assert read_video_info(on_a_larger_one).frames == done.pixel_frames + 12
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+KILLED = """
+    import os, random, signal, sys, time
+    import torch
+    torch.set_num_threads(1)
+    from pathlib import Path
+    from rolling_kv.pipeline import Pipeline
+
+    folder, rounds, longest = Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+    pipeline, chance = Pipeline.load(sys.argv[1]), random.Random(5)
+
+    def run(path):
+        pipeline.generate("a red circle moving left", path, height=16, width=16, seconds=4, seed=3)
+
+    started = time.monotonic()
+    run(folder / "warm.mp4")
+    took = time.monotonic() - started
+    for number in range(rounds):
+        child = os.fork()
+        if not child:
+            run(folder / f"{number}.mp4")
+            os._exit(0)
+        time.sleep(took * chance.uniform(0.1, 0.95))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+"""
+
+
+@posix
+def test_kill_9_at_random_points_leaves_what_plays_and_goes_on_exactly(pipeline, tmp_path):
+    size = dict(height=16, width=16, seed=3)
+    model = tmp_path / "model"
+    make_tiny(model)
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    code = textwrap.dedent(KILLED)
+    environment = os.environ | {"PYTHONPATH": str(ENGINE), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-c", code, model, videos, "20", "1"], check=True, env=environment, capture_output=True
+    )
+    full, killed = read_frames(videos / "warm.mp4"), 0
+    for number in range(20):
+        path = videos / f"{number}.mp4"
+        if not journal_place(path).exists():  # before the first chunk, or after the end
+            assert path.exists() or readable(growing_place(path)) == 0
+            continue
+        killed += 1
+        done = load_state(journal_place(path), pipeline.model)
+        shown = readable(growing_place(path))
+        assert done.pixel_frames - 4 * streaming_module.WAITING - 20 <= shown <= done.pixel_frames
+        again = pipeline.generate(
+            PROMPT, path, seconds=max(4 - done.seconds, 0.1), state_in=journal_place(path), **size
+        )
+        assert torch.equal(read_frames(again)[: len(full)], full)
+        assert not journal_place(path).exists() and not growing_place(path).exists()
+    assert killed >= 12
+
+
+def test_memory_does_not_grow_with_the_video(pipeline, tmp_path, monkeypatch):
+    sizes, add = [], VideoStream.add
+
+    def watched(self, state):
+        kept = add(self, state)
+        sizes.append(psutil.Process().memory_info().rss)
+        return kept
+
+    monkeypatch.setattr(VideoStream, "add", watched)
+    pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=105, height=16, width=16)
+    assert len(sizes) == 141 and max(sizes[70:]) < 1.05 * sizes[70], [size // 2**20 for size in sizes[::10]]
