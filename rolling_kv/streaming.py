@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -37,7 +38,7 @@ def check_ended(path: str | Path, journal_in: str | Path | None = None) -> bool:
     """
     left = journal_place(path)
     resumed = journal_in is not None and Path(journal_in).resolve() == left.resolve()
-    if left.exists() and not resumed:
+    if os.path.exists(left) and not resumed:  # False for names that are too long
         raise FileExistsError(
             f"{left.with_suffix('.mp4').name} was being made by a run that did not end: what it shows is in "
             f"{growing_place(path)}, and its state in {left}. Continue from that state, or delete the two files to begin "
