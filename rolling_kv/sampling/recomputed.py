@@ -33,8 +33,10 @@ class Reencoding(Protocol):
 def context_passes(cache: CacheConfig, sampling: SamplingConfig, frames: int, chunks: int) -> int:
     """Context passes of `chunks` chunks that follow `frames` latent frames."""
     passes, most = 0, _in_view(cache, sampling.chunk)
-    for size in sampling.chunk_sizes(chunks, frames):
-        passes += -(-min(frames, most) // sampling.chunk)
+    for number, size in enumerate(sampling.chunk_sizes(chunks, frames)):
+        if frames >= most:  # from here on all chunks are alike, however many there are
+            return passes + (chunks - number) * -(-most // sampling.chunk)
+        passes += -(-frames // sampling.chunk)
         frames += size
     return passes
 
