@@ -79,6 +79,18 @@ class ManagedModel(ManagedModule):
     def _with_strengths(self, loras: tuple[tuple[Path, float], ...]) -> list[tuple[Lora, float]]:
         return [(self.open_lora(path), strength) for path, strength in loras]
 
+    def model_size(self):
+        """With the working cache, so that it is not taken for room that the weights still need."""
+        return super().model_size() + self.workspace.nbytes
+
+    def loaded_size(self):
+        """With the working cache: ComfyUI asks for a part of this before it takes everything."""
+        return super().loaded_size() + self.workspace.nbytes
+
+    def load(self, *args, **kwargs):
+        self.workspace.clear()  # there is none before the weights are; `model_size` now is theirs, and noted as such
+        return super().load(*args, **kwargs)
+
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
         freed = self.workspace.nbytes
         self.workspace.clear()

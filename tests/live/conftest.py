@@ -49,6 +49,18 @@ def cacheless_server(install):
         yield server
 
 
+@pytest.fixture(scope="session")
+def classic_server(install):
+    with start(install, "--cache-classic") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def lru_server(install):
+    with start(install, "--cache-lru", "10") as server:
+        yield server
+
+
 @pytest.fixture
 def watch_log(request):
     """Fails the test when the servers it names logged a traceback meanwhile, unless it is marked traceback_expected."""
@@ -79,6 +91,12 @@ def client(server):
 def any_client(request, watch_log):
     """A client of the server with the default cache, then of the one with --cache-none."""
     return watch_log(request.getfixturevalue(request.param)).client
+
+
+@pytest.fixture(params=["default", "classic", "lru", "cacheless"])
+def every_client(request, watch_log):
+    """A client of a server with each way that ComfyUI has to keep what nodes put out."""
+    return watch_log(request.getfixturevalue(f"{request.param}_server")).client
 
 
 @pytest.fixture(scope="session")
