@@ -68,11 +68,12 @@ def start_of(
     sampling: SamplingConfig,
     height: int,
     width: int,
+    batch: int = 1,
 ) -> tuple[torch.Tensor | None, Start]:
     """The frames to start from in model space, if there are any, and the start that they or a state make.
 
-    height, width: pixels of a video that starts from nothing. Raises ValueError for both at once, and for latents that
-    are none of the model's.
+    height, width, batch: pixels and number of videos that start from nothing. Raises ValueError for both at once, for latents
+    that are none of the model's, and for a batch beside another.
     """
     if initial_latent is not None and state is not None:
         raise ValueError(
@@ -82,7 +83,15 @@ def start_of(
     given = None if initial_latent is None else initial_latents(initial_latent, geometry)
     before = state.chunks[0] if state is not None else given
     if before is None:
-        return None, Start(1, 0, height, width)
+        return None, Start(batch, 0, height, width)
+    if batch not in (1, before.shape[0]):
+        what, repeat = "state", ""
+        if state is None:
+            what, repeat = "initial latent", ", or repeat the latent with Repeat Latent Batch"
+        raise ValueError(
+            f"batch_size is {batch}, and the {what} holds {before.shape[0]} video{'s' * (before.shape[0] > 1)}: leave batch_size at "
+            f"1 to make as many{repeat}."
+        )
     frames = state.frames if state is not None else before.shape[2]
     if state is None and sampling.given_inside(frames):
         frames = 0

@@ -42,7 +42,13 @@ class RollingKVDecodeVideo(io.ComfyNode):
                     tooltip="Repeat each pixel this many times in both directions. For very small videos.",
                 ),
             ],
-            outputs=[io.Video.Output(display_name="video", tooltip="An H.264 video, for Save Video.")],
+            outputs=[
+                io.Video.Output(
+                    display_name="video",
+                    is_output_list=True,
+                    tooltip="An H.264 video, for Save Video; of a batch, one for each of its videos.",
+                )
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -51,14 +57,15 @@ class RollingKVDecodeVideo(io.ComfyNode):
     def execute(cls, vae, latent, fps=None, enlarge=1) -> io.NodeOutput:
         geometry = vae.model.geometry
         samples = borders.latents_to_decode(latent, geometry)
-        if samples.shape[0] != 1:
-            raise ValueError(f"A video file holds one video, but the latent is a batch of {samples.shape[0]}.")
         height, width = geometry.pixel_size(*samples.shape[-2:])
-        path = Path(folder_paths.get_temp_directory()) / f"rolling_kv_{uuid.uuid4().hex}.mp4"
-        with VideoWriter(path, width, height, fps=inputs.fps_of(geometry, fps), scale=enlarge) as writer:
-            for frames in _decode(vae, samples, cls.hidden.unique_id):
-                writer.write(frames)
-        return io.NodeOutput(DecodedVideo(path))
+        videos = []
+        for video in samples.split(1):
+            path = Path(folder_paths.get_temp_directory()) / f"rolling_kv_{uuid.uuid4().hex}.mp4"
+            with VideoWriter(path, width, height, fps=inputs.fps_of(geometry, fps), scale=enlarge) as writer:
+                for frames in _decode(vae, video, cls.hidden.unique_id):
+                    writer.write(frames)
+            videos.append(DecodedVideo(path))
+        return io.NodeOutput(videos)
 
 
 class RollingKVDecodeImages(io.ComfyNode):

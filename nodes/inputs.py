@@ -32,6 +32,8 @@ SWITCHING = (
 )
 """What the ways of switching prompts do, as sentences of a tooltip."""
 SIDES = {"width": 832, "height": 480}
+SEEDS = 2**64
+"""How many seeds there are."""
 
 
 def choice(
@@ -183,6 +185,19 @@ def switch_to() -> io.DynamicCombo.Input:
     )
 
 
+def batch_size() -> io.Int.Input:
+    return io.Int.Input(
+        "batch_size",
+        default=1,
+        min=1,
+        max=64,
+        optional=True,
+        advanced=True,
+        tooltip="Videos side by side, with the seeds seed, seed + 1, and so on: each is what it is alone with its seed. A state or "
+        "an initial latent brings its own number: leave this at 1 there.",
+    )
+
+
 def _share(name: str, default: float, tooltip: str) -> io.Float.Input:
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.001, tooltip=tooltip)
 
@@ -229,6 +244,11 @@ def switch_to_of(chosen: dict | None) -> tuple[str | None, int]:
     if chosen["switch"] == BLEND:
         return "hold", chosen.get("chunks", BLEND_CHUNKS)
     return None if chosen["switch"] == OWN else chosen["switch"], 1
+
+
+def seeds_of(seed: int, videos: int) -> list[int]:
+    """The seeds that `seed` and `batch_size` give: behind the largest comes 0."""
+    return [(seed + video) % SEEDS for video in range(videos)]
 
 
 def with_guidance(sampling: SamplingConfig, chosen: dict | None) -> SamplingConfig:

@@ -86,6 +86,7 @@ class RollingKVSample(io.ComfyNode):
                     tooltip="From Load Streaming VAE. Only for models whose context is computed anew before every chunk (Krea "
                     "Realtime), which see a frame that was decoded and encoded again; others do not read it.",
                 ),
+                inputs.batch_size(),
             ],
             outputs=[
                 io.Latent.Output(
@@ -104,10 +105,10 @@ class RollingKVSample(io.ComfyNode):
     @guarded
     def execute(
         cls, model, positive, length, length_unit, seed, width, height, guidance=None, negative=None,
-        initial_latent=None, state=None, switch=None, vae=None,
+        initial_latent=None, state=None, switch=None, vae=None, batch_size=1,
     ) -> io.NodeOutput:  # fmt: skip
         sampling = inputs.with_guidance(model.sampling, guidance)
-        given, start = borders.start_of(initial_latent, state, model.geometry, sampling, height, width)
+        given, start = borders.start_of(initial_latent, state, model.geometry, sampling, height, width, batch_size)
         if given is not None:
             sampling.check_given()
         chunks = _chunks(length, length_unit, positive, sampling, start.frames, model.geometry)
@@ -148,10 +149,11 @@ class RollingKVSample(io.ComfyNode):
             with session:
                 if given is not None:
                     session.prefill(given)
+                seeds = inputs.seeds_of(seed, start.batch)
                 if plan is None:
-                    made = session.generate(chunks, seed=seed)
+                    made = session.generate(chunks, seed=seeds)
                 else:
-                    made = generate_scheduled(session, plan, positive.embeds, negative=avoid, seed=seed)
+                    made = generate_scheduled(session, plan, positive.embeds, negative=avoid, seed=seeds)
                 for _ in made:
                     pass
         if session.step_report is not None:

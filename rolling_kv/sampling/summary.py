@@ -80,7 +80,8 @@ class StateSummary(NamedTuple):
     def _rows(self) -> list[tuple[str, ...]]:
         rows = [("from", "to", "latents", "seed", "switch", "prompt")]
         for part in self.stretches:
-            seed = "given" if part.seed is None else str(part.seed) if isinstance(part.seed, int) else listed(part.seed)
+            seeds = part.seed if isinstance(part.seed, tuple) else (part.seed,)
+            seed = "given" if part.seed is None else listed([str(own) for own in seeds])
             negative = part.negative and f" (not: {shortened(printable(part.negative), PROMPT_LENGTH)})"
             prompt = shortened(printable(part.prompt), PROMPT_LENGTH) + negative
             times = f"{part.start_seconds:g} s", f"{part.end_seconds:g} s", f"{part.start} to {part.end}"

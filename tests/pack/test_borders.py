@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from rolling_kv.config import SamplingConfig
 from rolling_kv.geometry import WAN_21, WAN_22
 from rolling_kv.presets import PRESETS
+from rolling_kv.sampling.state import CacheState, ChunkRecord
 from rolling_kv.vae import to_model
 from tools.comfyui.env import PACK
 
@@ -46,6 +48,25 @@ def test_an_image_inside_the_first_chunk_is_no_frame_before_it(borders):
     assert borders.start_of(image, None, WAN_22, inside, 0, 0)[1] == (1, 0, 32, 32)
     assert borders.start_of(image, None, WAN_22, apart, 0, 0)[1] == (1, 1, 32, 32)
     assert borders.start_of({"samples": LATENTS}, None, WAN_22, inside, 0, 0)[1].frames == 4
+
+
+def test_a_batch_is_that_of_what_is_continued(borders):
+    start = partial(borders.start_of, geometry=WAN_22, sampling=SamplingConfig(), height=64, width=96)
+    assert start(None, None, batch=3)[1] == (3, 0, 64, 96)
+    pair = {"samples": LATENTS.expand(2, -1, -1, -1, -1)}
+    state = CacheState((pair["samples"],), (), (ChunkRecord(4, 0.0, 0, -1, (1, 2)),))
+    for kept in (dict(initial_latent=pair, state=None), dict(initial_latent=None, state=state)):
+        assert start(**kept, batch=1)[1].batch == start(**kept, batch=2)[1].batch == 2
+    with pytest.raises(
+        ValueError, match="batch_size is 3, and the initial latent holds 2 videos: .* Repeat Latent Batch"
+    ):
+        start(pair, None, batch=3)
+    with pytest.raises(ValueError, match="batch_size is 2, and the initial latent holds 1 video: "):
+        start({"samples": LATENTS}, None, batch=2)
+    with pytest.raises(
+        ValueError, match="batch_size is 3, and the state holds 2 videos: leave batch_size at 1 to make as many.$"
+    ):
+        start(None, state, batch=3)
 
 
 def test_latents_of_the_other_vae_are_named(borders):

@@ -53,6 +53,10 @@ def save_images(source: str) -> dict:
     return node("SaveImage", images=[source, 0], filename_prefix="test")
 
 
+def save_video(source: str) -> dict:
+    return node("SaveVideo", video=[source, 0], filename_prefix="video/test", format="auto", codec="auto")
+
+
 def one_sampler(chunks: int = 2, seed: int = 1, **inputs) -> dict:
     """A whole prompt: one sampler whose latent the node "save" saves."""
     return {
