@@ -30,6 +30,12 @@ def graph_nodes(workflow):
     return [node for node in workflow["nodes"] if node["type"] not in NOTES]
 
 
+def downloads(path):
+    """The files that a workflow names for people to get, with their links; of an API prompt, those of its workflow."""
+    workflow = load(FOLDER / f"rolling_kv_{path.stem.removeprefix('rolling_kv_')}.json")
+    return [file for node in graph_nodes(workflow) for file in node["properties"].get("models", [])]
+
+
 def choices(spec):
     """The values of a combo input, None for other inputs."""
     kind, *options = spec
@@ -75,8 +81,11 @@ def widgets_of(schema, values):
     return widgets
 
 
-def check_value(name, spec, value):
+def check_value(name, spec, value, files=()):
+    """files: names that a choice of a file may have beside those that are there."""
     allowed = choices(spec)
+    if name.endswith("_name") and value in files:
+        return
     if allowed is not None:
         assert value in allowed, f"{name}: {value!r} is not one of {allowed}"
         return
@@ -125,6 +134,7 @@ def test_the_examples_are_there():
 
 @each_workflow
 def test_nodes_and_widgets_fit_the_schemas(path):
+    files = [file["name"] for file in downloads(path)]
     for node in graph_nodes(load(path)):
         assert node["type"] in SCHEMAS, f"{node['type']} is not recorded: python -m tools.generate"
         schema = SCHEMAS[node["type"]]
@@ -133,7 +143,7 @@ def test_nodes_and_widgets_fit_the_schemas(path):
         assert len(values) == len(widgets), f"{node['type']}: {values} for {list(widgets)}"
         for (name, spec), value in zip(widgets.items(), values):
             if spec is not None:
-                check_value(f"{node['type']}.{name}", spec, value)
+                check_value(f"{node['type']}.{name}", spec, value, files)
         if "control_after_generate" in widgets:
             assert values[list(widgets).index("control_after_generate")] in SEED_CONTROLS
         specs = inputs_with(schema, widget_values(node))
@@ -144,6 +154,26 @@ def test_nodes_and_widgets_fit_the_schemas(path):
             zip(schema["output_name"], schema["output"])
         ), node["type"]
         assert node["mode"] == 0, f"{node['type']} is muted or bypassed"
+
+
+@pytest.mark.parametrize("path", [path for path in WORKFLOWS if downloads(path)], ids=lambda path: path.stem)
+def test_a_workflow_of_a_real_model_says_where_each_file_comes_from(path):
+    """Each node has the file that it loads, with the folder that it looks into."""
+    folders = {
+        "model_name": "diffusion_models",
+        "text_encoder_name": "text_encoders",
+        "vae_name": "vae",
+        "lora_name": "loras",
+    }
+    loaders = 0
+    for node in graph_nodes(load(path)):
+        named = {name: value for name, value in widget_values(node).items() if name in folders}
+        told = [(file["name"], file["directory"]) for file in node["properties"].get("models", [])]
+        assert told == [(value, folders[name]) for name, value in named.items()], node["type"]
+        loaders += len(told)
+    assert loaders >= 3
+    for file in downloads(path):
+        assert file["url"].startswith("https://huggingface.co/") and file["url"].endswith("/" + file["name"])
 
 
 @each_workflow
@@ -215,7 +245,9 @@ def test_each_api_prompt_but_the_quickstart_belongs_to_a_workflow():
 
 @each_prompt
 def test_api_prompts_fit_the_schemas(path):
-    prompt = load(path)
+    prompt, files = load(path), []
+    if path.stem != "quickstart":
+        files = [file["name"] for file in downloads(path)]
     for node_id, node in prompt.items():
         schema = SCHEMAS[node["class_type"]]
         inputs, values = inputs_with(schema, node["inputs"]), node["inputs"]
@@ -226,7 +258,7 @@ def test_api_prompts_fit_the_schemas(path):
                 source = SCHEMAS[prompt[value[0]]["class_type"]]
                 assert source["output"][value[1]] in inputs[name][0].split(","), f"{node['class_type']}.{name}"
             else:
-                check_value(f"{node['class_type']}.{name}", inputs[name], value)
+                check_value(f"{node['class_type']}.{name}", inputs[name], value, files)
 
 
 def test_the_quickstart_needs_no_model_but_the_bundled_one():

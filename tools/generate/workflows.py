@@ -7,14 +7,17 @@ Thumbnails are screenshots of the graph.
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from rolling_kv.presets import DEFAULT_PRESET, PRESETS, TEXT_ENCODER_FILES, VAE_FILE, ModelPreset
+from rolling_kv.geometry import WAN_21
+from rolling_kv.presets import DEFAULT_PRESET, PRESETS, TEXT_ENCODER_FILES, VAE_FILE, ModelFile, ModelPreset
 
 from ..comfyui.env import PACK
 from .files import as_json, write
@@ -22,6 +25,9 @@ from .readme import link
 
 TINY = "tiny (bundled)"
 CIRCLE, SQUARE = "a red circle moving right", "a blue circle moving right"
+LONGLIVE_SCHEDULE = """0: A wide shot of a lighthouse on a cliff at dusk, waves breaking below, warm light in its window, in a painterly style.
+10: A storm rises over the same lighthouse, dark clouds and heavy rain, its beam cuts through the night.
+20: The storm has passed over the lighthouse, calm sea, a golden sunrise behind it."""
 SCHEDULE = f"0: {CIRCLE}\n2.5: {SQUARE} [recache]\n5: a green square moving left [cut]"
 
 LOADERS = {
@@ -34,7 +40,7 @@ LOADERS = {
 WIDTH, GAP, TITLE = 340, 40, 30
 ROOM = {
     "RollingKVLoadModel": 260, "RollingKVLoadTextEncoder": 136, "RollingKVLoadVAE": 136, "RollingKVEncodePrompt": 140, "RollingKVPromptSchedule": 330,
-    "RollingKVAttachCache": 324, "RollingKVStepCache": 292, "RollingKVSample": 412, "RollingKVEncodeVideo": 160,
+    "RollingKVAttachCache": 324, "RollingKVLoadLoRA": 136, "RollingKVStepCache": 292, "RollingKVSample": 412, "RollingKVEncodeVideo": 160,
     "RollingKVDecodeVideo": 160, "RollingKVBenchmark": 556, "SaveVideo": 148, "LoadImage": 340,
 }  # fmt: skip
 """Heights of the nodes where they are largest: in Nodes 2.0, with advanced inputs shown."""
@@ -57,6 +63,40 @@ def multi_step_model(then: str) -> str:
 
 
 REAL_MODELS = real_model("", DEFAULT_PRESET, "Then set the size to 832 x 480 and **enlarge** in Decode Video to 1.")
+
+
+class Download(NamedTuple):
+    """A file that a node needs: the frontend says where it is missing, and from where to get it."""
+
+    name: str
+    url: str
+    directory: str
+
+    @classmethod
+    def of(cls, file: ModelFile, directory: str) -> Download:
+        return cls(Path(file.url).name, file.url, directory)
+
+
+TEXT_ENCODER = Download.of(TEXT_ENCODER_FILES[0], "text_encoders")
+VAE = Download.of(VAE_FILE, "vae")
+SELF_FORCING = Download.of(DEFAULT_PRESET.files[0], "diffusion_models")
+LONGLIVE = Download.of(PRESETS["longlive"].files[0], "diffusion_models")
+LONGLIVE_LORA = Download("lora.pt", LONGLIVE.url.replace(LONGLIVE.name, "lora.pt"), "loras")
+
+
+def real_loaders(model: Download) -> dict:
+    """The loaders, each with the file that it needs as the third part."""
+    return {
+        "model": ("RollingKVLoadModel", {"model_name": model.name}, [model]),
+        "text_encoder": ("RollingKVLoadTextEncoder", {"text_encoder_name": TEXT_ENCODER.name}, [TEXT_ENCODER]),
+        "vae": ("RollingKVLoadVAE", {"vae_name": VAE.name}, [VAE]),
+    }
+
+
+def real_size(inputs: dict) -> dict:
+    """The inputs of a sampler at the size that the models were trained at."""
+    height, width = WAN_21.size
+    return {"length_unit": "seconds", "seed": 1, "width": width, "height": height} | inputs
 
 
 def prompt(text: str) -> tuple:
@@ -231,6 +271,72 @@ WORKFLOWS = {
             ),
         ],
     },
+    "rolling_kv_self_forcing": {
+        "nodes": real_loaders(SELF_FORCING)
+        | {
+            "cache": LOADERS["cache"],
+            "prompt": prompt(
+                "A red fox runs through deep snow at the edge of a pine forest, powder flying from its paws. The camera follows "
+                "it at eye level in soft morning light."
+            ),
+            "sample": ("RollingKVSample", real_size({"model": "cache.0", "positive": "prompt.0", "length": 10.0})),
+            "decode": ("RollingKVDecodeVideo", {"vae": "vae.0", "latent": "sample.0"}),
+            "save": ("SaveVideo", {"video": "decode.0", "filename_prefix": "video/rolling_kv_self_forcing"}),
+        },
+        "columns": ["model text_encoder", "cache prompt", "sample vae", "decode", "save"],
+        "notes": [
+            (
+                0,
+                (340, 300),
+                "## Self-Forcing, 1.3B\nTen seconds at 832 x 480 in four steps per chunk, with the settings that the model was "
+                "trained for. It wants long prompts that describe the picture. For less memory choose another **storage** in Attach "
+                "Rolling Cache, or a smaller size.",
+            ),
+            (1, (720, 270), real_model("", DEFAULT_PRESET, "Other models: see docs/models.md.")),
+        ],
+    },
+    "rolling_kv_longlive": {
+        "nodes": real_loaders(LONGLIVE)
+        | {
+            "lora": (
+                "RollingKVLoadLoRA",
+                {"model": "model.0", "lora_name": LONGLIVE_LORA.name, "strength": 1.0},
+                [LONGLIVE_LORA],
+            ),
+            "cache": ("RollingKVAttachCache", {"model": "lora.0"}),
+            "schedule": (
+                "RollingKVPromptSchedule",
+                {"model": "cache.0", "text_encoder": "text_encoder.0", "text": LONGLIVE_SCHEDULE},
+            ),
+            "sample": (
+                "RollingKVSample",
+                real_size({"model": "cache.0", "positive": "schedule.0", "length_unit": "schedule", "length": 10.0}),
+            ),
+            "decode": ("RollingKVDecodeVideo", {"vae": "vae.0", "latent": "sample.0"}),
+            "save": ("SaveVideo", {"video": "decode.0", "filename_prefix": "video/rolling_kv_longlive"}),
+        },
+        "sizes": {"schedule": (340, 240)},
+        "columns": ["model text_encoder", "lora cache", "schedule vae", "sample", "decode", "save"],
+        "notes": [
+            (
+                0,
+                (340, 300),
+                "## LongLive, 1.3B\nHalf a minute with three prompts. LongLive sees its window anew when the prompt changes, so a "
+                "new one takes hold within a second. Its weights are a base and a LoRA, **lora.pt**, which Load LoRA puts "
+                "on top.",
+            ),
+            (
+                1,
+                (720, 300),
+                real_model(
+                    "",
+                    PRESETS["longlive"],
+                    f"- `models/loras`: [{LONGLIVE_LORA.name}]({LONGLIVE_LORA.url})\n\nFor videos of "
+                    "more than half a minute choose the preset `longlive-infinity`.",
+                ),
+            ),
+        ],
+    },
     "quickstart": {
         "api_only": True,
         "nodes": TEXT_TO_VIDEO | output("sample.0", "rolling_kv_quickstart"),
@@ -251,7 +357,8 @@ def layout(description: dict) -> dict:
         bottom = max(bottom, y)
     sizes = description.get("sizes", {})
     nodes = {
-        name: (kind, places[name], values, sizes.get(name)) for name, (kind, values) in description["nodes"].items()
+        name: (kind, places[name], values, sizes.get(name), [file._asdict() for file in itertools.chain(*files)])
+        for name, (kind, values, *files) in description["nodes"].items()
     }
     notes = [((_left(column), bottom), size, text) for column, size, text in description["notes"]]
     return {"nodes": nodes, "notes": notes}
@@ -265,12 +372,13 @@ BUILD = """({ nodes, notes }) => {
   const graph = window.app.graph
   graph.clear()
   const made = {}
-  for (const [name, [type, pos, values, size]] of Object.entries(nodes)) {
+  for (const [name, [type, pos, values, size, models]] of Object.entries(nodes)) {
     const node = LiteGraph.createNode(type)
     if (!node) throw new Error(`no node ${type}`)
     graph.add(node)
     node.pos = [...pos]
     made[name] = node
+    if (models.length) node.properties.models = models
     for (const [input, value] of Object.entries(values)) {
       const widget = node.widgets?.find(w => w.name === input)
       const source = typeof value === 'string' && value.match(/^([a-z_]+)\\.(\\d+)$/)
