@@ -81,18 +81,18 @@ class ManagedModel(ManagedModule):
 
     def model_size(self):
         """With the working cache, so that it is not taken for room that the weights still need."""
-        return super().model_size() + self.workspace.nbytes
+        return super().model_size() + self.workspace.device_nbytes
 
     def loaded_size(self):
         """With the working cache: ComfyUI asks for a part of this before it takes everything."""
-        return super().loaded_size() + self.workspace.nbytes
+        return super().loaded_size() + self.workspace.device_nbytes
 
     def load(self, *args, **kwargs):
         self.workspace.clear()  # there is none before the weights are; `model_size` now is theirs, and noted as such
         return super().load(*args, **kwargs)
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
-        freed = self.workspace.nbytes
+        freed = self.workspace.device_nbytes
         self.workspace.clear()
         mm.soft_empty_cache()
         return freed

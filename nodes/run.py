@@ -87,9 +87,9 @@ def make_room(
     reencoding = 0
     if vae is not None:
         reencoding = vae.model.decode_bytes(height, width, batch) + vae.model.encode_bytes(height, width, batch)
-    held = workspace.host_nbytes + (workspace.nbytes if device.type == "cpu" else 0)
+    held = workspace.host_nbytes + (workspace.device_nbytes if device.type == "cpu" else 0)
     check_fits(transformer, height, width, **session, device=device, held=held, decoding=reencoding)
     needed = estimate(transformer, height, width, **session)
     kept = needed.cache + needed.prompts
     others = [] if vae is None else [vae]
-    bring_to_device(model, max(kept - workspace.nbytes, 0) + needed.device - kept + reencoding, *others)
+    bring_to_device(model, max(kept - workspace.device_nbytes, 0) + needed.device - kept + reencoding, *others)

@@ -21,6 +21,12 @@ class PromptCache:
         self.projected: torch.Tensor | None = None  # [B, L, dim]
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # [B, L, H, D] each
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all but the embeddings, now."""
+        filled = [tensor for pair in self.layers.values() for tensor in pair]
+        return sum(tensor.nbytes for tensor in filled + ([] if self.projected is None else [self.projected]))
+
     def release(self) -> None:
         """Give the memory back now, whoever still refers to this cache; it can be filled again."""
         self.projected = None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from ..cache.joint import JointKVCache
@@ -13,15 +11,7 @@ from ..cache.rolling import RollingKVCache
 from ..cache.sizes import CacheBytes
 from ..devices import to_device
 from .state import CacheState, same_values
-from .workspace import Caches, CacheSpec, Workspace
-
-
-class _Known(NamedTuple):
-    """A prompt's keys and values in one set of weights; the embeddings are on the CPU."""
-
-    embeds: torch.Tensor
-    weights: int
-    prompt: PromptCache
+from .workspace import Caches, CacheSpec, KnownPrompt, Workspace
 
 
 class GuidanceBranches:
@@ -30,15 +20,16 @@ class GuidanceBranches:
     spec: the caches' shape and settings.
     caches: one for each branch of the spec.
     cached: chunks of the session's state whose context pass they have seen.
+    prompts: that passes have seen and may see again.
     opened_with: the switch with which the last chunk was opened.
     """
 
-    def __init__(self, spec: CacheSpec, caches: Caches, cached: int):
+    def __init__(self, spec: CacheSpec, caches: Caches, cached: int, prompts: list[KnownPrompt]):
         self.spec = spec
         self.caches = caches
         self.cached = cached
         self.opened_with = ""
-        self.prompts: list[_Known] = []
+        self.prompts = prompts
 
     @classmethod
     def open(cls, spec: CacheSpec, workspace: Workspace, key: str, capacity: int) -> GuidanceBranches:
@@ -47,7 +38,7 @@ class GuidanceBranches:
         capacity: latent frames to allocate where the window is unlimited.
         Raises ValueError if the caches are to be kept in CPU memory and there is too little for all of them.
         """
-        caches, cached = workspace.take(spec, key)
+        caches, cached, prompts = workspace.take(spec, key)
         if caches is None:
             made = JointKVCache if spec.joint else RollingKVCache
             kept = made.bytes_kept(spec.shape, spec.config, spec.config.limit or capacity)
@@ -55,7 +46,7 @@ class GuidanceBranches:
                 check_room(kept.host * len(spec.branches))
             with torch.inference_mode():
                 caches = {n: made(spec.shape, spec.config, spec.device, capacity) for n in spec.branches}
-        return cls(spec, caches, cached)
+        return cls(spec, caches, cached, prompts)
 
     @property
     def nbytes(self) -> CacheBytes:
@@ -95,7 +86,7 @@ class GuidanceBranches:
             if known.weights == weights and same_values(known.embeds, embeds):
                 return known.prompt
         made = PromptCache(to_device(embeds, self.spec.device))
-        self.prompts.append(_Known(embeds, weights, made))
+        self.prompts.append(KnownPrompt(embeds, weights, made))
         return made
 
     def leave_cancelled_chunk(self, state: CacheState, chunk: int, switch: str) -> None:
@@ -124,10 +115,10 @@ class GuidanceBranches:
         Whatever an exception still refers to holds no memory any more.
         """
         caches, prompts, self.caches, self.prompts = self.caches, self.prompts, {}, []
-        for known in prompts:
-            known.prompt.release()
         if workspace is not None:
-            workspace.leave(self.spec, caches, key, self.cached)
+            workspace.leave(self.spec, caches, key, self.cached, prompts)
         else:
+            for known in prompts:
+                known.prompt.release()
             for cache in caches.values():
                 cache.release()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
+from ..cache.prompt import PromptCache
 from ..cache.rolling import RollingKVCache
 from ..cache.sizes import CacheShape
 from ..checkpoints.model import CausalModel
@@ -17,6 +18,17 @@ BRANCHES = ("cond", "uncond")
 
 Caches = dict[str, RollingKVCache]
 """The rolling cache of each guidance branch, by the branch's name."""
+
+
+class KnownPrompt(NamedTuple):
+    """A prompt's keys and values in one set of weights.
+
+    embeds: on the CPU, [B, L, D]. weights: which of the model's `transformers`.
+    """
+
+    embeds: torch.Tensor
+    weights: int
+    prompt: PromptCache
 
 
 class CacheSpec(NamedTuple):
@@ -57,42 +69,50 @@ class Workspace:
     spec, caches: what the last run left; None where nothing was left.
     key: of the state at which the caches stand.
     cached_chunks: chunks of that state whose context pass they have seen.
+    prompts: that the last passes saw. They hold for every video that such caches fit.
     """
 
     spec: CacheSpec | None = None
     caches: Caches | None = None
     key: str = ""
     cached_chunks: int = 0
+    prompts: list[KnownPrompt] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the compute device."""
+        """Bytes of keys and values on the compute device; those of the prompts not counted."""
         return sum(cache.nbytes.device for cache in (self.caches or {}).values())
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes on the compute device."""
+        return self.nbytes + sum(known.prompt.nbytes for known in self.prompts)
 
     @property
     def host_nbytes(self) -> int:
         """Bytes in CPU memory, of a cache that is offloaded."""
         return sum(cache.nbytes.host for cache in (self.caches or {}).values())
 
-    def take(self, spec: CacheSpec, key: str) -> tuple[Caches | None, int]:
+    def take(self, spec: CacheSpec, key: str) -> tuple[Caches | None, int, list[KnownPrompt]]:
         """Hand the working cache over to a run: nothing is kept here any more.
 
         spec: what the run needs. key: of the state that it continues.
-        Returns the caches and the chunks that they have seen: none, and emptied caches, where they stand at another
-        video; None and 0 where they do not fit.
+        Returns the caches, the chunks that they have seen, and prompts: no chunks, and emptied caches, where they stand at
+        another video; None, 0 and no prompts where they do not fit.
         """
-        caches, cached = (self.caches, self.cached_chunks) if self.spec == spec else (None, 0)
+        fits = self.spec == spec
+        caches, cached, prompts = (self.caches, self.cached_chunks, self.prompts) if fits else (None, 0, [])
         if caches is not None and self.key != key:
             cached = 0
             for cache in caches.values():
                 cache.reset()
         self.clear()
-        return caches, cached
+        return caches, cached, prompts
 
-    def leave(self, spec: CacheSpec, caches: Caches, key: str, cached_chunks: int) -> None:
+    def leave(self, spec: CacheSpec, caches: Caches, key: str, cached_chunks: int, prompts: list[KnownPrompt]) -> None:
         """Keep the working cache of a run that has ended at the state with that key."""
-        self.spec, self.caches, self.key, self.cached_chunks = spec, caches, key, cached_chunks
+        self.spec, self.caches, self.key, self.cached_chunks, self.prompts = spec, caches, key, cached_chunks, prompts
 
     def clear(self) -> None:
         """Let go of the working cache's memory."""
-        self.spec, self.caches, self.key, self.cached_chunks = None, None, "", 0
+        self.spec, self.caches, self.key, self.cached_chunks, self.prompts = None, None, "", 0, []

@@ -28,7 +28,7 @@ async def loaded(request):
             "size": entry.model_memory(),
             "required": entry.model_memory_required(entry.device),
             "weights": mm.module_size(entry.model.model),
-            "cache": entry.model.workspace.nbytes,
+            "cache": entry.model.workspace.device_nbytes,
         }
         for entry in entries
     ])

@@ -173,3 +173,36 @@ def test_progress_counts_the_steps_of_a_first_chunk_that_has_others(model):
     counted = []
     sample(model, 3, sampling=sampling, on_pass=lambda *pair: counted.append(pair))
     assert counted == [(done, 7) for done in range(7)]  # 3 steps, then twice a context pass and a step
+
+
+def projections(model, monkeypatch):
+    """Notes every prompt that goes through the model's text embedder."""
+    seen, embedder = [], model.transformer.condition_embedder.text_embedder
+    monkeypatch.setattr(embedder, "forward", lambda x, forward=embedder.forward: seen.append(x) or forward(x))
+    return seen
+
+
+def test_a_prompt_is_projected_once_for_all_runs_that_share_a_workspace(monkeypatch):
+    model, workspace = small_model(), Workspace()
+    seen = projections(model, monkeypatch)
+    state = sample(model, 2, workspace=workspace)
+    assert len(seen) == 1 and workspace.device_nbytes > workspace.nbytes
+    bytes_of_one = workspace.device_nbytes
+    state = sample(model, 1, state=state, workspace=workspace)
+    sample(model, 1, seed=9, workspace=workspace)  # of another video
+    assert len(seen) == 1
+    sample(model, 1, words=3, state=state, workspace=workspace)  # and of a replay
+    assert len(seen) == 2
+    assert len(workspace.prompts) == 1 and workspace.device_nbytes == bytes_of_one
+    sample(model, 1, cache=replace(WINDOW, window=6), words=3, workspace=workspace)
+    assert len(seen) == 3
+    workspace.clear()
+    assert workspace.device_nbytes == 0
+
+
+def test_a_kept_prompt_changes_no_bit():
+    model, workspace, state, alone = small_model(), Workspace(), None, None
+    for words in (0, 1, 0, 0):
+        state = sample(model, 2, words=words, state=state, workspace=workspace)
+        alone = sample(model, 2, words=words, state=alone)
+        assert state.key == alone.key
