@@ -42,11 +42,14 @@ def add_dtype(parser: argparse.ArgumentParser, default: str = "bfloat16 on CUDA,
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help=f"default: {default}")
 
 
-def add_machine(parser: argparse.ArgumentParser) -> None:
-    """Where to run, and where to write the figures."""
+def add_machine(parser: argparse.ArgumentParser, *, memory: bool = True) -> None:
+    """Where to run, and where to write the figures. memory: whether there are runs that follow it."""
     add_device(parser, "default: %(default)s")
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
-    parser.add_argument("--no-memory", action="store_true", help="without CUDA: leave out the runs that follow memory")
+    if memory:
+        parser.add_argument(
+            "--no-memory", action="store_true", help="without CUDA: leave out the runs that follow memory"
+        )
     parser.add_argument("--json", type=Path, metavar="F", help="write all figures to this file")
 
 

@@ -70,9 +70,10 @@ def run(model, chunks, seeds=SEEDS, videos=(0, 1, 2), state=None, *, given=0, sc
     return session.state
 
 
-def close(a: CacheState, b: CacheState) -> bool:
-    """Equal but for rounding: a processor's matrix product may round otherwise for more rows."""
-    return a.records == b.records and torch.allclose(a.latents(), b.latents(), atol=1e-5, rtol=1e-4)
+def close(a: CacheState, b: CacheState, way=None) -> bool:
+    """Equal but for rounding: a processor's matrix product may round otherwise for more rows, and int8 makes a step of that."""
+    tolerance = 1e-2 if way is WAYS["int8"] else 1e-5
+    return a.records == b.records and torch.allclose(a.latents(), b.latents(), atol=tolerance, rtol=1e-4)
 
 
 @ways
@@ -80,7 +81,7 @@ def test_each_video_is_what_it_is_alone(model, way):
     together = run(model, 6, **way)
     alone = [run(model, 6, (seed,), (video,), **way) for video, seed in enumerate(SEEDS)]
     for video, state in enumerate(alone):
-        assert close(together.video(video), state)
+        assert close(together.video(video), state, way)
     assert not close(*alone[:2])
 
 
@@ -101,7 +102,7 @@ def test_a_video_of_a_batch_goes_on_alone(model, way):
     together = run(model, 3, state=first, **way)
     for video in (0, 2):
         alone = run(model, 3, (SEEDS[video],), (video,), first.video(video), **way)
-        assert close(together.video(video), alone)
+        assert close(together.video(video), alone, way)
 
 
 def test_what_is_computed_for_all_videos_is_computed_as_for_one(model):

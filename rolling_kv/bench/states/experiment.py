@@ -1,0 +1,107 @@
+"""What is measured: one video, made in one run and in several that continue each other's states."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...checkpoints.model import CausalModel
+from ...config import check_whole
+from ...sampling.session import RollingSession
+from ...sampling.state import CacheState
+from ...sampling.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class StateExperiment:
+    """What every way shares.
+
+    name: of the model, for people.
+    model: few-step, without a recomputed context.
+    prompt: embedding [1, L, D].
+    height, width: pixels.
+    chunks: of the video, all from noise of `seed`.
+    runs: in how many a chain makes it.
+    repeats: timed videos of each way.
+
+    Raises ValueError for a video size or a window that the model does not take, for a model that makes chunks together or
+    asks for a VAE, and for more runs than chunks.
+    """
+
+    name: str
+    model: CausalModel
+    prompt: Tensor
+    height: int
+    width: int
+    chunks: int
+    runs: int = 5
+    repeats: int = 3
+    seed: int = 0
+
+    def __post_init__(self):
+        preset = self.model.preset
+        self.model.geometry.latent_size(self.height, self.width)
+        preset.sampling.check_cache(preset.cache)
+        if preset.sampling.guided or preset.sampling.joint or preset.cache.context == "recomputed":
+            raise ValueError(
+                "this compares models that make one chunk after the other, without guidance and without a VAE: choose "
+                "another --preset"
+            )
+        check_whole("the number of runs", self.runs, 2, self.chunks)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.compute_device()
+
+    @property
+    def half(self) -> int:
+        """Chunks of the video at which it forks."""
+        return self.chunks // 2
+
+    def lengths(self, runs: int) -> list[int]:
+        """Chunks of each of so many runs."""
+        return [self.chunks * (number + 1) // runs - self.chunks * number // runs for number in range(runs)]
+
+    def session(
+        self, model: CausalModel, state: CacheState | None = None, workspace: Workspace | None = None
+    ) -> RollingSession:
+        """A run that continues a state."""
+        return RollingSession(
+            model, self.prompt, height=self.height, width=self.width, state=state, workspace=workspace
+        )
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to the same video. takes_over: whether a run takes over the working cache of the one before it."""
+
+    title: str
+    chained: bool = False
+    takes_over: bool = False
+
+    def video(self, experiment: StateExperiment, model: CausalModel) -> Iterator[CacheState]:
+        """The video's state after each chunk; all that a run costs lies between its first chunk and that of the next run."""
+        workspace, state = Workspace() if self.takes_over else None, None
+        for length in experiment.lengths(experiment.runs if self.chained else 1):
+            with experiment.session(model, state, workspace) as session:
+                made = session.generate(length, seed=experiment.seed)
+                for _ in range(length - 1):
+                    next(made)
+                    yield session.state
+                next(made)
+            state = session.state
+            yield state
+
+
+WAYS = (Way("one run"), Way("chain, taken over", True, True), Way("chain, replayed", True))
+"""The first is what the others are compared with."""
+
+
+def beside(model: CausalModel) -> CausalModel:
+    """A model of its own around the same weights: a transformer serves one open session at a time."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
