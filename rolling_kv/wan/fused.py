@@ -130,8 +130,8 @@ def is_plain(module: torch.nn.Module) -> bool:
 
 
 def modulated_norm(x: torch.Tensor, norm, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """LayerNorm without weights of [B, S, dim], then x * (1 + scale) + shift; scale and shift are [B, 1, dim]."""
-    if x.shape[0] == 1:
+    """LayerNorm without weights of [B, S, dim], then x * (1 + scale) + shift; scale and shift are [B or 1, 1, dim]."""
+    if scale.shape[0] == 1:
         return F.layer_norm(x, norm.normalized_shape, 1 + scale[0, 0], shift[0, 0], norm.eps)
     return torch.addcmul(shift, F.layer_norm(x, norm.normalized_shape, eps=norm.eps), 1 + scale)
 

@@ -80,15 +80,14 @@ def condition_forward(embedder, context: PassContext):
             prompt.projected = embedder.text_embedder(encoder_hidden_states)
         assert context.sinusoid is not None
         framewise = context.sinusoid.ndim == 2
-        # One matrix row per frame, as the original computes it: the row count changes the rounding of the product. The videos
-        # of a batch share these rows, so that each is what it is alone.
+        # One matrix row per frame, as the original computes it: the row count changes the rounding of the product. What comes
+        # of them is broadcast over the videos of a batch, each of which so is what it is alone.
         rows = len(context.sinusoid) if framewise else context.running.time_rows
         sinusoid = context.sinusoid if framewise else context.sinusoid.repeat(rows, 1)
         time = embedder.time_embedder(sinusoid).type_as(encoder_hidden_states)
         modulation = embedder.time_proj(embedder.act_fn(time))
         if not framewise:
-            batch = len(timestep)
-            return time[:1].expand(batch, -1), modulation[:1].expand(batch, -1), prompt.projected, None
+            return time[:1], modulation[:1], prompt.projected, None
         assert context.rotation is not None
         tokens, batch = context.rotation.shape[1] // rows, len(timestep) // rows
         # The output norm wants a row for each token; the blocks, see `framewise`, one for each frame.
