@@ -71,7 +71,7 @@ def _what_stays(args: argparse.Namespace, stopped: Interrupted) -> str:
     return (
         f"cancelled: the {stopped.seconds:g} s that are done are in {printable(str(stopped.video))}, and their state in "
         f"{printable(str(stopped.state))}. To go on, run the same command{given} with --state-in "
-        f"{printable(str(stopped.state))} --seconds {round(stopped.left, 4)}"
+        f"{printable(str(stopped.state))} --seconds {round(stopped.left, 4) or 0}"
     )
 
 

@@ -41,7 +41,7 @@ def check_ended(path: str | Path, journal_in: str | Path | None = None) -> bool:
     if os.path.exists(left) and not resumed:  # False for names that are too long
         raise FileExistsError(
             f"{left.with_suffix('.mp4').name} was being made by a run that did not end: what it shows is in "
-            f"{growing_place(path)}, and its state in {left}. Continue from that state, or delete the two files to begin "
+            f"{growing_place(path)}, and its state in {left}. Continue from that state (--state-in), or delete the two files to begin "
             "anew, or choose another name"
         )
     return resumed
@@ -159,16 +159,21 @@ class VideoStream:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        made = self._state.generated > self._generated
+        if made:  # whatever happens from here on
+            self.state_file = self._journal.path
         failed = self._work.close()
-        ending = error or failed
-        self._growing.__exit__(ending and type(ending), ending, trace)
+        try:
+            self._growing.__exit__(kind, error, trace)
+        except OSError as full:
+            failed = failed or full
         self._journal.__exit__()
-        if self._state.generated <= self._generated:
+        if made:
+            self._finish(error or failed)
+        else:
             self._growing.discard()
             if not self._resumed:
                 self._journal.remove()
-        else:
-            self._finish(ending)
         if error is None and failed is not None:
             raise failed
 
@@ -176,16 +181,18 @@ class VideoStream:
         try:
             if self._growing.frames:
                 self._growing.finish()
-            if self._state_out is None and ending is None:
-                self._journal.remove()
-                return
-            place = self._state_out or self.path.with_suffix(f".state{SUFFIX}")
-            self.state_file = save_state(self._state, place, model_name=self._journal.model_name)
+            else:  # the first of them could not be decoded
+                self._growing.discard()
+            place = self._state_out
+            if ending is not None and place is None:
+                place = self.path.with_suffix(f".state{SUFFIX}")
+            if place is not None:
+                save_state(self._state, place, model_name=self._journal.model_name)
             self._journal.remove()
-        except OSError as error:
-            self.state_file = self._journal.path
+            self.state_file = place
+        except OSError as full:
             if ending is None:
-                raise OSError(f"{error}; {self.kept}") from error
+                raise OSError(f"{full}; {self.kept}") from full
 
 
 class _Worker:

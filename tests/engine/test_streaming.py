@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -19,7 +21,7 @@ from rolling_kv.sampling.session import RollingSession
 from rolling_kv.sampling.state_file import load_state, read_state
 from rolling_kv.streaming import VideoStream, journal_place
 from rolling_kv.tiny import make_tiny
-from rolling_kv.vae import to_raw
+from rolling_kv.vae import StreamingDecoder, to_raw
 from rolling_kv.video import read_frames, read_video_info
 
 SIZE = dict(height=32, width=32)
@@ -93,6 +95,27 @@ def test_whatever_ends_a_run_leaves_what_is_finished(error, pipeline, whole, tmp
     assert torch.equal(read_frames(again)[: len(full)], full)
 
 
+@pytest.mark.parametrize("when", ["close", "finish", "save"])
+def test_a_second_ctrl_c_leaves_the_journal_and_says_so(when, pipeline, tmp_path, monkeypatch):
+    def again(*_, **__):
+        raise KeyboardInterrupt
+
+    def end(_):
+        owner, name = {
+            "close": (streaming_module._Worker, "close"),
+            "finish": (streaming_module.GrowingVideo, "finish"),
+            "save": (streaming_module, "save_state"),
+        }[when]
+        monkeypatch.setattr(owner, name, again)
+        again()
+
+    seen_after(monkeypatch, 3, end)
+    with pytest.raises(Interrupted) as stopped:
+        pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=7, seed=3, **SIZE)
+    assert stopped.value.state == journal_place(tmp_path / "a.mp4") and stopped.value.video.exists()
+    assert read_state(stopped.value.state).state.frames == 9
+
+
 def test_nothing_is_left_where_no_chunk_was_made(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(RollingSession, "_tick", lambda *_: (_ for _ in ()).throw(ValueError("no")))
     with pytest.raises(ValueError, match="no"):
@@ -151,6 +174,34 @@ def test_a_run_that_did_not_end_is_not_written_over(pipeline, tmp_path):
     with pytest.raises(FileExistsError, match=r"a run that did not end.*a\.growing\.mp4.*a\.journal"):
         pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=1, **SIZE)
     assert names(tmp_path) == ["a.journal"]
+
+
+def test_beside_the_sampling_frames_are_decoded_in_a_thread_and_a_stream_of_their_own(
+    pipeline, whole, tmp_path, monkeypatch
+):
+    """As on CUDA, with a stand-in for its stream: the frames and their order are the same."""
+    decoding, places = [], []
+
+    @contextmanager
+    def stream(given):
+        decoding.append(given)
+        yield
+        decoding.pop()
+
+    def watched(self, *args, step=StreamingDecoder._step, **options):
+        places.append((threading.current_thread().name, list(decoding)))
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(streaming_module, "_stream_beside", lambda vae: "beside")
+    monkeypatch.setattr(StreamingDecoder, "_step", watched)
+    made = pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=7, seed=3, **SIZE)
+    assert made.read_bytes() == whole.read_bytes()
+    assert set(map(str, places)) == {str(("rolling_kv video", ["beside"]))}
+    monkeypatch.setattr(StreamingDecoder, "_step", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pipeline.generate(PROMPT, tmp_path / "b.mp4", seconds=7, seed=3, **SIZE)
+    assert names(tmp_path) == ["a.mp4", "b.state.safetensors"]  # no frame was decoded, and no chunk is lost
 
 
 def test_an_error_of_the_thread_that_writes_ends_the_run(pipeline, tmp_path, monkeypatch):
