@@ -6,6 +6,7 @@ Where a setting may be left to the model, a choice says so; no number stands for
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 
 from comfy_api.latest import io
 
@@ -24,6 +25,9 @@ THIS_STRENGTH = "this strength"
 FORGOTTEN = "forgotten"
 INTO_SINK = "averaged into the sink"
 INTO_MEMORY = "memory behind the sink"
+ALL = "all"
+FIRST_SECONDS = "the first seconds"
+LAST_SECONDS = "the last seconds"
 BLEND = "blend"
 BLEND_CHUNKS = 4
 SWITCHING = (
@@ -166,6 +170,40 @@ def fps() -> io.DynamicCombo.Input:
     )
 
 
+def take() -> io.DynamicCombo.Input:
+    def seconds(which: str) -> io.Float.Input:
+        return io.Float.Input(
+            "seconds",
+            default=2.0,
+            min=0.05,
+            max=86400.0,
+            step=0.05,
+            round=False,
+            tooltip=f"How much to take {which}. Rounded up to whole latent frames.",
+        )
+
+    return choice(
+        "take",
+        {ALL: [], FIRST_SECONDS: [seconds("from the beginning")], LAST_SECONDS: [seconds("from the end")]},
+        "Which part of a video is encoded. The last seconds end with its very last frame: the right ones to go on from.",
+        optional=True,
+    )
+
+
+def source_fps() -> io.DynamicCombo.Input:
+    rate = io.Float.Input(
+        "rate", default=30.0, min=0.1, max=1000.0, step=0.01, round=False, tooltip="Frames per second."
+    )
+    return choice(
+        "source_fps",
+        {OWN: [], SO_MANY: [rate]},
+        "How many of the images make a second: as many as the model makes (16; Wan 2.2 5B: 24), or this many, of which the "
+        "right ones are taken. A video tells it itself.",
+        optional=True,
+        advanced=True,
+    )
+
+
 def switch_to() -> io.DynamicCombo.Input:
     """How one sampler takes up its prompt."""
     chunks = io.Int.Input(
@@ -256,6 +294,18 @@ def with_guidance(sampling: SamplingConfig, chosen: dict | None) -> SamplingConf
     chosen = chosen or {"guidance": OWN}
     scales = {OWN: sampling.guidance_scale, OFF: 1.0, THIS_STRENGTH: chosen.get("strength")}
     return replace(sampling, guidance_scale=scales[chosen["guidance"]])
+
+
+def take_of(chosen: dict | None) -> tuple[str, float]:
+    """What is taken of a source, and how many seconds of it, as `Clip.of` reads them; all where it was left out."""
+    chosen = chosen or {"take": ALL}
+    takes = {ALL: "all", FIRST_SECONDS: "first", LAST_SECONDS: "last"}
+    return takes[chosen["take"]], chosen.get("seconds", 2.0)
+
+
+def source_fps_of(geometry: Geometry, chosen: dict | None) -> Fraction:
+    """The rate that `source_fps` gives for images that a model of that geometry reads, None where it was left out."""
+    return Fraction((chosen or {}).get("rate", geometry.fps)).limit_denominator(1001)
 
 
 def fps_of(geometry: Geometry, chosen: dict | None) -> float:

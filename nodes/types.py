@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import Input, io
 
 from ..rolling_kv.checkpoints.model import CausalModel
 from ..rolling_kv.config import CacheConfig, ExecutionConfig, SamplingConfig
@@ -86,5 +86,6 @@ EDGES = {
     io.Conditioning.io_type: _is_conditioning,
     io.Latent.io_type: lambda value: isinstance(value, dict) and isinstance(value.get("samples"), torch.Tensor),
     io.Image.io_type: lambda value: isinstance(value, torch.Tensor) and value.ndim == 4 and 0 not in value.shape,
+    io.Video.io_type: lambda value: isinstance(value, Input.Video),
 }
 """Whether a value is what an edge of that type carries: ComfyUI lets literals through."""

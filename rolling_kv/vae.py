@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -152,6 +153,17 @@ class WanVAE(nn.Module):
         The last frames beyond 1 + 4n are left out, as ComfyUI's VAEEncode does.
         """
         return self.encoder().encode(pixels[:, :, : self.geometry.whole_frames(pixels.shape[2])])
+
+    def encode_frames(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Encode a video that comes frame by frame, in constant memory, to the same bits as `encode_video`.
+
+        frames: [B, 3, 1, H, W] in [-1, 1]. Yields raw latents [B, C, 1, h, w] as soon as there are frames for one; the
+        last frames beyond 1 + 4n are left out.
+        """
+        encoder, coming, size = self.encoder(), iter(frames), 1
+        while len(piece := list(islice(coming, size))) == size:
+            yield encoder.encode(torch.cat(piece, dim=2))
+            size = self.geometry.temporal
 
 
 def _behind(module: nn.Module) -> int:

@@ -218,6 +218,22 @@ def test_encode_video_trims_to_whole_latent_frames():
     assert torch.equal(encoded, full_encode(video[:, :, :9]))
 
 
+@pytest.mark.parametrize("count", [1, 4, 5, 12, 13])
+def test_frames_that_come_one_by_one_are_encoded_as_they_come(count):
+    video, read = pixels(count), []
+
+    def frames():
+        for index, frame in enumerate(video.split(1, dim=2)):
+            read.append(index)
+            yield frame
+
+    latents = []
+    for latent in WanVAE(STOCK).encode_frames(frames()):
+        latents.append(latent)
+        assert len(read) == 4 * len(latents) - 3  # no frame is waited for that it does not need
+    assert torch.equal(torch.cat(latents, 2), WanVAE(STOCK).encode_video(video))
+
+
 @pytest.mark.parametrize(
     "counts, message",
     [([4], "1 \\+ 4n frames, got 4: leave out the last 3 or give 1 more"),
