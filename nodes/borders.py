@@ -69,11 +69,13 @@ def start_of(
     height: int,
     width: int,
     batch: int = 1,
+    source: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, Start]:
     """The frames to start from in model space, if there are any, and the start that they or a state make.
 
-    height, width, batch: pixels and number of videos that start from nothing. Raises ValueError for both at once, for latents
-    that are none of the model's, and for a batch beside another.
+    height, width, batch: pixels and number of videos that start from nothing. source: what those are made of, [B, C, F, h,
+    w]: they then have its size. Raises ValueError for both at once, for latents that are none of the model's, and for a
+    batch beside another.
     """
     if initial_latent is not None and state is not None:
         raise ValueError(
@@ -82,16 +84,22 @@ def start_of(
         )
     given = None if initial_latent is None else initial_latents(initial_latent, geometry)
     before = state.chunks[0] if state is not None else given
-    if before is None:
+    if before is None and source is not None:
+        height, width = geometry.pixel_size(*source.shape[-2:])
+    if before is None and (source is None or source.shape[0] == 1):
         return None, Start(batch, 0, height, width)
-    if batch not in (1, before.shape[0]):
+    videos = (source if before is None else before).shape[0]
+    if batch not in (1, videos):
         what, repeat = "state", ""
         if state is None:
-            what, repeat = "initial latent", ", or repeat the latent with Repeat Latent Batch"
+            what = "source" if before is None else "initial latent"
+            repeat = ", or repeat the latent with Repeat Latent Batch"
         raise ValueError(
-            f"batch_size is {batch}, and the {what} holds {before.shape[0]} video{'s' * (before.shape[0] > 1)}: leave batch_size at "
+            f"batch_size is {batch}, and the {what} holds {videos} video{'s' * (videos > 1)}: leave batch_size at "
             f"1 to make as many{repeat}."
         )
+    if before is None:
+        return None, Start(videos, 0, height, width)
     frames = state.frames if state is not None else before.shape[2]
     if state is None and sampling.given_inside(frames):
         frames = 0
@@ -100,19 +108,29 @@ def start_of(
 
 def initial_latents(latent: dict, geometry: Geometry) -> torch.Tensor:
     """Frames to start from, [B, C, F, h, w] in model space. Raises ValueError for latents of another kind, or empty ones."""
+    _check_pictures(latent, geometry, "initial latent", "frames to start from")
+    return to_model(_marked_as_given(latent).float())
+
+
+def source_latents(latent: dict, geometry: Geometry) -> torch.Tensor:
+    """A video to be made anew, [B, C, F, h, w] in model space. Raises ValueError as `initial_latents` does."""
+    _check_pictures(latent, geometry, "source", "a video to be made anew")
+    return to_model(latent["samples"].float())
+
+
+def _check_pictures(latent: dict, geometry: Geometry, name: str, what: str) -> None:
     samples = latent["samples"]
     if not _fits(samples, geometry):
         raise ValueError(
-            f"The initial latent must be a {geometry.name} video latent [batch, {geometry.channels}, frames, height, "
+            f"The {name} must be a {geometry.name} video latent [batch, {geometry.channels}, frames, height, "
             f"width], got {_described(samples)}. Encode the image or video with Encode Video, or VAE Encode, with the "
             f"{geometry.name} VAE."
         )
     if not samples.any():
         raise ValueError(
-            "The initial latent is empty: all of it is zero, which no picture is. Sample Video needs no empty latent: "
-            "leave the input unconnected, or connect frames to start from, encoded with Encode Video."
+            f"The {name} is empty: all of it is zero, which no picture is. Sample Video needs no empty latent: "
+            f"leave the input unconnected, or connect {what}, encoded with Encode Video."
         )
-    return to_model(_marked_as_given(latent).float())
 
 
 def _marked_as_given(latent: dict) -> torch.Tensor:

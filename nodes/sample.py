@@ -15,7 +15,8 @@ from . import borders, inputs, run
 from .guard import guarded
 from .types import CATEGORY, VAE, EncodedSchedule, Model, ModelHandle, Schedule, State
 
-SIZE = "Ignored when a state or an initial latent sets the size."
+SIZE = "Ignored when a state, an initial latent or a source sets the size."
+STRENGTH = 0.6
 
 
 class RollingKVSample(io.ComfyNode):
@@ -29,7 +30,14 @@ class RollingKVSample(io.ComfyNode):
                 "Makes a video chunk by chunk. Chain several to change the prompt on the way: connect the cache state of "
                 "one to the next, which continues exactly where it stopped. Two samplers may continue from one state."
             ),
-            search_aliases=["ksampler", "autoregressive sampler", "extend video", "continue video", "image to video"],
+            search_aliases=[
+                "ksampler",
+                "autoregressive sampler",
+                "extend video",
+                "continue video",
+                "image to video",
+                "video to video",
+            ],  # fmt: skip
             inputs=[
                 Model.Input("model", tooltip="From Load Causal Video Model or Attach Rolling Cache."),
                 io.MultiType.Input(
@@ -49,10 +57,10 @@ class RollingKVSample(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "length_unit",
-                    options=["seconds", "chunks", "schedule"],
+                    options=["seconds", "chunks", "schedule", "source"],
                     tooltip="Seconds at the model's rate (16 frames per second; Wan 2.2 5B: 24), or chunks (3 latent frames, "
                     "1 for frame-wise models, 8 for LongLive 2). Schedule: to the end of the prompt schedule; where it has "
-                    "none, length is the seconds of its last prompt.",
+                    "none, length is the seconds of its last prompt. Source: as many whole chunks as the source has.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -87,6 +95,23 @@ class RollingKVSample(io.ComfyNode):
                     "Realtime), which see a frame that was decoded and encoded again; others do not read it.",
                 ),
                 inputs.batch_size(),
+                io.Latent.Input(
+                    "source",
+                    optional=True,
+                    tooltip="Video to video: each chunk begins as this with noise, instead of as noise alone. Its first frame "
+                    "is that of the first chunk made here. From Encode Video or VAE Encode.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=STRENGTH,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How far from the source it may go: 1 leaves nothing of it, little only touches it up. Only read "
+                    "with a source.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -105,13 +130,19 @@ class RollingKVSample(io.ComfyNode):
     @guarded
     def execute(
         cls, model, positive, length, length_unit, seed, width, height, guidance=None, negative=None,
-        initial_latent=None, state=None, switch=None, vae=None, batch_size=1,
+        initial_latent=None, state=None, switch=None, vae=None, batch_size=1, source=None, strength=STRENGTH,
     ) -> io.NodeOutput:  # fmt: skip
         sampling = inputs.with_guidance(model.sampling, guidance)
-        given, start = borders.start_of(initial_latent, state, model.geometry, sampling, height, width, batch_size)
+        source = None if source is None else borders.source_latents(source, model.geometry)
+        given, start = borders.start_of(
+            initial_latent, state, model.geometry, sampling, height, width, batch_size, source
+        )
         if given is not None:
             sampling.check_given()
-        chunks = _chunks(length, length_unit, positive, sampling, start.frames, model.geometry)
+        if source is not None:
+            sampling.at_strength(strength)
+            source = source.expand(start.batch, -1, -1, -1, -1) if source.shape[0] == 1 else source
+        chunks = _chunks(length, length_unit, positive, source, sampling, start.frames, model.geometry)
         sampling.check_length(chunks, start.frames, model.geometry)
         frames = start.frames + sampling.frames_of(chunks, start.frames)
         size: dict[str, Any] = {"height": start.height, "width": start.width, "batch": start.batch}
@@ -150,10 +181,11 @@ class RollingKVSample(io.ComfyNode):
                 if given is not None:
                     session.prefill(given)
                 seeds = inputs.seeds_of(seed, start.batch)
+                again: dict[str, Any] = {} if source is None else {"source": source, "strength": strength}
                 if plan is None:
-                    made = session.generate(chunks, seed=seeds)
+                    made = session.generate(chunks, seed=seeds, **again)
                 else:
-                    made = generate_scheduled(session, plan, positive.embeds, negative=avoid, seed=seeds)
+                    made = generate_scheduled(session, plan, positive.embeds, negative=avoid, seed=seeds, **again)
                 for _ in made:
                     pass
         if session.step_report is not None:
@@ -196,8 +228,12 @@ def _plan_of(
     return plan
 
 
-def _chunks(length: float, unit: str, positive, sampling: SamplingConfig, start: int, geometry: Geometry) -> int:
-    """Chunks that make a length of video after `start` latent frames. Raises ValueError for a schedule's where none is."""
+def _chunks(
+    length: float, unit: str, positive, source, sampling: SamplingConfig, start: int, geometry: Geometry
+) -> int:
+    """Chunks that make a length of video after `start` latent frames. Raises ValueError for one that follows from what is
+    not there, or that is longer than the source [B, C, F, h, w] of all frames.
+    """
     if unit == "schedule":
         if not isinstance(positive, EncodedSchedule):
             raise ValueError(
@@ -205,7 +241,21 @@ def _chunks(length: float, unit: str, positive, sampling: SamplingConfig, start:
                 "set length_unit to seconds."
             )
         schedule, _, origin = positive
-        return schedule.chunks(sampling, geometry, start_frame=start, origin=origin, last=length)
-    if unit == "seconds":
-        return sampling.chunks_for_seconds(length, start, geometry)
-    return max(round(length), 1)
+        chunks = schedule.chunks(sampling, geometry, start_frame=start, origin=origin, last=length)
+    elif unit == "source":
+        if source is None:
+            raise ValueError(
+                "The length is to be that of the source, and there is none: connect Encode Video to source, or set "
+                "length_unit to seconds."
+            )
+        chunks = max(sampling.chunks_within(source.shape[2], start), 1)
+    elif unit == "seconds":
+        chunks = sampling.chunks_for_seconds(length, start, geometry)
+    else:
+        chunks = max(round(length), 1)
+    if source is not None and (frames := sampling.frames_of(chunks, start)) > source.shape[2]:
+        raise ValueError(
+            f"The source has {source.shape[2]} latent frames ({geometry.seconds(source.shape[2]):g} s), fewer than the "
+            f"{frames} that are to be made: set length_unit to source, or encode a longer video."
+        )
+    return chunks

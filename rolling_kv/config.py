@@ -505,6 +505,11 @@ class SamplingConfig:
         """Latent frames of each of `chunks` chunks from absolute latent frame `start_frame` on."""
         return (self.chunk_size(start_frame) if number == 0 else self.chunk for number in range(chunks))
 
+    def chunks_within(self, frames: int, start_frame: int = 0) -> int:
+        """The most chunks that have at most `frames` latent frames together, from absolute latent frame `start_frame` on."""
+        first = self.chunk_size(start_frame)
+        return 0 if frames < first else 1 + (frames - first) // self.chunk
+
     def frames_of(self, chunks: int, start_frame: int = 0) -> int:
         """Latent frames of `chunks` chunks together, from absolute latent frame `start_frame` on."""
         return self.chunk_size(start_frame) + (chunks - 1) * self.chunk if chunks else 0

@@ -253,3 +253,12 @@ def test_the_frames_of_any_number_of_chunks_are_told_at_once():
         3 * 10**12,
     )
     assert next(iter(config.chunk_sizes(10**12))) == 1
+
+
+@pytest.mark.parametrize("independent", [False, True])
+@pytest.mark.parametrize("start", [0, 1, 4])
+def test_the_chunks_that_a_source_has_room_for_are_the_most(start, independent):
+    config = SamplingConfig(chunk=3, independent_first_frame=independent)
+    for frames in range(20):
+        chunks = config.chunks_within(frames, start)
+        assert config.frames_of(chunks, start) <= frames < config.frames_of(chunks + 1, start)
