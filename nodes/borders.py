@@ -88,7 +88,7 @@ def start_of(
         height, width = geometry.pixel_size(*source.shape[-2:])
     if before is None and (source is None or source.shape[0] == 1):
         return None, Start(batch, 0, height, width)
-    videos = (source if before is None else before).shape[0]
+    videos = source.shape[0] if before is None else before.shape[0]
     if batch not in (1, videos):
         what, repeat = "state", ""
         if state is None:

@@ -88,7 +88,8 @@ class Fitting:
         """
         if pictures.ndim != 4 or not 1 <= pictures.shape[3] <= 4 or 0 in pictures.shape:
             raise ValueError(f"pictures must be [T, H, W, 1 to 4 channels], got {list(pictures.shape)}")
-        kept, filled = self.boxes(*pictures.shape[1:3], pixel_aspect)
+        _, rows, columns, _ = pictures.shape
+        kept, filled = self.boxes(rows, columns, pixel_aspect)
         pixels = pictures[:, kept.top :, kept.left :][:, : kept.height, : kept.width].movedim(3, 1)
         pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
         background = pixels.new_tensor(self.background).view(1, 3, 1, 1)
@@ -138,17 +139,29 @@ def read_colour(text: str) -> tuple[float, float, float]:
 
 
 class Source(Protocol):
-    """Pictures at times, in seconds from the first one on."""
+    """Pictures at times, in seconds from the first one on.
 
-    frames: int
-    height: int
-    width: int
-    pixel_aspect: Fraction
-    fps: Fraction
-    start: Fraction  # of what may be taken
-    last: Fraction  # when the last picture comes
-    end: Fraction  # when it goes
-    has_alpha: bool
+    start, last, end: of what may be taken: where it begins, when its last picture comes, and when that goes.
+    """
+
+    @property
+    def frames(self) -> int: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def pixel_aspect(self) -> Fraction: ...
+    @property
+    def fps(self) -> Fraction: ...
+    @property
+    def start(self) -> Fraction: ...
+    @property
+    def last(self) -> Fraction: ...
+    @property
+    def end(self) -> Fraction: ...
+    @property
+    def has_alpha(self) -> bool: ...
 
     def read(self, start: Fraction) -> Iterator[tuple[Fraction, Tensor]]:
         """Pictures [H, W, C] with their times, rising, from the one that is seen at `start` or an earlier one on."""
@@ -239,7 +252,7 @@ class Clip:
 
     def frames(self) -> Iterator[Tensor]:
         """The frames in order, float32 [1, 3, 1, height, width] in [-1, 1]."""
-        seen = fitted = None
+        seen, fitted = None, torch.empty(0)
         moments = (self.start + Fraction(index, self.fps) for index in range(self.count))
         for picture in on_screen(self.source.read(self.start), moments, _LATE / self.fps):
             if picture is not seen:

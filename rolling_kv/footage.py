@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -192,7 +193,7 @@ def _stamp(item) -> int | None:
 
 def _decoded(container, stream) -> Iterator[av.VideoFrame]:
     """The frames of a stream in the order in which they are seen, without those that are damaged."""
-    decoder = stream.codec_context
+    decoder: Any = stream.codec_context
     tags = {key.lower(): value for key, value in stream.metadata.items()}
     if tags.get("alpha_mode") == "1" and decoder.name in _ALPHA_DECODERS:
         decoder = av.CodecContext.create(_ALPHA_DECODERS[decoder.name], "r")
