@@ -84,22 +84,23 @@ def start_of(
         )
     given = None if initial_latent is None else initial_latents(initial_latent, geometry)
     before = state.chunks[0] if state is not None else given
-    if before is None and source is not None:
-        height, width = geometry.pixel_size(*source.shape[-2:])
-    if before is None and (source is None or source.shape[0] == 1):
+    sizing = source if before is None else before
+    if sizing is None:
         return None, Start(batch, 0, height, width)
-    videos = source.shape[0] if before is None else before.shape[0]
+    videos = sizing.shape[0]
+    if sizing is source and videos == 1:
+        return None, Start(batch, 0, *geometry.pixel_size(*sizing.shape[-2:]))
     if batch not in (1, videos):
         what, repeat = "state", ""
         if state is None:
-            what = "source" if before is None else "initial latent"
+            what = "source" if sizing is source else "initial latent"
             repeat = ", or repeat the latent with Repeat Latent Batch"
         raise ValueError(
             f"batch_size is {batch}, and the {what} holds {videos} video{'s' * (videos > 1)}: leave batch_size at "
             f"1 to make as many{repeat}."
         )
     if before is None:
-        return None, Start(videos, 0, height, width)
+        return None, Start(videos, 0, *geometry.pixel_size(*sizing.shape[-2:]))
     frames = state.frames if state is not None else before.shape[2]
     if state is None and sampling.given_inside(frames):
         frames = 0
