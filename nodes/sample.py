@@ -102,7 +102,7 @@ class RollingKVSample(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "strength",
-                    default=0.6,
+                    default=0.5,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -129,7 +129,7 @@ class RollingKVSample(io.ComfyNode):
     @guarded
     def execute(
         cls, model, positive, length, length_unit, seed, width, height, guidance=None, negative=None,
-        initial_latent=None, state=None, switch=None, vae=None, batch_size=1, source=None, strength=0.6,
+        initial_latent=None, state=None, switch=None, vae=None, batch_size=1, source=None, strength=0.5,
     ) -> io.NodeOutput:  # fmt: skip
         sampling = inputs.with_guidance(model.sampling, guidance)
         source = None if source is None else borders.source_latents(source, model.geometry)

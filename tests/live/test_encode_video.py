@@ -171,7 +171,7 @@ def test_a_video_is_made_anew(client, clip):
     assert (images.position - places).norm(dim=1).mean() < 1.5
     graph["sample"]["inputs"]["strength"] = 1.0
     outputs = client.run(graph)
-    assert (seen(saved_images(client, outputs, "save images")).position - places).norm(dim=1).mean() > 10
+    assert (seen(saved_images(client, outputs, "save images")).position - places).norm(dim=1).mean() > 4
 
 
 def test_a_source_goes_with_a_schedule_and_a_state(client, clip):
