@@ -17,6 +17,7 @@ from .prompt_schedule import RollingKVPromptSchedule
 from .sample import RollingKVSample
 from .save_state import RollingKVSaveState
 from .step_cache import RollingKVStepCache
+from .stream_video import RollingKVStreamVideo
 
 
 class RollingKVExtension(ComfyExtension):
@@ -32,6 +33,7 @@ class RollingKVExtension(ComfyExtension):
             RollingKVStepCache,
             RollingKVBenchmark,
             RollingKVSample,
+            RollingKVStreamVideo,
             RollingKVSaveState,
             RollingKVLoadState,
             RollingKVInspectState,

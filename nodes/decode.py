@@ -32,15 +32,7 @@ class RollingKVDecodeVideo(io.ComfyNode):
                 VAE.Input("vae", tooltip="From Load Streaming VAE."),
                 io.Latent.Input("latent", tooltip="From Sample Video."),
                 inputs.fps(),
-                io.Int.Input(
-                    "enlarge",
-                    default=1,
-                    min=1,
-                    max=16,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Repeat each pixel this many times in both directions. For very small videos.",
-                ),
+                inputs.enlarge(),
             ],
             outputs=[
                 io.Video.Output(

@@ -13,6 +13,7 @@ from comfy_api.latest import io
 from ..rolling_kv.config import ALL_FRAMES, POSITIONS, SWITCHES, CacheConfig, SamplingConfig
 from ..rolling_kv.geometry import WAN_21, WAN_22, Geometry
 from ..rolling_kv.sampling.history import RECOMPUTING
+from .types import Schedule
 
 OWN = "the model's own"
 """The choice that leaves a setting as the model was trained."""
@@ -233,6 +234,51 @@ def batch_size() -> io.Int.Input:
         advanced=True,
         tooltip="Videos side by side, with the seeds seed, seed + 1, and so on: each is what it is alone with its seed. A state or "
         "an initial latent brings its own number: leave this at 1 there.",
+    )
+
+
+def positive() -> io.MultiType.Input:
+    return io.MultiType.Input(
+        "positive",
+        [io.Conditioning, Schedule],
+        tooltip="From Encode Prompt, or CLIP Text Encode with a Wan CLIP (umt5_xxl). For several prompts from "
+        "Prompt Schedule.",
+    )
+
+
+def negative() -> io.Conditioning.Input:
+    return io.Conditioning.Input("negative", optional=True, tooltip="What to avoid. Only read when there is guidance.")
+
+
+def seed() -> io.Int.Input:
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=0xFFFFFFFFFFFFFFFF,
+        control_after_generate=True,
+        tooltip="Same seed, same video; also when it is made in several pieces.",
+    )
+
+
+def initial_latent() -> io.Latent.Input:
+    return io.Latent.Input(
+        "initial_latent",
+        optional=True,
+        tooltip="Frames to start from: an image (image to video) or a video (extension), from Encode Video or "
+        "VAE Encode.",
+    )
+
+
+def enlarge() -> io.Int.Input:
+    return io.Int.Input(
+        "enlarge",
+        default=1,
+        min=1,
+        max=16,
+        optional=True,
+        advanced=True,
+        tooltip="Repeat each pixel this many times in both directions. For very small videos.",
     )
 
 

@@ -5,9 +5,6 @@ from . import inputs, run, state_files
 from .guard import guarded
 from .types import CATEGORY, Model, State
 
-ALL = "all"
-FIRST_SECONDS = "the first seconds"
-
 
 class RollingKVLoadState(io.ComfyNode):
     @classmethod
@@ -38,7 +35,7 @@ class RollingKVLoadState(io.ComfyNode):
                 ),
                 inputs.choice(
                     "take",
-                    {ALL: [], FIRST_SECONDS: [seconds]},
+                    {inputs.ALL: [], inputs.FIRST_SECONDS: [seconds]},
                     "How much of the video to take. With its beginning, what followed is forgotten: go on another way from "
                     "there.",
                     optional=True,
@@ -75,7 +72,7 @@ class RollingKVLoadState(io.ComfyNode):
         else:
             state = load_state(path, model.engine, identity=model.patcher.identity_with(model.loras))
         whole = state.seconds
-        if take and take["take"] == FIRST_SECONDS:
+        if take and take["take"] == inputs.FIRST_SECONDS:
             state = state.first(seconds=take.get("seconds", whole))
         run.say(f"{state.seconds:g} s of {whole:g} s, {state.size[1]}x{state.size[0]}", cls.hidden.unique_id)
         return io.NodeOutput(state)

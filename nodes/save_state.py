@@ -37,7 +37,7 @@ class RollingKVSaveState(io.ComfyNode):
     @classmethod
     @guarded
     def execute(cls, state, filename_prefix) -> io.NodeOutput:
-        path, name = state_files.place_for(filename_prefix, state)
+        path, name = state_files.place_for(filename_prefix, *state.size)
         save_state(state, path)
         told = f"{state.seconds:g} s kept as {name} in the output folder"
         run.say(told, cls.hidden.unique_id)

@@ -11,7 +11,6 @@ from comfy_api.latest import io, ui
 
 from ..rolling_kv.messages import shown
 from ..rolling_kv.sampling import journal
-from ..rolling_kv.sampling.state import CacheState
 from ..rolling_kv.sampling.state_file import SUFFIX, is_state_file
 from .model_files import inside, listing
 
@@ -63,14 +62,14 @@ def missing(name: object) -> str:
     return f"{said} Put the file into {places}, or make one with Save State, then press R to refresh."
 
 
-def place_for(prefix: str, state: CacheState, suffix: str = SUFFIX) -> tuple[Path, str]:
+def place_for(prefix: str, height: int, width: int, suffix: str = SUFFIX) -> tuple[Path, str]:
     """A new file in the output folder, and its name below that, with forward slashes.
 
-    prefix: of its name, with folders, as ComfyUI's nodes that save have it. Raises ValueError for one that leads out of
-    the folder.
+    prefix: of its name, with folders, as ComfyUI's nodes that save have it. height, width: pixels, which it may ask for.
+
+    Raises ValueError for a prefix that leads out of the folder.
     """
     root = folder_paths.get_output_directory()
-    height, width = state.size
     below = inside(prefix)
     if below is None or not below.name or not folder_paths.is_within_directory(root, str(Path(root, below.parent))):
         raise ValueError(

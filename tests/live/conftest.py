@@ -94,9 +94,14 @@ def any_client(request, watch_log):
 
 
 @pytest.fixture(params=["default", "classic", "lru", "cacheless"])
-def every_client(request, watch_log):
-    """A client of a server with each way that ComfyUI has to keep what nodes put out."""
-    return watch_log(request.getfixturevalue(f"{request.param}_server")).client
+def every_server(request, watch_log):
+    """A server with each way that ComfyUI has to keep what nodes put out."""
+    return watch_log(request.getfixturevalue(f"{request.param}_server"))
+
+
+@pytest.fixture
+def every_client(every_server):
+    return every_server.client
 
 
 @pytest.fixture(scope="session")

@@ -81,6 +81,21 @@ def test_the_table_is_still_there_after_a_look_at_another_tab(frontend):
     assert rows.count() == count > 12
 
 
+def with_numbers(graph: dict, path):
+    """Write an API prompt to a file, its nodes numbered as the page has them; returns the path."""
+    numbers = {name: str(number) for number, name in enumerate(graph, 1)}
+
+    def numbered(value):
+        return [numbers[value[0]], value[1]] if isinstance(value, list) else value
+
+    made = {
+        numbers[name]: {**part, "inputs": {given: numbered(value) for given, value in part["inputs"].items()}}
+        for name, part in graph.items()
+    }
+    path.write_text(json.dumps(made), encoding="utf-8")
+    return path
+
+
 def test_a_state_is_shown_as_a_table_above_its_last_frames(frontend, tmp_path):
     graph = one_sampler(2) | {
         "blue": prompt("a blue | or green circle"),
@@ -88,23 +103,38 @@ def test_a_state_is_shown_as_a_table_above_its_last_frames(frontend, tmp_path):
     }
     graph["look"] = node("RollingKVInspectState", state=["second", 1], model=["model", 0], vae=["vae", 0])
     graph["put away"] = node("RollingKVSaveState", state=["second", 1], filename_prefix="states/shown")
-    numbers = {name: str(number) for number, name in enumerate(graph, 1)}
-    text = json.dumps(graph)
-    for name, number in numbers.items():
-        text = text.replace(f'"{name}": {{"class_type"', f'"{number}": {{"class_type"').replace(
-            f'["{name}", ', f'["{number}", '
-        )
-    path = tmp_path / "state.json"
-    path.write_text(text, encoding="utf-8")
-    nodes = frontend.open_workflow(path)
+    nodes = frontend.open_workflow(with_numbers(graph, tmp_path / "state.json"))
     assert len(nodes) == len(graph) and all(made["known"] for made in nodes)
     frontend.press_run(seconds=300)
-    page = frontend.page
+    page, look = frontend.page, list(graph).index("look") + 1
     page.wait_for_selector("table tr", state="attached")
-    frontend.screenshot(tmp_path / "state.png")
     assert page.locator("table tr").count() == 3
     assert page.locator("table tr").last.locator("td").last.inner_text() == "a blue | or green circle"
     assert "rules: chunks of 3" in page.locator("p", has_text="rules:").inner_text()
     shown = "id => window.app.graph.getNodeById(id)?.imgs?.length ?? document.querySelectorAll(`[data-node-id='${id}'] img`).length"
-    page.wait_for_function(f"id => ({shown})(id) > 0", arg=int(numbers["look"]))
+    page.evaluate("id => window.app.canvas.centerOnNode(window.app.graph.getNodeById(id))", look)
+    page.wait_for_function(f"id => ({shown})(id) > 0", arg=look)
+    frontend.screenshot(tmp_path / "state.png")
     assert frontend.errors_from("RollingKV", "rolling-kv", "rolling_kv") == []
+
+
+DROP_FILE = """async ([name, numbers]) => {
+  await window.app.handleFile(new File([new Uint8Array(numbers)], name, { type: 'video/mp4' }))
+}"""
+
+
+def test_a_streamed_video_dropped_on_the_canvas_opens_its_graph(frontend, tmp_path):
+    graph = one_sampler(1) | {"sample": node(
+        "RollingKVStreamVideo", model=["model", 0], positive=["positive", 0], vae=["vae", 0], seconds=0.5, seed=1, width=64,
+        height=64, filename_prefix="dropped/video",
+    )}  # fmt: skip
+    del graph["save"]
+    frontend.open_workflow(with_numbers(graph, tmp_path / "stream.json"))
+    outputs = frontend.press_run(seconds=300)
+    data = frontend.client.view(first_file(outputs, ".mp4"))
+    frontend.page.evaluate("() => window.app.graph.clear()")
+    frontend.page.evaluate(DROP_FILE, ["video.mp4", list(data)])
+    frontend.page.wait_for_function("count => window.app.graph.nodes.length == count", arg=len(graph))
+    types = frontend.page.evaluate("() => window.app.graph.nodes.map(node => node.type)")
+    assert sorted(types) == sorted(made["class_type"] for made in graph.values())
+    frontend.screenshot(tmp_path / "dropped.png")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import start
 from graphs import chosen, loaders, node, one_sampler, prompt, sample, save_latent, saved_images, saved_latent
 from hostile_states import malformed, random_state
 from test_load_lora import load_model, write_lora
@@ -19,26 +18,6 @@ from tools.comfyui.client import PromptFailed, PromptRejected
 
 RED, BLUE, SQUARE = "a red circle moving right", "a blue circle moving left", "a green square moving up"
 STATES = ("input", "output")
-
-
-@pytest.fixture(scope="module")
-def classic_server(install):
-    with start(install, "--cache-classic") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def lru_server(install):
-    with start(install, "--cache-lru", "3") as server:
-        yield server
-
-
-SERVERS = {name: f"{name}_server" for name in ("default", "classic", "lru", "cacheless")}
-
-
-@pytest.fixture(params=SERVERS.values(), ids=SERVERS)
-def any_server(request, watch_log):
-    return watch_log(request.getfixturevalue(request.param))
 
 
 def save_state(source: str, prefix: str = "states/rolling_kv") -> dict:
@@ -77,8 +56,8 @@ def schedule(text: str) -> dict:
     return node("RollingKVPromptSchedule", text_encoder=["text_encoder", 0], text=text, count_from="video")
 
 
-def test_three_continuations_of_one_state_in_one_prompt_each_equal_a_straight_run(any_server):
-    client, words = any_server.client, {"same": RED, "blue": BLUE, "square": SQUARE}
+def test_three_continuations_of_one_state_in_one_prompt_each_equal_a_straight_run(every_server):
+    client, words = every_server.client, {"same": RED, "blue": BLUE, "square": SQUARE}
     fork = one_sampler(2)
     for name, text in words.items():
         fork |= {f"{name} prompt": prompt(text), name: sample(2, positive=f"{name} prompt", state=["sample", 1])}
@@ -91,8 +70,8 @@ def test_three_continuations_of_one_state_in_one_prompt_each_equal_a_straight_ru
         assert torch.equal(saved_latent(client, outputs, f"save {name}"), whole), name
 
 
-def test_after_an_edit_of_the_last_prompt_of_a_chain_only_what_is_behind_it_runs(any_server):
-    client, graph, before = any_server.client, one_sampler(1), "sample"
+def test_after_an_edit_of_the_last_prompt_of_a_chain_only_what_is_behind_it_runs(every_server):
+    client, graph, before = every_server.client, one_sampler(1), "sample"
     for number, text in enumerate([BLUE, SQUARE, RED]):
         graph |= {f"prompt {number}": prompt(text), f"sampler {number}": sample(1, 2, f"prompt {number}")}
         graph[f"sampler {number}"]["inputs"]["state"] = [before, 1]
@@ -103,18 +82,18 @@ def test_after_an_edit_of_the_last_prompt_of_a_chain_only_what_is_behind_it_runs
     ran = set()
     client.run(graph, lambda node_id, step, steps: ran.add(node_id))
     assert ran >= {"prompt 2", "sampler 2", "put away"}
-    if "--cache-none" not in any_server.options:
+    if "--cache-none" not in every_server.options:
         kept = {"sample", "sampler 0", "sampler 1"}
-        assert not ran & (kept if "--cache-lru" not in any_server.options else {"sampler 1"}), ran
+        assert not ran & (kept if "--cache-lru" not in every_server.options else {"sampler 1"}), ran
 
 
 # Put away and brought back
 
 
-def test_a_video_is_put_away_and_goes_on(any_server):
-    client = any_server.client
-    path = put_away(any_server, 2)
-    assert path.parent == any_server.folder / "output/states" and path.name.startswith("rolling_kv_0")
+def test_a_video_is_put_away_and_goes_on(every_server):
+    client = every_server.client
+    path = put_away(every_server, 2)
+    assert path.parent == every_server.folder / "output/states" and path.name.startswith("rolling_kv_0")
     client.free()
     continued = run_latent(client, going_on(f"states/{path.name} [output]", 2))
     assert torch.equal(continued, run_latent(client, one_sampler(4)))

@@ -1,0 +1,135 @@
+"""What the nodes that sample share: from their inputs to an open session, and to a state whose prompts have their texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..rolling_kv.config import SamplingConfig
+from ..rolling_kv.sampling.checks import long_sink_note
+from ..rolling_kv.sampling.recomputed import check_vae, needs_vae
+from ..rolling_kv.sampling.scheduled import check_plan, cues, generate_scheduled, switches_of
+from ..rolling_kv.sampling.session import RollingSession
+from ..rolling_kv.sampling.state import CacheState
+from ..rolling_kv.schedules.schedule import Plan
+from . import borders, inputs, run
+from .patchers import ManagedModule
+from .types import EncodedSchedule, ModelHandle
+
+Length = Callable[[SamplingConfig, int, torch.Tensor | None], int]
+"""How many chunks are made: of the sampling settings, the latent frames before them, and the source [B, C, F, h, w]."""
+
+
+class Job:
+    """One run of a node, with its inputs checked: what its chunks are made with.
+
+    length: see `Length`. The other parameters are the nodes' inputs.
+
+    start: where the run starts. chunks: how many it makes. frames: latent frames of the whole video then.
+    notes: what people are to know of it, as lines.
+
+    Raises ValueError for inputs that do not go together.
+    """
+
+    def __init__(
+        self, model: ModelHandle, positive, length: Length, seed: int, width: int, height: int, *, guidance=None,
+        negative=None, initial_latent=None, state: CacheState | None = None, switch=None, vae=None, batch_size: int = 1,
+        source=None, strength: float = 1.0,
+    ):  # fmt: skip
+        self.model, self.state = model, state
+        self.sampling = sampling = inputs.with_guidance(model.sampling, guidance)
+        source = None if source is None else borders.source_latents(source, model.geometry)
+        self._given, self.start = borders.start_of(
+            initial_latent, state, model.geometry, sampling, height, width, batch_size, source
+        )
+        self._settings: dict[str, Any] = {"seed": inputs.seeds_of(seed, self.start.batch)}
+        if self._given is not None:
+            sampling.check_given()
+        if source is not None:
+            sampling.at_strength(strength)
+            source = source.expand(self.start.batch, -1, -1, -1, -1) if source.shape[0] == 1 else source
+            self._settings |= {"source": source, "strength": strength}
+        self.chunks = length(sampling, self.start.frames, source)
+        sampling.check_length(self.chunks, self.start.frames, model.geometry)
+        self.frames = self.start.frames + sampling.frames_of(self.chunks, self.start.frames)
+        self._switch, self._blend = inputs.switch_to_of(switch)
+        self._plan, self._after, marker = None, None, model.engine.preset.cut_marker
+        if isinstance(positive, EncodedSchedule):
+            self._plan, self._embeds = self._plan_of(positive), positive.embeds
+            self._prompt = next(cues(self._plan, self._embeds, model.cache, marker)).prompt
+            ways, texts = switches_of(self._plan, model.cache, marker), positive.texts()
+        else:
+            self._prompt = borders.embedding(positive, "positive")
+            self._after = borders.after_cut(positive, model.engine.preset)
+            if self._after is not None and self._switch is None and self._blend == 1:
+                self._switch = "cut"
+            way = self._switch or model.cache.switch
+            sampling.check_cache(model.cache.with_rules(switch=way))
+            ways, texts = {way} if state is not None else set(), borders.texts_in(positive)
+        self._texts = [*texts, *borders.texts_in(negative)]
+        self._switches = ways.union(record.switch for record in state.records) if state is not None else ways
+        self._vae = self._needed_vae(vae)
+        self._negative = borders.embedding(negative, "negative") if negative is not None and sampling.guided else None
+        self.notes = [] if self._plan is None else [str(self._plan.snapped()), *self._plan.notes]
+        if note := long_sink_note(sampling, model.cache, self.frames):
+            self.notes.append(note)
+
+    def make_room(self, decoder: ManagedModule | None = None) -> None:
+        """Bring to the device what the run needs. decoder: the VAE that decodes its chunks while it goes on."""
+        start = self.start
+        run.make_room(
+            self.model, self.sampling, height=start.height, width=start.width, batch=start.batch, frames=self.frames,
+            joint_switch="joint" in self._switches, vae=self._vae, decoder=decoder,
+        )  # fmt: skip
+
+    @contextmanager
+    def session(self, on_pass: Callable[[int, int], None]) -> Iterator[RollingSession]:
+        """An open session that stands where the run starts."""
+        model, start = self.model, self.start
+        session = RollingSession(
+            model.engine, self._prompt, height=start.height, width=start.width, batch=start.batch, negative=self._negative,
+            sampling=self.sampling, cache=model.cache, execution=model.execution, step_cache=model.step_cache,
+            state=self.state, workspace=model.patcher.workspace, switch=self._switch, after=self._after,
+            vae=self._vae and self._vae.model, on_pass=on_pass,
+        )  # fmt: skip
+        if self._blend > 1:
+            session.set_prompt(self._prompt, self._negative, after=self._after, blend=self._blend)
+        with session:
+            if self._given is not None:
+                session.prefill(self._given)
+            yield session
+
+    def states(self, session: RollingSession) -> Iterator[CacheState]:
+        """Make the chunks in an open session: yields its state after each."""
+        if self._plan is None:
+            made = session.generate(self.chunks, **self._settings)
+        else:
+            made = generate_scheduled(session, self._plan, self._embeds, negative=self._negative, **self._settings)
+        for _ in made:
+            session.state = session.state.named(self._texts)
+            yield session.state
+
+    def _plan_of(self, prompts: EncodedSchedule) -> Plan:
+        """What of a schedule falls on the chunks. Raises ValueError for a switch beside it, or one that cannot be done."""
+        if self._switch is not None:
+            raise ValueError(
+                "The prompt schedule says how each of its prompts begins: write it there in brackets, and leave switch at "
+                f"{inputs.OWN}."
+            )
+        (schedule, _, origin), model = prompts, self.model
+        where = {"chunks": self.chunks, "start_frame": self.start.frames, "origin": origin}
+        plan = schedule.plan(self.sampling, model.geometry, **where)
+        check_plan(plan, self.sampling, model.cache, model.engine.preset.cut_marker)
+        return plan
+
+    def _needed_vae(self, vae) -> ManagedModule | None:
+        """The VAE, if these chunks need one for their context. Raises ValueError where it is missing or that of other latents."""
+        run_on = (self.model.cache, self.sampling, self.state or CacheState(), self.chunks)
+        check_vae(*run_on, vae)
+        if not needs_vae(*run_on):
+            return None
+        borders.check_vae(vae.model.geometry, self.model.geometry)
+        return vae
