@@ -19,10 +19,12 @@ from .bench.cli import add_command as add_bench
 from .bench.figures import BenchError
 from .bundled import BUNDLED, BUNDLED_SIZE, check_model, default_size
 from .config import WEIGHT_STORAGES
+from .fitting import FITS, Fitting, read_colour
+from .footage import Footage
 from .geometry import GEOMETRIES, WAN_21, WAN_22
 from .inspection import inspect_checkpoint
 from .messages import printable
-from .pipeline import LAST_PROMPT_SECONDS, Interrupted, Pipeline, plan_prompts
+from .pipeline import LAST_PROMPT_SECONDS, Interrupted, Pipeline, clip_of, plan_prompts, seconds_anew, start_of
 from .presets import PRESETS
 from .sampling.state_file import check_state_path, is_state_file, read_state
 from .sampling.summary import summarize
@@ -68,6 +70,7 @@ def _sentence(error: Exception) -> str:
 def _what_stays(args: argparse.Namespace, stopped: Interrupted) -> str:
     """Where the finished part of an interrupted run is, and how to go on from there."""
     given = "" if args.image is None else ", without --image"
+    given = ", without --video" if args.video is not None and args.strength is None else given
     return (
         f"cancelled: the {stopped.seconds:g} s that are done are in {printable(str(stopped.video))}, and their state in "
         f"{printable(str(stopped.state))}. To go on, run the same command{given} with --state-in "
@@ -139,6 +142,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--output", required=True, type=Path, metavar="F", help="file to write, ending in .mp4")
     generate.add_argument("--image", type=Path, metavar="F", help="a picture that the video starts with")
+    generate.add_argument(
+        "--video",
+        type=Path,
+        metavar="F",
+        help="a video that is extended: --output holds it and what follows; with --strength one that is made anew",
+    )
+    generate.add_argument(
+        "--strength", type=float, help="make --video anew with the prompt: how far from it, from 0 to 1; 0.5 is usual"
+    )
+    generate.add_argument(
+        "--last-seconds", type=float, metavar="S", help="take so much of --video from its end (default: all)"
+    )
+    generate.add_argument(
+        "--fit", choices=FITS, default="crop", help="how --image or --video of another shape come to the size"
+    )
+    generate.add_argument(
+        "--background", default="#000000", metavar="COLOUR", help="what transparent parts and the bars of pad show"
+    )
     generate.add_argument(
         "--state-in",
         type=Path,
@@ -229,6 +250,9 @@ def _generate(args: argparse.Namespace) -> None:
     size = None if args.state_in is None else _size_of_state(args)
     if args.state_out is not None:
         check_state_path(args.state_out)
+    background = read_colour(args.background)
+    for file in filter(None, (args.image, args.video)):
+        Footage.open(file)  # raises for what is no picture, before anything is loaded
     execution = options.execution_of(args)
     execution.check(args.device, weight_storage=args.weight_storage)
     if rules := options.rules_of(args):  # what does not go together is told before anything is loaded
@@ -256,11 +280,16 @@ def _generate(args: argparse.Namespace) -> None:
     sampling = preset.sampling
     if args.guidance is not None:
         sampling = replace(sampling, guidance_scale=args.guidance)
+    geometry, seconds = pipeline.model.geometry, args.seconds
+    clip = clip_of(args.image, args.video, Fitting(height, width, args.fit, background), geometry, args.last_seconds)
+    if clip is not None:
+        print(clip)
+    start = 0 if args.state_in is None else read_state(args.state_in).state.frames
+    start = start_of(clip if args.strength is None else None, start, sampling, geometry)
+    if args.strength is not None and clip is not None:
+        seconds = seconds_anew(clip, seconds, start, sampling, geometry)
     if schedule is not None:
-        start = 0 if args.image is None or sampling.given_inside(1) else 1
-        if args.state_in is not None:
-            start = read_state(args.state_in).state.frames
-        plan = plan_prompts(args.prompt, schedule, sampling, pipeline.model.geometry, args.seconds, start)
+        plan = plan_prompts(args.prompt, schedule, sampling, geometry, seconds, start)
         print(*plan.notes, plan.snapped(), sep="\n")
     with _asking_first() as heed, tqdm(total=1, unit="pass", desc="sampling") as bar:
 
@@ -279,6 +308,11 @@ def _generate(args: argparse.Namespace) -> None:
             seed=args.seed,
             negative_prompt=args.negative_prompt,
             image=args.image,
+            video=args.video,
+            strength=args.strength,
+            last_seconds=args.last_seconds,
+            fit=args.fit,
+            background=args.background,
             sampling=sampling,
             cache=cache,
             scale=args.scale,
@@ -296,8 +330,9 @@ def _generate(args: argparse.Namespace) -> None:
 def _size_of_state(args: argparse.Namespace) -> tuple[int, int]:
     """Height and width of the video that is to be continued. Raises ValueError for what contradicts its state."""
     size = read_state(args.state_in).state.size
-    if args.image is not None:
-        raise ValueError("a video that is continued has its beginning already: leave --image out")
+    if args.image is not None or args.video is not None and args.strength is None:
+        name = "--video" if args.image is None else "--image"
+        raise ValueError(f"a video that is continued has its beginning already: leave {name} out")
     for name, given, own in zip(("height", "width"), (args.height, args.width), size):
         if given not in (None, own):
             raise ValueError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +15,8 @@ from .bundled import check_model
 from .checkpoints.model import CausalModel, load_model
 from .config import CacheConfig, ExecutionConfig, SamplingConfig
 from .devices import usable_device
+from .fitting import Clip, Fitting, read_colour
+from .footage import Footage
 from .geometry import Geometry
 from .lora.reader import load_lora
 from .lora.stack import LoraStack
@@ -28,7 +32,6 @@ from .schedules.schedule import Plan, PromptSchedule
 from .streaming import ENDLESS_SECONDS, VideoStream
 from .text import TextEncoder, load_text_encoder
 from .vae import WanVAE, load_vae, to_model
-from .video import read_picture
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +108,11 @@ class Pipeline:
         seed: int = 0,
         negative_prompt: str = "",
         image: str | Path | None = None,
+        video: str | Path | None = None,
+        strength: float | None = None,
+        last_seconds: float | None = None,
+        fit: str = "crop",
+        background: str = "#000000",
         sampling: SamplingConfig | None = None,
         cache: CacheConfig | None = None,
         scale: int = 1,
@@ -121,10 +129,15 @@ class Pipeline:
         video, and as a state from which to continue: in `state_out`, or beside the video.
 
         prompt: what the video shows; with a schedule None, or what it shows before the schedule's first prompt.
-        seconds: None: what the schedule says, or else 5 for its last prompt. 0: until Ctrl-C.
+        seconds: None: what the schedule says, or else 5 for its last prompt; with a strength, as long as the video that is
+            made anew. 0: until Ctrl-C.
         schedule: prompts and when they begin, or text that `read_schedule` reads.
         height, width: pixels, multiples of 16 (for Wan 2.2 5B: 32). scale: enlarge each pixel so many times.
-        image: a picture that the video starts with, scaled and cropped to that size.
+        image: a picture that the video starts with.
+        video: a video that it starts with, or its `last_seconds`; it is read and written in constant memory.
+        strength: make that video anew instead: from 0 to 1, how far from it. With `state_in` it lies along the whole video, so
+            that a run that was cancelled goes on where it was.
+        fit, background: how image or video come to that size, see `fitting.Fitting` and `read_colour`.
         sampling, cache: by default the model's preset. execution, on_pass: see `RollingSession`.
         state_in: file or journal of a state to continue (see `sampling.state_file`), by `seconds` more. The video is all
             of it, from its beginning on; with `new_only` what is made now.
@@ -135,12 +148,20 @@ class Pipeline:
         """
         sampling = sampling or self.model.preset.sampling
         cache = cache or self.model.preset.cache
-        if image is not None:
+        fitting = Fitting(height, width, fit, read_colour(background))
+        clip = clip_of(image, video, fitting, self.model.geometry, last_seconds)
+        again = None if strength is None else sampling.at_strength(strength)
+        if again is not None and video is None:
+            raise ValueError("a strength says how far from a video another goes, and there is no video: give one")
+        given = clip if again is None else None
+        if given is not None:
             sampling.check_given()
         if state_out is not None:
             check_state_path(state_out)
-        state = self._continued(state_in, image, (height, width))
-        start = state.frames if image is None or sampling.given_inside(1) else 1
+        state = self._continued(state_in, given, (height, width))
+        start = start_of(given, state.frames, sampling, self.model.geometry)
+        if again is not None:
+            seconds = seconds_anew(clip, seconds, start, sampling, self.model.geometry)
         endless = seconds == 0
         if new_only and state_in is None:
             raise ValueError(
@@ -167,7 +188,6 @@ class Pipeline:
             scale=scale,
             metadata=metadata,
         )
-        picture = None if image is None else read_picture(image, height, width)
         frames = start + sampling.frames_of(plan.chunks, start)
         sampling.check_length(plan.chunks, start, self.model.geometry)
         if endless and cache.unlimited:
@@ -184,7 +204,8 @@ class Pipeline:
             device=self.model.compute_device(),
             frames=frames,
             dtype=self.model.dtype,
-            decoding=streams * self.vae.decode_bytes(height, width),
+            decoding=streams * self.vae.decode_bytes(height, width)
+            + (0 if clip is None else self.vae.encode_bytes(height, width)),
             weight_sets=len(self.model.transformers),
             joint_switch="joint" in switches_of(plan, cache, marker),
         )
@@ -211,10 +232,17 @@ class Pipeline:
         )
         try:
             with stream, session:
-                if picture is not None:
-                    with torch.inference_mode():
-                        session.prefill(to_model(self.vae.encode_video(picture)))
-                for _ in generate_scheduled(session, plan, embeds, negative=negative, seed=seed):
+                if given is not None:
+                    latents = self._latents_of(given)
+                    for size in sampling.prefill_sizes(self.model.geometry.latent_frames(given.count)):
+                        session.prefill(torch.cat(list(islice(latents, size)), dim=2))
+                        session.state = (
+                            stream.add(session.state.named(known)) if session.state.chunks else session.state
+                        )
+                source: dict[str, Any] = {}
+                if again is not None and clip is not None:
+                    source = {"source": islice(self._latents_of(clip), start, None), "strength": strength}
+                for _ in generate_scheduled(session, plan, embeds, negative=negative, seed=seed, **source):
                     session.state = stream.add(session.state.named(known))
         except KeyboardInterrupt as error:
             if stream.state_file is None:
@@ -228,16 +256,68 @@ class Pipeline:
             raise
         return stream.video
 
-    def _continued(self, state_in: str | Path | None, image, size: tuple[int, int]) -> CacheState:
+    @torch.inference_mode()
+    def _latents_of(self, clip: Clip) -> Iterator[torch.Tensor]:
+        """The latent frames [1, C, 1, h, w] of a clip in model space, each as soon as its pictures are read."""
+        for latent in self.vae.encode_frames(clip.frames()):
+            yield to_model(latent)
+
+    def _continued(self, state_in: str | Path | None, given: Clip | None, size: tuple[int, int]) -> CacheState:
         """The state that a run continues."""
         if state_in is None:
             return CacheState(model=self.model.identity)
-        if image is not None:
-            raise ValueError("a video that is continued has its beginning already: leave the image out")
+        if given is not None:
+            raise ValueError(
+                "a video that is continued has its beginning already: leave the image, or the video without a strength, out"
+            )
         state = load_state(state_in, self.model, size)
         if state.chunks[0].shape[0] != 1:
             raise ValueError(f"{state_in} holds {state.chunks[0].shape[0]} videos; one at a time can be continued here")
         return state
+
+
+def clip_of(
+    image: str | Path | None,
+    video: str | Path | None,
+    fitting: Fitting,
+    geometry: Geometry,
+    last_seconds: float | None = None,
+) -> Clip | None:
+    """What is taken of a picture or a video; see `Pipeline.generate`. Raises ValueError for both, and for no such file."""
+    if image is not None and video is not None:
+        raise ValueError("a video starts with a picture or with another video: give one of them")
+    if last_seconds is not None and video is None:
+        raise ValueError("there is no video of which the last seconds could be taken: give one")
+    if image is not None:
+        return Clip.of(Footage.open(image), fitting, geometry, "first", 1 / geometry.fps)
+    if video is None:
+        return None
+    taken = ("all", 0.0) if last_seconds is None else ("last", last_seconds)
+    return Clip.of(Footage.open(video), fitting, geometry, *taken)
+
+
+def start_of(given: Clip | None, frames: int, sampling: SamplingConfig, geometry: Geometry) -> int:
+    """Latent frames before the first chunk that is made. given: what it starts with. frames: of the state it continues."""
+    before = 0 if given is None else geometry.latent_frames(given.count)
+    return frames if not before or sampling.given_inside(before) else before
+
+
+def seconds_anew(
+    clip: Clip | None, seconds: float | None, start: int, sampling: SamplingConfig, geometry: Geometry
+) -> float:
+    """How much of a video is made anew, from a latent frame on. Raises ValueError where it is shorter than `seconds`."""
+    frames = 0 if clip is None else geometry.latent_frames(clip.count)
+    chunks = sampling.chunks_within(max(frames - start, 0), start)
+    if seconds is not None:
+        wanted = sampling.chunks_for_seconds(seconds or ENDLESS_SECONDS, start, geometry)
+        if wanted <= chunks:
+            return seconds
+    if seconds is not None or not chunks:
+        raise ValueError(
+            f"the video has {geometry.seconds(frames):g} s to be made anew, of which {geometry.seconds(start):g} s are done: "
+            f"that is {chunks} chunks, fewer than asked for; leave the seconds out, or give a longer video"
+        )
+    return geometry.seconds(start + sampling.frames_of(chunks, start)) - geometry.seconds(start)
 
 
 def plan_prompts(

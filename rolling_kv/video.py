@@ -1,4 +1,4 @@
-"""Video files through PyAV: an mp4 written frame by frame, read back for tests and benchmarks; pictures to start from."""
+"""Video files through PyAV: an mp4 written frame by frame, read back for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import av
 import torch
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
-from torch.nn import functional
 
 from .atomic import check_place, replacing
 from .geometry import WAN_21
@@ -182,30 +181,6 @@ def read_video_info(path: str | Path) -> VideoInfo:
             pix_fmt=codec.pix_fmt,
             metadata=dict(container.metadata),
         )
-
-
-def read_picture(path: str | Path, height: int, width: int) -> Tensor:
-    """A picture, or the first frame of a video, as [1, 3, 1, height, width] in [-1, 1].
-
-    It is scaled to fill the size, and what sticks out is cut off on both sides. Raises ValueError for a file that holds no
-    picture.
-    """
-    try:
-        with av.open(str(path)) as container:
-            picture = next(container.decode(video=0)).to_ndarray(format="rgb24")
-    except (av.FFmpegError, IndexError, StopIteration) as error:
-        advice = "give a .png, .jpg or .webp file" if Path(path).exists() else "there is no such file"
-        raise ValueError(f"{path} holds no picture that can be read: {advice}") from error
-    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
-    rows, columns = pixels.shape[2:]
-    if rows * width < columns * height:
-        keep = max(round(rows * width / height), 1)
-        pixels = pixels.narrow(3, (columns - keep) // 2, keep)
-    else:
-        keep = max(round(columns * height / width), 1)
-        pixels = pixels.narrow(2, (rows - keep) // 2, keep)
-    filled = functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
-    return filled.clamp(-1, 1).unsqueeze(2)
 
 
 def read_frames(path: str | Path) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import islice
 
 import torch
 
@@ -160,7 +161,7 @@ class RollingSession:
         seed: int | Sequence[int] = 0,
         noise_source: NoiseSource | None = None,
         *,
-        source: torch.Tensor | None = None,
+        source: torch.Tensor | Iterable[torch.Tensor] | None = None,
         strength: float = 1.0,
     ) -> Generator[Chunk, None, None]:
         """Sample `chunks` more chunks, yielding each as it is done; `self.state` then includes it.
@@ -175,7 +176,8 @@ class RollingSession:
         seed: of the noise; of a batch, a sequence of one seed per video gives each the noise that it would have alone.
         noise_source: other noise than that of the seed.
         source: video to video: latents [B, C, F, h, w] in model space, of which the first frame is that of the first
-            chunk here. Each chunk begins as these with noise, instead of as pure noise.
+            chunk here; or their frames [B, C, 1, h, w] one after the other, of which those of a chunk are taken as it
+            begins. Each chunk begins as these with noise, instead of as pure noise.
         strength: with a source, 0 to 1, by how much all steps are scaled, and so how little of it stays; at 1, nothing
             stays where the steps begin at 1000.
 
@@ -186,10 +188,9 @@ class RollingSession:
         branches, frames = self._running().branches, self.state.frames
         self.sampling.check_length(chunks, frames, self.model.geometry)
         check_vae(self.cache_config, self.sampling, self.state, chunks, self._vae)
-        sampling, source_start, seeds = self.sampling, frames, checked_seeds(seed, self.batch)
-        if source is not None:
-            check_latents(self.model, self.batch, self.latent_size, source, "the latents to start from")
-            check_source_length(source, chunks, sampling, frames)
+        sampling, seeds = self.sampling, checked_seeds(seed, self.batch)
+        pieces = None if source is None else self._pieces_of(source, chunks)
+        if pieces is not None:
             sampling = sampling.at_strength(strength)
         branches.leave_cancelled_chunk(
             self.state, self.sampling.chunk_size(frames), self._prompts.next_switch(self.state)
@@ -208,13 +209,22 @@ class RollingSession:
             run.history.bring_to(self.state, switch, wanted.prompt, wanted.negative, sampling.context_noise, on_step)
             predict = run.denoiser(wanted, sampling.chunk_size(start), on_step, given)
             noise = self._noise(noise_source, seeds, start)
-            if source is not None:
-                piece = source[:, :, start - source_start :][:, :, : sampling.chunk_size(start)]
-                noise = starting_from(piece, noise, warp_steps(sampling.steps_at(start), sampling.shift)[0])
+            if pieces is not None:
+                noise = starting_from(next(pieces), noise, warp_steps(sampling.steps_at(start), sampling.shift)[0])
             with torch.inference_mode():
                 latents = sample_chunk(predict, noise, sampling, start).to(self.dtype)
                 latents = latents if given is None else with_given(latents, given)
             yield self._finished(latents, wanted, seeds, switch, 0 if given is None else given.shape[2])
+
+    def _pieces_of(self, source: torch.Tensor | Iterable[torch.Tensor], chunks: int) -> Iterator[torch.Tensor]:
+        """What each of the next chunks begins as. Raises ValueError at once where latents do not fit or are too few."""
+        sizes = self.sampling.chunk_sizes(chunks, self.state.frames)
+        if isinstance(source, torch.Tensor):
+            check_latents(self.model, self.batch, self.latent_size, source, "the latents to start from")
+            check_source_length(source, chunks, self.sampling, self.state.frames)
+            source = source.split(1, dim=2)
+        frames = iter(source)
+        return (torch.cat(list(islice(frames, size)), dim=2) for size in sizes)
 
     def _generate_jointly(
         self, chunks: int, seeds: Seeds, noise_source: NoiseSource | None, on_step: Callable[[], None]

@@ -3,21 +3,25 @@
 import pytest
 import torch
 from builders import changed, close, original_names
+from footage_files import greys, write_clip
 from safetensors.torch import save_file
 
 from rolling_kv import pipeline as pipeline_module
 from rolling_kv.checkpoints.model import load_model
 from rolling_kv.checkpoints.readers import CheckpointError
 from rolling_kv.cli import main
-from rolling_kv.config import CacheConfig, ExecutionConfig
-from rolling_kv.geometry import GEOMETRIES
+from rolling_kv.config import CacheConfig, ExecutionConfig, SamplingConfig
+from rolling_kv.fitting import Clip, Fitting
+from rolling_kv.footage import Footage, read_picture
+from rolling_kv.geometry import GEOMETRIES, WAN_21
 from rolling_kv.lora.reader import load_lora
 from rolling_kv.lora.stack import applied_loras
-from rolling_kv.pipeline import Pipeline
+from rolling_kv.pipeline import Interrupted, Pipeline
 from rolling_kv.sampling.session import RollingSession
+from rolling_kv.sampling.state_file import load_state, read_state
 from rolling_kv.tiny import make_tiny
-from rolling_kv.vae import load_vae, to_raw
-from rolling_kv.video import VideoWriter, read_picture, read_video_info
+from rolling_kv.vae import load_vae, to_model, to_raw
+from rolling_kv.video import VideoWriter, read_frames, read_video_info, to_uint8
 from rolling_kv.wan.execution import weights_of
 
 SIZE = dict(height=32, width=32, seconds=0.2)
@@ -164,7 +168,94 @@ def test_a_video_starts_with_an_image(channels, frames, given, tmp_path, session
     assert read_video_info(tmp_path / "video.mp4").frames == GEOMETRIES[channels].pixel_frames(frames)
 
 
+@pytest.fixture
+def film(tmp_path):
+    """A video of 1.25 s at 24 frames a second, 60x40."""
+    return write_clip(tmp_path / "film.mp4", greys(30, 40, 60), 24)
+
+
+def latents_of(folder, film, take="all", seconds=0.0):
+    """What a model of Wan 2.1 sees of a film."""
+    clip = Clip.of(Footage.open(film), Fitting(32, 32), WAN_21, take, seconds)
+    return to_model(load_vae(folder).encode_video(torch.cat(list(clip.frames()), 2)))
+
+
+@pytest.mark.parametrize("options, frames", [((), 5), (("--last-seconds", 0.5), 3)], ids=["all", "last"])
+def test_a_video_is_extended(options, frames, folder, film, tmp_path, sessions, capsys):
+    """It is in the file, and in the state, in front of what follows."""
+    generate(folder, tmp_path / "video.mp4", "--video", film, "--state-out", tmp_path / "state.safetensors", *options)
+    assert capsys.readouterr().out.startswith("60x40 at 24 fps -> 32x32 at 16 fps, cropped 33 %, ")
+    ((_, session),) = sessions
+    given = latents_of(folder, film, *(("last", 0.5) if options else ()))
+    torch.testing.assert_close(session.state.latents()[:, :, :frames], given, atol=1e-4, rtol=0)
+    assert [record.seed for record in session.state.records] == [None] * len(SamplingConfig().prefill_sizes(frames)) + [
+        0
+    ]
+    assert read_state(tmp_path / "state.safetensors").state.frames == frames + 3
+    assert read_video_info(tmp_path / "video.mp4").frames == WAN_21.pixel_frames(frames + 3)
+    shown = load_vae(folder).decoder().decode(to_raw(session.state.latents()))
+    assert (read_frames(tmp_path / "video.mp4").float() - to_uint8(shown[0]).permute(1, 2, 3, 0)).abs().mean() < 20
+
+
+def test_a_video_is_made_anew_and_a_run_that_was_cancelled_goes_on_along_it(folder, film, tmp_path, sessions):
+    pipeline = Pipeline.load(folder)
+    anew = dict(height=32, width=32, video=film, strength=0.5, cache=CacheConfig(6, 1))
+    film = write_clip(film, greys(60, 40, 60), 24)  # 37 frames: 10 latent frames, 3 chunks
+    pipeline.generate(PROMPT, tmp_path / "whole.mp4", **anew, state_out=tmp_path / "whole.safetensors")
+    whole = load_state(tmp_path / "whole.safetensors", pipeline.model)
+    with RollingSession(
+        pipeline.model, pipeline.text_encoder.encode([PROMPT]), height=32, width=32, cache=anew["cache"]
+    ) as session:
+        list(session.generate(3, source=latents_of(folder, film), strength=0.5))
+    assert whole.frames == 9 and torch.equal(whole.latents(), session.state.latents())
+
+    def cancel(done, total):
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as stopped:
+        pipeline.generate(PROMPT, tmp_path / "part.mp4", **anew, on_pass=cancel)
+    continued = dict(state_in=stopped.value.state, seconds=stopped.value.left, state_out=tmp_path / "then.safetensors")
+    pipeline.generate(PROMPT, tmp_path / "part.mp4", **anew, **continued)
+    assert torch.equal(load_state(tmp_path / "then.safetensors", pipeline.model).latents(), whole.latents())
+    assert read_video_info(tmp_path / "part.mp4").frames == 33
+
+
+@pytest.mark.parametrize("seconds", [1.5, 0])
+def test_what_is_longer_than_the_video_is_refused(seconds, folder, film, tmp_path):
+    with pytest.raises(
+        ValueError, match="the video has 1.0625 s to be made anew, .* that is 1 chunks, fewer than asked"
+    ):
+        Pipeline.load(folder).generate(
+            PROMPT, tmp_path / "video.mp4", height=32, width=32, seconds=seconds, video=film, strength=0.5
+        )
+    assert not (tmp_path / "video.mp4").exists()
+
+
 # The command line
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--video", "film.mp4", "--image", "film.mp4"), "starts with a picture or with another video: give one"),
+        (("--strength", 0.5), "there is no video: give one"),
+        (("--last-seconds", 2), "there is no video of which the last seconds could be taken"),
+        (("--video", "absent.mp4"), "absent.mp4 holds no picture that can be read: there is no such file"),
+        (("--video", "film.mp4", "--strength", 2), "strength must be a number from 0 to 1, got 2"),
+        (("--video", "film.mp4", "--background", "red"), "a colour is written as #"),
+        (("--video", "film.mp4", "--preset", "rolling-forcing"), 'the sampler "rolling" starts from noise'),
+        (
+            ("--video", "film.mp4", "--strength", 0.5, "--preset", "rolling-forcing"),
+            'need the sampler "renoise", and this is "rolling"',
+        ),
+    ],
+)
+def test_what_does_not_go_with_a_video_is_said(options, message, folder, film, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        generate(folder, "video.mp4", *options)
+    assert not (tmp_path / "video.mp4").exists()
 
 
 def generate(folder, output, *options):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rolling_kv import atomic
-from rolling_kv.video import VideoWriter, read_frames, read_picture, read_video_info, to_uint8
+from rolling_kv.footage import read_picture
+from rolling_kv.video import VideoWriter, read_frames, read_video_info, to_uint8
 
 COLOURS = torch.tensor(
     [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 120, 40]], dtype=torch.uint8

@@ -89,6 +89,20 @@ def test_each_first_chunk_has_its_own_steps_scaled():
     assert weaker.denoising_steps == (500, 50) and weaker.first_chunk_steps == ((500, 368, 50), (500, 250))
 
 
+def test_a_source_that_comes_frame_by_frame_is_read_chunk_by_chunk(model):
+    read = []
+
+    def frames():
+        for index, frame in enumerate(SOURCE.split(1, dim=2)):
+            read.append(index)
+            yield frame
+
+    with RollingSession(model, prompt(model), height=HEIGHT, width=WIDTH) as session:
+        for number, _ in enumerate(session.generate(4, seed=7, source=frames(), strength=0.5), start=1):
+            assert len(read) == 2 * number
+    assert same(session.state, changed(model, 4))
+
+
 @pytest.mark.parametrize("strength", [hundredths / 100 for hundredths in range(1, 101)])
 def test_kreas_steps_of_every_strength(strength):
     steps = torch.linspace(1000 * strength, 0, 5).int().tolist()
