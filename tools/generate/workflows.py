@@ -40,7 +40,7 @@ LOADERS = {
 WIDTH, GAP, TITLE = 340, 40, 30
 ROOM = {
     "RollingKVLoadModel": 260, "RollingKVLoadTextEncoder": 136, "RollingKVLoadVAE": 136, "RollingKVEncodePrompt": 140, "RollingKVPromptSchedule": 330,
-    "RollingKVAttachCache": 324, "RollingKVLoadLoRA": 136, "RollingKVStepCache": 292, "RollingKVSample": 412, "RollingKVEncodeVideo": 160,
+    "RollingKVAttachCache": 324, "RollingKVLoadLoRA": 136, "RollingKVStepCache": 292, "RollingKVSample": 560, "RollingKVEncodeVideo": 300, "RollingKVStreamVideo": 640, "RollingKVSaveState": 130,
     "RollingKVDecodeVideo": 160, "RollingKVBenchmark": 556, "SaveVideo": 148, "LoadImage": 340,
 }  # fmt: skip
 """Heights of the nodes where they are largest: in Nodes 2.0, with advanced inputs shown."""
@@ -103,16 +103,20 @@ def prompt(text: str) -> tuple:
     return "RollingKVEncodePrompt", {"text_encoder": "text_encoder.0", "text": text}
 
 
-def sample(positive: str, length: float, seed: int, **inputs: str) -> tuple:
+def sample(positive: str, length: float, seed: int, **inputs) -> tuple:
     values = {"model": "cache.0", "positive": positive, "length": length, "length_unit": "seconds", "seed": seed}
     return "RollingKVSample", values | {"width": 64, "height": 64} | inputs
 
 
-def output(latent: str, name: str) -> dict:
+def output(latent: str, name: str, prefix: str = "") -> dict:
     return {
-        "decode": ("RollingKVDecodeVideo", {"vae": "vae.0", "latent": latent, "enlarge": 6}),
-        "save": ("SaveVideo", {"video": "decode.0", "filename_prefix": f"video/{name}"}),
+        f"{prefix}decode": ("RollingKVDecodeVideo", {"vae": "vae.0", "latent": latent, "enlarge": 6}),
+        f"{prefix}save": ("SaveVideo", {"video": f"{prefix}decode.0", "filename_prefix": f"video/{name}"}),
     }
+
+
+def encode(video: str, **inputs) -> tuple:
+    return "RollingKVEncodeVideo", {"vae": "vae.0", "images": video, "width": 64, "height": 64} | inputs
 
 
 TEXT_TO_VIDEO = LOADERS | {"prompt": prompt(CIRCLE), "sample": sample("prompt.0", 5.0, 1)}
@@ -136,7 +140,7 @@ WORKFLOWS = {
         | {
             "prompt": prompt(CIRCLE),
             "image": ("LoadImage", {"image": "example.png"}),
-            "encode": ("RollingKVEncodeVideo", {"vae": "vae.0", "images": "image.0", "width": 64, "height": 64}),
+            "encode": encode("image.0"),
             "sample": sample("prompt.0", 3.0, 1, initial_latent="encode.0"),
         }
         | output("sample.0", "rolling_kv_i2v"),
@@ -269,6 +273,152 @@ WORKFLOWS = {
                     "for that."
                 ),
             ),
+        ],
+    },
+    "rolling_kv_stream": {
+        "nodes": LOADERS
+        | {
+            "schedule": (
+                "RollingKVPromptSchedule",
+                {"model": "cache.0", "text_encoder": "text_encoder.0", "text": SCHEDULE},
+            ),
+            "stream": (
+                "RollingKVStreamVideo",
+                {
+                    "model": "cache.0",
+                    "positive": "schedule.0",
+                    "vae": "vae.0",
+                    "seconds": 8.0,
+                    "seed": 1,
+                    "width": 64,
+                    "height": 64,
+                    "enlarge": 6,
+                },
+            ),
+        },
+        "sizes": {"schedule": (340, 240), "stream": (400, 640)},
+        "columns": ["model text_encoder", "cache vae", "schedule", "stream"],
+        "notes": [
+            (
+                0,
+                (340, 300),
+                "## Stream to disk\n**Stream Video** writes the video while it makes it, so memory does not grow with its "
+                "length. **seconds** 0 goes on until you cancel. Cancel whenever you like: the video so far stays in the output "
+                "folder, and a state beside it from which Load State goes on. Should the computer stop, the file that was "
+                "growing plays, and Load State reads its journal.",
+            ),
+            (1, (720, 270), real_model("", DEFAULT_PRESET, "Then set the size to 832 x 480 and **enlarge** to 1.")),
+        ],
+    },
+    "rolling_kv_fork": {
+        "nodes": LOADERS
+        | {
+            "first_prompt": prompt(CIRCLE),
+            "blue_prompt": prompt(SQUARE),
+            "yellow_prompt": prompt(CIRCLE.replace("red", "yellow")),
+            "first": sample("first_prompt.0", 3.0, 1),
+            "keep": ("RollingKVSaveState", {"state": "first.1"}),
+            "blue": sample("blue_prompt.0", 2.0, 1, state="first.1"),
+            "yellow": sample("yellow_prompt.0", 2.0, 1, state="first.1"),
+        }
+        | output("blue.0", "rolling_kv_fork_blue", "blue_")
+        | output("yellow.0", "rolling_kv_fork_yellow", "yellow_"),
+        "columns": [
+            "model text_encoder vae",
+            "cache first_prompt blue_prompt yellow_prompt",
+            "first keep",
+            "blue yellow",
+            "blue_decode yellow_decode",
+            "blue_save yellow_save",
+        ],
+        "notes": [
+            (
+                0,
+                (340, 300),
+                "## Fork\nA state is a value: two samplers go on from the same one, each in its own way, and neither changes what "
+                "the other gets. **Save State** puts it on disk; another day **Load State** takes the place of the first "
+                "sampler, and the video goes on bit for bit.",
+            ),
+            (1, (720, 270), REAL_MODELS),
+        ],
+    },
+    "rolling_kv_extend_video": {
+        "nodes": LOADERS
+        | {
+            "first_prompt": prompt(CIRCLE),
+            "own": sample("first_prompt.0", 3.0, 1),
+            "video": ("RollingKVDecodeVideo", {"vae": "vae.0", "latent": "own.0"}),
+            "encode": encode("video.0", take="the last seconds", **{"take.seconds": 2.0}),
+            "second_prompt": prompt(SQUARE),
+            "sample": sample("second_prompt.0", 3.0, 1, initial_latent="encode.0"),
+        }
+        | output("sample.0", "rolling_kv_extend"),
+        "sizes": {"encode": (340, 420)},
+        "columns": [
+            "model text_encoder vae",
+            "cache first_prompt second_prompt",
+            "own video",
+            "encode",
+            "sample",
+            "decode",
+            "save",
+        ],
+        "notes": [
+            (
+                0,
+                (340, 300),
+                "## Extend a video\nThe last seconds of a video become the past of a new one, which goes on from there. The first "
+                "sampler stands for a video of your own: connect **Load Video** to Encode Video instead. Any size and rate "
+                "will do; after a run Encode Video shows what it has taken.",
+            ),
+            (1, (720, 270), REAL_MODELS),
+        ],
+    },
+    "rolling_kv_video_to_video": {
+        "nodes": LOADERS
+        | {
+            "first_prompt": prompt(CIRCLE),
+            "own": sample("first_prompt.0", 3.0, 1),
+            "video": ("RollingKVDecodeVideo", {"vae": "vae.0", "latent": "own.0"}),
+            "encode": encode("video.0"),
+            "second_prompt": prompt(SQUARE),
+            "sample": sample("second_prompt.0", 3.0, 2, source="encode.0", length_unit="source"),
+        }
+        | output("sample.0", "rolling_kv_v2v"),
+        "sizes": {"encode": (340, 420)},
+        "columns": [
+            "model text_encoder vae",
+            "cache first_prompt second_prompt",
+            "own video",
+            "encode",
+            "sample",
+            "decode",
+            "save",
+        ],
+        "notes": [
+            (
+                0,
+                (340, 300),
+                "## Video to video\nEach chunk begins as the video with noise on it, instead of as noise alone: the motion stays, "
+                "and the prompt decides what moves. **strength** (an advanced input) says how far it may go. The first "
+                "sampler stands for a video of your own: connect **Load Video** to Encode Video instead.",
+            ),
+            (1, (720, 270), REAL_MODELS),
+        ],
+    },
+    "rolling_kv_batch": {
+        "nodes": LOADERS
+        | {"prompt": prompt(CIRCLE), "sample": sample("prompt.0", 3.0, 1, batch_size=3)}
+        | output("sample.0", "rolling_kv_batch"),
+        "columns": ["model text_encoder", "cache prompt", "sample vae", "decode", "save"],
+        "notes": [
+            (
+                0,
+                (340, 270),
+                "## A batch\nThree videos side by side, with the seeds 1, 2 and 3: each is what it is alone with its seed, so choose "
+                "the best and make only that one longer. **batch_size** is an advanced input.",
+            ),
+            (1, (720, 270), REAL_MODELS),
         ],
     },
     "rolling_kv_self_forcing": {
