@@ -15,6 +15,7 @@ Without a URL it starts a ComfyUI of its own. It writes
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from ..comfyui.client import ComfyClient
 from ..comfyui.env import ComfyError, find_install, install_missing
@@ -22,11 +23,14 @@ from ..comfyui.server import ComfyServer
 from . import help_pages, models, readme, schemas, workflows
 
 
-def generate(client: ComfyClient, names: list[str]) -> None:
+def generate(client: ComfyClient, names: list[str], models_folder: Path | None = None) -> None:
+    """models_folder: of the server, where it is one of our own: it then shows no files as missing in the pictures."""
     readme.generate()
     models.generate()
     help_pages.generate()
     schemas.generate(client)
+    if models_folder is not None:
+        workflows.write_stand_ins(models_folder)
     workflows.generate(client.url, names)
 
 
@@ -47,7 +51,7 @@ def main() -> None:
         raise ComfyError("No ComfyUI was found: set COMFYUI_PATH to its folder, or give the URL of one that runs.")
     install_missing(install)
     with ComfyServer(install) as server:
-        generate(server.client, args.workflows)
+        generate(server.client, args.workflows, server.folder / "models")
 
 
 if __name__ == "__main__":

@@ -570,7 +570,16 @@ JSON = {"Content-Type": "application/json"}
 SETTINGS = {
     "Comfy.TutorialCompleted": "true",  # else a first visit opens the template browser over the graph
     "Comfy.VueNodes.Enabled": "false",  # in Nodes 2.0 nodes are larger
+    "LiteGraph.Canvas.MinFontSizeForLOD": "0",  # else a wide graph has no words
 }
+
+
+def write_stand_ins(folder: Path) -> None:
+    """Put empty files where a server looks for those that do not ship: their names are all that a page asks for."""
+    for description in WORKFLOWS.values():
+        for _, _, *files in description["nodes"].values():
+            for file in itertools.chain(*files):
+                (folder / file.directory / file.name).touch()
 
 
 def generate(url: str, names: list[str]) -> None:
