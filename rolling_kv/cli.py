@@ -70,7 +70,8 @@ def _sentence(error: Exception) -> str:
 def _what_stays(args: argparse.Namespace, stopped: Interrupted) -> str:
     """Where the finished part of an interrupted run is, and how to go on from there."""
     given = "" if args.image is None else ", without --image"
-    given = ", without --video" if args.video is not None and args.strength is None else given
+    if args.video is not None and args.strength is None:
+        given = ", without --video" + ("" if args.last_seconds is None else " and --last-seconds")
     return (
         f"cancelled: the {stopped.seconds:g} s that are done are in {printable(str(stopped.video))}, and their state in "
         f"{printable(str(stopped.state))}. To go on, run the same command{given} with --state-in "
