@@ -9,6 +9,7 @@ from pathlib import Path
 
 import av
 import torch
+from av.container import OutputContainer
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
@@ -138,7 +139,7 @@ class VideoWriter:
         self._container.mux(self._stream.encode(None))
 
 
-def open_mp4(place: Path, options: dict[str, str], metadata: dict[str, str]) -> av.container.OutputContainer:
+def open_mp4(place: Path, options: dict[str, str], metadata: dict[str, str]) -> OutputContainer:
     """An mp4 file to write to. options: of the muxer, `movflags` among them. metadata: tags for the file."""
     flags = options["movflags"] + ("+use_metadata_tags" if metadata else "")
     container = av.open(str(place), "w", format="mp4", options=options | {"movflags": flags})

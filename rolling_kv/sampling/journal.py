@@ -70,12 +70,12 @@ class Journal:
                 self._append(file, state, new)
             self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
             self._file.seek(0, os.SEEK_END)
-            self._sync()
+            os.fsync(self._file.fileno())
         else:
             end = self._file.tell()
             try:
                 self._append(self._file, state, new)
-                self._sync()
+                os.fsync(self._file.fileno())
             except BaseException:
                 os.truncate(self.path, end)
                 self._file.seek(end)
@@ -124,9 +124,6 @@ class Journal:
         for part in (head + _CHECK.pack(zlib.crc32(head)) + text, *values):
             _write_all(file, part)
         return start + -start % _ALIGNMENT
-
-    def _sync(self) -> None:
-        os.fsync(self._file.fileno())
 
     def _with_mapped(self, state: CacheState) -> CacheState:
         if os.name == "nt" or len(state.chunks) - len(self._mapped) < MAPPED_AT_ONCE:
