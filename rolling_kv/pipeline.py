@@ -184,7 +184,6 @@ class Pipeline:
             journal_in=state_in,
             new_only=new_only,
             state_out=state_out,
-            model_name=self.model.preset.name,
             scale=scale,
             metadata=metadata,
         )
@@ -265,7 +264,7 @@ class Pipeline:
     def _continued(self, state_in: str | Path | None, given: Clip | None, size: tuple[int, int]) -> CacheState:
         """The state that a run continues."""
         if state_in is None:
-            return CacheState(model=self.model.identity)
+            return CacheState(model=self.model.identity, model_name=self.model.preset.name)
         if given is not None:
             raise ValueError(
                 "a video that is continued has its beginning already: leave the image, or the video without a strength, out"

@@ -67,7 +67,6 @@ class VideoStream:
     before: the state that is continued. journal_in: the journal that it was read from, if it was one.
     new_only: leave the frames of that state out of the video.
     state_out: file for the state, .safetensors; by default one is kept only where the block fails, beside the video.
-    model_name: of the model that makes the video, for people.
     settings: of `GrowingVideo`: fps, crf, scale, metadata.
 
     Raises FileExistsError where an earlier run of this name did not end, and what `GrowingVideo` raises. An error of the
@@ -85,7 +84,6 @@ class VideoStream:
         journal_in: str | Path | None = None,
         new_only: bool = False,
         state_out: str | Path | None = None,
-        model_name: str = "",
         **settings,
     ):
         before = before or CacheState()
@@ -93,7 +91,7 @@ class VideoStream:
         self._growing = GrowingVideo(path, width, height, **settings)
         self.path = self._growing.path
         self._state_out = None if state_out is None else check_state_path(state_out)
-        self._journal = Journal(journal_place(self.path), model_name=model_name)
+        self._journal = Journal(journal_place(self.path))
         self._resumed = check_ended(self.path, journal_in)
         self._decoder = vae.decoder()
         self._cuda = _stream_beside(vae)
@@ -187,7 +185,7 @@ class VideoStream:
             if ending is not None and place is None:
                 place = self.path.with_suffix(f".state{SUFFIX}")
             if place is not None:
-                save_state(self._state, place, model_name=self._journal.model_name)
+                save_state(self._state, place)
             self._journal.remove()
             self.state_file = place
         except OSError as full:

@@ -41,14 +41,12 @@ class Journal:
     """Writes a growing state chunk by chunk. A context manager, which only closes the file: `remove` is for its owner.
 
     path: ends in .journal. What is there stays until the first `add` has everything on disk that it was given.
-    model_name: of the model that makes the video, for people.
 
     Where the system allows it, chunks that are on disk are read from there when somebody asks for them, and hold no memory.
     """
 
-    def __init__(self, path: str | Path, *, model_name: str = ""):
+    def __init__(self, path: str | Path):
         self.path = check_place(path)
-        self.model_name = model_name
         self._file: BinaryIO | None = None
         self._chunks = self._prompts = 0
         self._places: list[Place] = []
@@ -66,7 +64,7 @@ class Journal:
         if self._file is None:
             with replacing(self.path, what="journal") as part, part.open("wb") as file:
                 file.write(MAGIC)
-                self._write(file, {"model": state.model, "model_name": self.model_name or state.model_name}, [])
+                self._write(file, {"model": state.model, "model_name": state.model_name}, [])
                 self._append(file, state, new)
             self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
             self._file.seek(0, os.SEEK_END)

@@ -35,11 +35,10 @@ _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """How pickles begin, and the archives that they lie in."""
 
 
-def save_state(state: CacheState, path: str | Path, *, model_name: str = "") -> Path:
+def save_state(state: CacheState, path: str | Path) -> Path:
     """Write a state into a file, which appears when it is whole; returns the path.
 
     path: ends in .safetensors.
-    model_name: of the model that made it, where the state does not tell.
 
     Raises ValueError for an empty state and for a name that no state can have, OSError for a place that cannot be written.
     """
@@ -48,7 +47,7 @@ def save_state(state: CacheState, path: str | Path, *, model_name: str = "") -> 
         raise ValueError("this cache state holds no frames yet: there is nothing to save")
     tensors = {f"chunk.{index}": chunk for index, chunk in enumerate(state.chunks)}
     tensors |= {f"prompt.{index}": prompt for index, prompt in enumerate(state.prompts)}
-    header = _header(state, tensors, model_name)
+    header = _header(state, tensors)
     digest = hashlib.sha256(header)
     for tensor in tensors.values():
         digest.update(tensor_bytes(tensor))
@@ -117,11 +116,11 @@ def check_state_path(path: str | Path) -> Path:
 # Writing
 
 
-def _header(state: CacheState, tensors: dict[str, torch.Tensor], model_name: str) -> bytes:
+def _header(state: CacheState, tensors: dict[str, torch.Tensor]) -> bytes:
     """The file up to the first tensor, without the digest."""
     said = {
         "model": state.model,
-        "model_name": model_name or state.model_name,
+        "model_name": state.model_name,
         "key": state.key,
         "texts": state.named(()).texts,
         "log": [record._asdict() for record in state.records],

@@ -28,11 +28,14 @@ class StoredState(NamedTuple):
     """What the header of a state's file says.
 
     state: with tensors on the meta device: shapes and dtypes, no values.
-    model_name: of the model that made it, for people.
     """
 
     state: CacheState
-    model_name: str = ""
+
+    @property
+    def model_name(self) -> str:
+        """Of the model that made it, for people."""
+        return self.state.model_name
 
 
 class Place(NamedTuple):
@@ -77,7 +80,7 @@ def stored_of(said: dict, places: dict[str, Place]) -> tuple[StoredState, list[P
     empty = [torch.empty(place.shape, dtype=place.dtype, device="meta") for place in ordered]
     chunks, prompts = tuple(empty[: len(records)]), tuple(empty[len(records) :])
     state = CacheState(chunks, prompts, records, said["model"], said["key"], tuple(texts), said["model_name"])
-    return StoredState(state, said["model_name"]), ordered
+    return StoredState(state), ordered
 
 
 def _record(seed: Any, **others: Any) -> ChunkRecord:

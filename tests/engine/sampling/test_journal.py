@@ -15,7 +15,7 @@ MODEL = "0123456789abcdef"
 
 def grown(chunks: int, dtype=torch.float32) -> list[CacheState]:
     """A state after each of its chunks: one frame, then three; a new prompt with each third one, and a negative one."""
-    generator, states = torch.Generator().manual_seed(0), [CacheState(model=MODEL)]
+    generator, states = torch.Generator().manual_seed(0), [CacheState(model=MODEL, model_name="tiny")]
     negative = torch.randn(1, 4, 8, generator=generator).to(dtype)
     for number in range(chunks):
         if number % 3 == 0:
@@ -36,7 +36,7 @@ def path(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("first", [1, 4])
 def test_after_every_chunk_the_journal_holds_the_state(dtype, first, path):
-    with Journal(path, model_name="tiny") as journal:
+    with Journal(path) as journal:
         for state in grown(9, dtype)[first - 1 :]:
             kept = journal.add(state)
             assert journal.add(state) is state  # nothing new

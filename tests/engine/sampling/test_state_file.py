@@ -105,7 +105,7 @@ def test_a_blend_and_a_batch_and_half_precision_come_back(state, path):
 
 
 def test_it_is_an_ordinary_safetensors_file_whose_digest_anybody_can_compute(state, path):
-    save_state(state._replace(texts=("a", None, "0" * 64)), path, model_name="tiny")
+    save_state(state._replace(texts=("a", None, "0" * 64), model_name="tiny"), path)
     with safe_open(path, framework="pt") as file:
         digest = file.metadata()["digest"]
         assert torch.equal(file.get_tensor("chunk.1"), state.chunks[1])
@@ -216,7 +216,7 @@ def test_a_summary_has_a_row_for_each_way_in_which_chunks_were_made(state):
 
 
 def test_another_model_or_size_is_refused_naming_both(state, path, model):
-    save_state(state, path, model_name="longlive")
+    save_state(state._replace(model_name="longlive"), path)
     other = small_model()
     other.identity = "0123456789abcdef"
     both = rf"made by the model longlive \({model.identity}, float32\), and here is test \(0123456789abcdef, float32\)"
