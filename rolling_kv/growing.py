@@ -68,15 +68,19 @@ class GrowingVideo(VideoWriter):
         """Give the video its name and an index in front; returns its path.
 
         Where that cannot be done, on a full disk say, what is whole of the file takes the name as it is: it plays. Raises
-        ValueError where no frame was written, and OSError where the name cannot be taken.
+        ValueError where no frame was written, and OSError where none came to the disk or the name cannot be taken: what is
+        there then stays as it is.
         """
         if not self.frames:
             self.discard()
             raise ValueError(f"no frames were written to {self.path}")
+        whole = whole_length(self.growing)
+        if not whole:
+            raise OSError(f"no frame of {self.path} is whole on the disk")
         try:
             self._reorder()
-        except OSError:
-            os.truncate(self.growing, whole_length(self.growing))
+        except (OSError, av.FFmpegError):
+            os.truncate(self.growing, whole)
             os.replace(self.growing, self.path)
         else:
             self.discard()
@@ -88,12 +92,12 @@ class GrowingVideo(VideoWriter):
         self.growing.unlink(missing_ok=True)
 
     def _reorder(self) -> None:
-        with replacing(self.path, what="video") as part, av.open(str(self.growing)) as source:
+        with replacing(self.path, what="video") as part, av.open(os.path.abspath(self.growing)) as source:
             with open_mp4(part, FINISHED, self.metadata) as container:
                 stream = container.add_stream_from_template(source.streams.video[0])
                 offset = None
                 for packet in source.demux(video=0):
-                    if packet.dts is None:
+                    if packet.dts is None or packet.is_corrupt:  # a full disk took a part of it
                         continue
                     offset = packet.pts if offset is None else offset
                     packet.pts, packet.dts = packet.pts - offset, packet.dts - offset
@@ -113,7 +117,7 @@ def whole_length(path: Path) -> int:
             at += length
             if length < 8 or at > size:
                 break
-            if kind in (b"moov", b"mdat"):
+            if kind == b"mdat":
                 whole = at
             file.seek(at)
     return whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
@@ -142,7 +143,8 @@ class VideoWriter:
 def open_mp4(place: Path, options: dict[str, str], metadata: dict[str, str]) -> OutputContainer:
     """An mp4 file to write to. options: of the muxer, `movflags` among them. metadata: tags for the file."""
     flags = options["movflags"] + ("+use_metadata_tags" if metadata else "")
-    container = av.open(str(place), "w", format="mp4", options=options | {"movflags": flags})
+    # A relative name with a colon in it would be taken for a protocol.
+    container = av.open(os.path.abspath(place), "w", format="mp4", options=options | {"movflags": flags})
     container.metadata.update(metadata)
     return container
 
@@ -168,7 +170,7 @@ class VideoInfo:
 
 def read_video_info(path: str | Path) -> VideoInfo:
     """Describe the first video stream of a file; the frames are counted, not taken from the header."""
-    with av.open(str(path)) as container:
+    with av.open(os.path.abspath(path)) as container:
         stream = container.streams.video[0]
         frames = sum(packet.size > 0 for packet in container.demux(stream))
         codec = stream.codec_context

@@ -90,6 +90,35 @@ def test_where_there_is_no_room_for_a_copy_the_whole_fragments_become_the_video(
     assert whole_length(tmp_path / "a.mp4") == (tmp_path / "a.mp4").stat().st_size
 
 
+def test_where_nothing_whole_reached_the_disk_an_earlier_video_stays(tmp_path):
+    with VideoWriter(tmp_path / "a.mp4", 64, 64) as writer:
+        writer.write(pictures(5))
+    earlier = (tmp_path / "a.mp4").read_bytes()
+    with GrowingVideo(tmp_path / "a.mp4", 64, 64) as video:
+        video.write(pictures(20))
+    grown = video.growing.read_bytes()
+    for length in (0, 30, 100, grown.index(b"moof") - 4, grown.index(b"mdat") + 10):
+        video.growing.write_bytes(grown[:length])
+        with pytest.raises(OSError, match="no frame of .*a.mp4 is whole on the disk"):
+            video.finish()
+        assert (tmp_path / "a.mp4").read_bytes() == earlier and video.place == video.growing
+
+
+def test_a_frame_of_which_a_part_reached_the_disk_is_left_out(tmp_path):
+    with GrowingVideo(tmp_path / "a.mp4", 64, 64) as video:
+        video.write(pictures(40))
+    grown = video.growing.read_bytes()
+    os.truncate(video.growing, grown.rindex(b"mdat") - 4 - 2000)  # within the data of the last but one fragment
+    assert 8 <= len(read_frames(video.finish())) < 40
+
+
+def test_a_name_with_a_colon_is_no_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with GrowingVideo("12:30.mp4", 64, 64) as video:
+        video.write(pictures(5))
+    assert read_video_info(video.finish()).frames == 5
+
+
 def test_without_a_frame_there_is_no_video(tmp_path):
     with GrowingVideo(tmp_path / "a.mp4", 64, 64) as video:
         pass
