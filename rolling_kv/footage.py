@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,7 +73,9 @@ class Footage:
         if not in_memory and not Path(file).is_file():
             raise ValueError(f"{name} holds no picture that can be read: there is no such file")
         try:
-            return cls._seen_through(file if in_memory else str(file), name, Fraction(start), Fraction(seconds))
+            return cls._seen_through(
+                file if in_memory else os.path.abspath(file), name, Fraction(start), Fraction(seconds)
+            )
         except (av.FFmpegError, IndexError, StopIteration) as error:
             raise ValueError(f"{name} holds no picture that can be read: {_NO_PICTURE}") from error
 
@@ -136,7 +139,7 @@ class Footage:
 
     def _read(self, start: Fraction) -> Iterator[tuple[Fraction, Tensor]]:
         with _opened(self.file) as (container, stream):
-            if start:
+            if start > 0:
                 container.seek(int((start + self._zero) / stream.time_base), stream=stream)
             latest = Fraction(0)
             for index, frame in enumerate(_decoded(container, stream)):

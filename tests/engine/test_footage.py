@@ -220,6 +220,13 @@ def test_the_last_seconds_and_a_window(bframes, tmp_path):
         Footage.open(path, start=16)
 
 
+def test_the_last_seconds_may_begin_with_the_first_picture(tmp_path):
+    """It comes a little late for the first moment, and not every kind of file can be searched for a time before it."""
+    write_clip(tmp_path / "a.flv", greys(278, step=0.5), codec="flv", fps=Fraction(30000, 1001))
+    clip = Clip.of(Footage.open(tmp_path / "a.flv"), Fitting(32, 48), WAN_21, "last", 100)
+    assert clip.start < 0 and sum(1 for _ in clip.frames()) == clip.count == 149
+
+
 def test_a_video_in_memory(tmp_path):
     path = write_clip(tmp_path / "v.mp4", greys(20), options={"crf": "1"})
     assert numbers(io.BytesIO(path.read_bytes())) == numbers(path) == list(range(17))
