@@ -262,7 +262,7 @@ def _generate(args: argparse.Namespace) -> None:
     loras = [_lora(*values) for values in args.lora]
     height, width = size or default_size(args.model)
     # Both raise for what no video can be, before anything is loaded.
-    check_ended(args.output, args.state_in)
+    check_ended(args.output, args.state_in, args.new_only)
     VideoWriter(args.output, args.width or width, args.height or height, scale=args.scale)
     pipeline = Pipeline.load(
         args.model,

@@ -18,6 +18,7 @@ from .devices import usable_device
 from .fitting import Clip, Fitting, read_colour
 from .footage import Footage
 from .geometry import Geometry
+from .growing import growing_place
 from .lora.reader import load_lora
 from .lora.stack import LoraStack
 from .sampling.checks import long_sink_note
@@ -150,6 +151,8 @@ class Pipeline:
         cache = cache or self.model.preset.cache
         fitting = Fitting(height, width, fit, read_colour(background))
         clip = clip_of(image, video, fitting, self.model.geometry, last_seconds)
+        if video is not None and Path(video).resolve() == growing_place(output).resolve():
+            raise ValueError(f"{video} would be written over while it is read: give the output another name")
         again = None if strength is None else sampling.at_strength(strength)
         if again is not None and video is None:
             raise ValueError("a strength says how far from a video another goes, and there is no video: give one")

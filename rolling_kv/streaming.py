@@ -31,10 +31,11 @@ def journal_place(path: str | Path) -> Path:
     return Path(path).with_suffix(JOURNAL_SUFFIX)
 
 
-def check_ended(path: str | Path, journal_in: str | Path | None = None) -> bool:
+def check_ended(path: str | Path, journal_in: str | Path | None = None, new_only: bool = False) -> bool:
     """Raise FileExistsError where a run that made the video of that name did not end, so that its chunks are not lost.
 
-    journal_in: what is continued. Returns whether that is the journal of that very run.
+    journal_in: what is continued. new_only: whether the video is to hold what follows alone.
+    Returns whether that is the journal of that very run. Raises ValueError where nothing else would hold its chunks.
     """
     left = journal_place(path)
     resumed = journal_in is not None and Path(journal_in).resolve() == left.resolve()
@@ -43,6 +44,11 @@ def check_ended(path: str | Path, journal_in: str | Path | None = None) -> bool:
             f"{left.with_suffix('.mp4').name} was being made by a run that did not end: what it shows is in "
             f"{growing_place(path)}, and its state in {left}. Continue from that state (--state-in), or delete the two files to begin "
             "anew, or choose another name"
+        )
+    if resumed and new_only:
+        raise ValueError(
+            f"{left} is all that is left of {left.with_suffix('.mp4').name}, and would be lost if that held only what is new: "
+            "choose another name, or have the whole video written"
         )
     return resumed
 
@@ -92,7 +98,7 @@ class VideoStream:
         self.path = self._growing.path
         self._state_out = None if state_out is None else check_state_path(state_out)
         self._journal = Journal(journal_place(self.path))
-        self._resumed = check_ended(self.path, journal_in)
+        self._resumed = check_ended(self.path, journal_in, new_only)
         self._decoder = vae.decoder()
         self._cuda = _stream_beside(vae)
         self._generated = before.generated

@@ -17,6 +17,7 @@ from rolling_kv import streaming as streaming_module
 from rolling_kv.config import CacheConfig
 from rolling_kv.growing import growing_place
 from rolling_kv.pipeline import Interrupted, Pipeline
+from rolling_kv.sampling.journal import Journal
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.sampling.state_file import load_state, read_state
 from rolling_kv.streaming import VideoStream, journal_place
@@ -134,6 +135,29 @@ def test_only_what_is_new(pipeline, whole, tmp_path):
     assert before == pictures.shape[2]
     with pytest.raises(ValueError, match="where a state is continued"):
         pipeline.generate(PROMPT, tmp_path / "b.mp4", seconds=1, new_only=True, **SIZE)
+
+
+def test_what_is_new_does_not_take_the_place_of_what_a_journal_alone_holds(pipeline, whole, tmp_path):
+    session = RollingSession(pipeline.model, pipeline.text_encoder.encode([PROMPT]), **SIZE)
+    session.prefill(torch.zeros(1, 16, 3, 4, 4))
+    journal = journal_place(tmp_path / "a.mp4")
+    with Journal(journal) as writer:
+        writer.add(session.state)
+    growing_place(tmp_path / "a.mp4").write_bytes(whole.read_bytes())
+    with pytest.raises(ValueError, match="would be lost.*another name"):
+        pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=1, state_in=journal, new_only=True, **SIZE)
+    assert growing_place(tmp_path / "a.mp4").read_bytes() == whole.read_bytes()
+    made = pipeline.generate(PROMPT, tmp_path / "b.mp4", seconds=1, state_in=journal, new_only=True, **SIZE)
+    assert made.exists() and journal.exists()
+
+
+def test_a_growing_video_is_not_extended_into_itself(pipeline, tmp_path):
+    pipeline.generate(PROMPT, tmp_path / "b.mp4", seconds=1, **SIZE)
+    left = (tmp_path / "b.mp4").rename(growing_place(tmp_path / "a.mp4"))
+    data = left.read_bytes()
+    with pytest.raises(ValueError, match="another name"):
+        pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=1, video=left, **SIZE)
+    assert left.read_bytes() == data
 
 
 def test_the_frames_of_a_part_are_those_of_the_whole(pipeline, tmp_path):
