@@ -57,6 +57,25 @@ def replacing(place: str | Path, *, folder: bool = False, what: str = "file") ->
     _take(part, place, what)
 
 
+@contextmanager
+def claiming(place: str | Path, *, what: str = "file") -> Iterator[None]:
+    """Let nobody else on this machine claim a place meanwhile, at which files grow under names of their own.
+
+    Raises FileExistsError where somebody has claimed it, and what `replacing` raises where nothing can be written there.
+    """
+    place = check_place(place)
+    mark = place.with_name(f"{_mark(place)}{os.getpid()}.{uuid4().hex[:8]}.part")
+    try:
+        _begin(mark, place, False)  # which removes what killed runs have left
+        if any(path != mark for path, _ in _hidden(place)):
+            raise FileExistsError(
+                f"{place} is being written by another run: wait for its end, or choose another name for the {what}"
+            )
+        yield
+    finally:
+        _remove(mark)
+
+
 def check_place(place: str | Path, *, folder: bool = False) -> Path:
     """Where a file or folder of that name really goes: where its links lead.
 
@@ -114,11 +133,15 @@ def _leftovers(place: Path) -> Iterator[Path]:
 
     Another machine may share the folder. Whether its writers are at work cannot be told from here, so theirs stay.
     """
+    return (path for path, process in _hidden(place) if _is_gone(process, path))
+
+
+def _hidden(place: Path) -> Iterator[tuple[Path, int]]:
+    """The hidden files under which this machine writes to a place, and the process of each."""
     name = re.compile(re.escape(_mark(place)) + r"(\d+)\.[0-9a-f]{8}\.part")
     for path in list(place.parent.iterdir()):
-        match = name.fullmatch(path.name)
-        if match and _is_gone(int(match[1]), path):
-            yield path
+        if match := name.fullmatch(path.name):
+            yield path, int(match[1])
 
 
 def _is_gone(process: int, path: Path) -> bool:

@@ -72,11 +72,11 @@ def _what_stays(args: argparse.Namespace, stopped: Interrupted) -> str:
     given = "" if args.image is None else ", without --image"
     if args.video is not None and args.strength is None:
         given = ", without --video" + ("" if args.last_seconds is None else " and --last-seconds")
-    return (
-        f"cancelled: the {stopped.seconds:g} s that are done are in {printable(str(stopped.video))}, and their state in "
-        f"{printable(str(stopped.state))}. To go on, run the same command{given} with --state-in "
-        f"{printable(str(stopped.state))} --seconds {round(stopped.left, 4) or 0}"
-    )
+    state, left = printable(str(stopped.state)), round(stopped.left, 4)
+    kept = f"cancelled: the {stopped.seconds:g} s that are done are in {printable(str(stopped.video))}, and their state in {state}"
+    if left <= 0 and args.seconds != 0:
+        return f"{kept}: nothing is missing"
+    return f"{kept}. To go on, run the same command{given} with --state-in {state} --seconds {left or 0}"
 
 
 @contextmanager

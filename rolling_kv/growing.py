@@ -52,6 +52,8 @@ class GrowingVideo(VideoWriter):
         self._finished = False
         try:
             self.growing.parent.mkdir(parents=True, exist_ok=True)
+            if self.growing.is_symlink():  # what it leads to is not ours
+                self.growing.unlink()
             self._open(self.growing, FRAGMENTED)
             self._container.start_encoding()
         except OSError as error:

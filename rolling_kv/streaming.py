@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from queue import Queue
@@ -12,7 +12,8 @@ from threading import Thread
 
 import torch
 
-from .growing import GrowingVideo, growing_place
+from .atomic import claiming
+from .growing import GrowingVideo, growing_place, whole_length
 from .sampling.journal import SUFFIX as JOURNAL_SUFFIX
 from .sampling.journal import Journal
 from .sampling.state import CacheState
@@ -37,6 +38,8 @@ def check_ended(path: str | Path, journal_in: str | Path | None = None, new_only
     journal_in: what is continued. new_only: whether the video is to hold what follows alone.
     Returns whether that is the journal of that very run. Raises ValueError where nothing else would hold its chunks.
     """
+    if not Path(path).name:
+        return False  # what is no name is told by who writes to it
     left = journal_place(path)
     resumed = journal_in is not None and Path(journal_in).resolve() == left.resolve()
     if os.path.exists(left) and not resumed:  # False for names that are too long
@@ -45,6 +48,9 @@ def check_ended(path: str | Path, journal_in: str | Path | None = None, new_only
             f"{growing_place(path)}, and its state in {left}. Continue from that state (--state-in), or delete the two files to begin "
             "anew, or choose another name"
         )
+    grown = growing_place(path)
+    if not resumed and os.path.isfile(grown) and whole_length(grown):
+        raise FileExistsError(f"{grown} would be written over, and it holds a video: move it, or choose another name")
     if resumed and new_only:
         raise ValueError(
             f"{left} is all that is left of {left.with_suffix('.mp4').name}, and would be lost if that held only what is new: "
@@ -99,6 +105,7 @@ class VideoStream:
         self._state_out = None if state_out is None else check_state_path(state_out)
         self._journal = Journal(journal_place(self.path))
         self._resumed = check_ended(self.path, journal_in, new_only)
+        self._journal_in = journal_in
         self._decoder = vae.decoder()
         self._cuda = _stream_beside(vae)
         self._generated = before.generated
@@ -158,13 +165,27 @@ class VideoStream:
                     write(to_uint8(frames[0]).permute(1, 2, 3, 0))
 
     def __enter__(self) -> VideoStream:
-        self._growing.__enter__()
-        self._work = _Worker(WAITING)
+        with ExitStack() as claimed:
+            claimed.enter_context(claiming(self._growing.growing, what="video"))
+            check_ended(self.path, self._journal_in)
+            self._growing.__enter__()
+            self._work = _Worker(WAITING)
+            self._claim = claimed.pop_all()
+        if self._resumed:  # what the killed run has shown is there again at once
+            try:
+                self.add(self._state)
+            except BaseException as error:
+                self.__exit__(type(error), error, error.__traceback__)
+                raise
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        with self._claim:
+            self._leave(kind, error, trace)
+
+    def _leave(self, kind, error, trace) -> None:
         made = self._state.generated > self._generated
-        if made:  # whatever happens from here on
+        if made or self._resumed:  # whatever happens from here on
             self.state_file = self._journal.path
         failed = self._work.close()
         try:
@@ -174,10 +195,9 @@ class VideoStream:
         self._journal.__exit__()
         if made:
             self._finish(error or failed)
-        else:
+        elif not self._resumed:
             self._growing.discard()
-            if not self._resumed:
-                self._journal.remove()
+            self._journal.remove()
         if error is None and failed is not None:
             raise failed
 
@@ -194,7 +214,7 @@ class VideoStream:
                 save_state(self._state, place)
             self._journal.remove()
             self.state_file = place
-        except OSError as full:
+        except (OSError, ValueError) as full:
             if ending is None:
                 raise OSError(f"{full}; {self.kept}") from full
 

@@ -75,7 +75,7 @@ class Journal:
                 self._append(self._file, state, new)
                 os.fsync(self._file.fileno())
             except BaseException:
-                os.truncate(self.path, end)
+                self._file.truncate(end)
                 self._file.seek(end)
                 raise
         self._chunks, self._prompts = len(state.records), len(state.prompts)
@@ -95,7 +95,8 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
     def _append(self, file: BinaryIO, state: CacheState, records: Sequence[ChunkRecord]) -> None:
-        known, places = self._prompts, []
+        known = self._prompts
+        del self._places[self._chunks :]  # those of a try that failed
         for number, record in enumerate(records, self._chunks):
             before, known = known, max(known, record.prompt + 1, record.negative + 1)
             named = [(f"chunk.{number}", state.chunks[number])]
@@ -107,8 +108,7 @@ class Journal:
                 "tensors": [[name, NAMES[tensor.dtype], list(tensor.shape)] for name, tensor in named],
             }
             start = self._write(file, said, [tensor for _, tensor in named])
-            places.append(place_of("", NAMES[named[0][1].dtype], named[0][1].shape, start))
-        self._places += places
+            self._places.append(place_of("", NAMES[named[0][1].dtype], named[0][1].shape, start))
 
     def _write(self, file: BinaryIO, said: dict, tensors: Sequence[torch.Tensor]) -> int:
         """Write an entry; returns the byte at which its tensors begin."""
@@ -126,7 +126,8 @@ class Journal:
     def _with_mapped(self, state: CacheState) -> CacheState:
         if os.name == "nt" or len(state.chunks) - len(self._mapped) < MAPPED_AT_ONCE:
             return state  # Windows deletes no file that is mapped
-        values = np.memmap(self.path, np.uint8, mode="c")
+        values = np.memmap(self._file, np.uint8, mode="c")  # of this very file, whatever has its name
+        self._file.seek(0, os.SEEK_END)
         self._mapped = tuple(
             torch.from_numpy(values[place.start : place.start + place.nbytes]).view(place.dtype).view(place.shape)
             for place in self._places

@@ -62,7 +62,10 @@ def seen_after(monkeypatch, number, look):
 
 def test_while_it_grows_the_video_plays_and_its_state_can_be_read(pipeline, whole, tmp_path, monkeypatch):
     def look(stream):
-        assert names(tmp_path) == ["a.growing.mp4", "a.journal"] and stream.video == growing_place(tmp_path / "a.mp4")
+        assert [name for name in names(tmp_path) if name[0] != "."] == [
+            "a.growing.mp4",
+            "a.journal",
+        ] and stream.video == growing_place(tmp_path / "a.mp4")
         assert read_state(journal_place(tmp_path / "a.mp4")).state.key == stream.state.key
         assert readable(stream.video) >= stream.state.pixel_frames - 4 * streaming_module.WAITING - 20
         looked.append(stream)
@@ -226,6 +229,57 @@ def test_beside_the_sampling_frames_are_decoded_in_a_thread_and_a_stream_of_thei
     with pytest.raises(ZeroDivisionError):
         pipeline.generate(PROMPT, tmp_path / "b.mp4", seconds=7, seed=3, **SIZE)
     assert names(tmp_path) == ["a.mp4", "b.state.safetensors"]  # no frame was decoded, and no chunk is lost
+
+
+def test_two_runs_of_one_name_do_not_write_over_each_other(pipeline, whole, tmp_path, monkeypatch):
+    def another(_):
+        with pytest.raises(FileExistsError, match="a.growing.mp4 is being written by another run"):
+            pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=1, **SIZE)
+        tried.append(1)
+
+    tried = []
+    check = streaming_module.check_ended
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming_module, "check_ended", lambda *args: check(tmp_path / "other.mp4", *args[1:]))
+        add, counted = VideoStream.add, []
+
+        def watched(self, state):
+            counted.append(1)
+            if len(counted) == 1:
+                another(self)
+            return add(self, state)
+
+        patch.setattr(VideoStream, "add", watched)
+        made = pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=7, seed=3, **SIZE)
+    assert tried and made.read_bytes() == whole.read_bytes() and names(tmp_path) == ["a.mp4"]
+
+
+def test_a_killed_run_that_is_continued_and_stopped_at_once_keeps_what_it_has_shown(pipeline, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    path, left = tmp_path / "a.mp4", journal_place(tmp_path / "a.mp4")
+    state = tmp_path / "b.safetensors"
+    pipeline.generate(PROMPT, tmp_path / "b.mp4", seconds=2, seed=3, state_out=state, **SIZE)
+    with Journal(left) as journal:
+        journal.add(load_state(state))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as stopped:
+        patch.setattr(RollingSession, "_tick", stop)
+        pipeline.generate(PROMPT, path, seconds=2, seed=3, state_in=left, **SIZE)
+    assert stopped.value.state == left and stopped.value.video == growing_place(path)
+    assert readable(growing_place(path)) == read_video_info(tmp_path / "b.mp4").frames
+    assert load_state(left).key == load_state(state).key
+
+
+@posix
+def test_a_growing_video_follows_no_link_and_takes_no_other_video(pipeline, tmp_path):
+    (tmp_path / "victim").write_text("of somebody else")
+    growing_place(tmp_path / "a.mp4").symlink_to(tmp_path / "victim")
+    pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=0.5, **SIZE)
+    assert (tmp_path / "victim").read_text() == "of somebody else" and names(tmp_path) == ["a.mp4", "victim"]
+    os.replace(tmp_path / "a.mp4", growing_place(tmp_path / "c.mp4"))
+    with pytest.raises(FileExistsError, match="c.growing.mp4 would be written over, and it holds a video"):
+        pipeline.generate(PROMPT, tmp_path / "c.mp4", seconds=0.5, **SIZE)
 
 
 def test_an_error_of_the_thread_that_writes_ends_the_run(pipeline, tmp_path, monkeypatch):
