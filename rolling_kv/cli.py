@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         help="length, rounded up to whole chunks; 0 is until Ctrl-C (default: the schedule's; without one "
         f"{LAST_PROMPT_SECONDS:g}, after the beginning of its last prompt)",
     )
-    generate.add_argument("--seed", type=int, default=0, help="same seed, same video")
+    generate.add_argument("--seed", type=int, default=0, help="same seed, same video (default: 0)")
     generate.add_argument(
         "--model", type=Path, default=BUNDLED, help="a causal Wan model: a diffusers folder, .safetensors, .gguf or .pt"
     )

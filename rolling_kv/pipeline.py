@@ -168,7 +168,7 @@ class Pipeline:
         endless = seconds == 0
         if new_only and state_in is None:
             raise ValueError(
-                "only what is new can be written where a state is continued: give one, or leave new_only out"
+                "only what is new can be written where a state is continued: give one (--state-in), or leave --new-only out"
             )
         plan = plan_prompts(prompt, schedule, sampling, self.model.geometry, seconds, start)
         marker = self.model.preset.cut_marker

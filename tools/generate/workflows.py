@@ -150,7 +150,7 @@ WORKFLOWS = {
                 0,
                 (340, 270),
                 "## Image to video\nThe image becomes the first frame of the video. To extend a "
-                "video instead, give Encode Video its frames (Load Video, Get Video Components). The size is that of Encode "
+                "video instead, see the workflow rolling_kv_extend_video. The size is that of Encode "
                 "Video; width and height of Sample Video are ignored.",
             ),
             (1, (720, 270), REAL_MODELS),
