@@ -4,11 +4,14 @@ import argparse
 
 import pytest
 import torch
+from PIL import Image
 
 from rolling_kv import cli
 from rolling_kv import pipeline as pipeline_module
+from rolling_kv import streaming as streaming_module
 from rolling_kv.config import CacheConfig
 from rolling_kv.geometry import WAN_21
+from rolling_kv.growing import GrowingVideo
 from rolling_kv.pipeline import Pipeline
 from rolling_kv.presets import DEFAULT_PRESET
 from rolling_kv.sampling.session import RollingSession
@@ -16,6 +19,7 @@ from rolling_kv.sampling.state import CacheState
 from rolling_kv.sampling.state_file import save_state
 from rolling_kv.tiny import make_tiny
 from rolling_kv.vae import to_raw
+from rolling_kv.video import VideoWriter, to_uint8
 
 PROMPT = ["generate", "--prompt", "a red circle", "--output", "video.mp4"]
 NOT_PASSED_ON = {"--help", "--debug", "--device"}
@@ -29,6 +33,8 @@ VALUES = {  # of options whose type does not tell one; anything but the default
     "--lora": "lora.safetensors",
     "--negative-prompt": "grey",
     "--image": "start.png",
+    "--video": "clip.mp4",
+    "--background": "#ffffff",
     "--window": "all",
     "--guidance": "2.5",
     "--width": "48",
@@ -43,6 +49,7 @@ NEEDED = {  # by options that do not go without others
     "--span": ["--positions", "window"],
     "--leaving": ["--positions", "window"],
     "--no-shot-clean": ["--no-cut-flush"],
+    "--last-seconds": ["--video", VALUES["--video"]],
 }
 
 
@@ -94,6 +101,9 @@ def test_an_option_changes_what_the_pipeline_is_asked_for(name, monkeypatch, tmp
     monkeypatch.chdir(tmp_path)
     first = dict(timestep=0.0, prompt=torch.zeros(1, 2, 8), negative=None, seed=0)
     save_state(CacheState().extended(torch.zeros(1, 16, 3, 8, 8), **first), VALUES["--state-in"])
+    with VideoWriter(VALUES["--video"], 64, 64) as writer:
+        writer.write(torch.zeros(5, 64, 64, 3, dtype=torch.uint8))
+    Image.new("RGB", (64, 64)).save(VALUES["--image"])
     prompt = [*PROMPT, *NEEDED.get(name, [])]
     plain = reached(monkeypatch, prompt)
     assert reached(monkeypatch, prompt) == plain
@@ -105,24 +115,20 @@ def loaded(tmp_path_factory):
     return Pipeline.load(make_tiny(tmp_path_factory.mktemp("models") / "tiny"))
 
 
-class Written:
-    """In the place of a VideoWriter: keeps the frames."""
+class Written(GrowingVideo):
+    """Keeps the frames that it writes."""
 
     def __init__(self, path, width, height, **options):
-        self.size, self.options, self.frames = (width, height), options, []
+        super().__init__(path, width, height, **options)
+        self.size, self.options, self.kept = (width, height), options, []
         type(self).last = self
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
     def write(self, frames):
-        self.frames.append(frames.clone())
+        self.kept.append(frames.clone())
+        super().write(frames)
 
 
-def test_a_file_shows_what_the_session_made(loaded, monkeypatch):
+def test_a_file_shows_what_the_session_made(loaded, monkeypatch, tmp_path):
     """Over several chunks and a size that is not square: the frames are those of one decoder, from raw latents."""
     opened = []
 
@@ -131,7 +137,8 @@ def test_a_file_shows_what_the_session_made(loaded, monkeypatch):
             super().__init__(model, prompt, **settings)
             opened.append((prompt, settings, self))
 
-    monkeypatch.setattr(pipeline_module, "VideoWriter", Written)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(streaming_module, "GrowingVideo", Written)
     monkeypatch.setattr(pipeline_module, "RollingSession", Noted)
     sampling = loaded.model.preset.sampling
     guided = type(sampling)(guidance_scale=2.0, denoising_steps=(1000, 500))
@@ -144,6 +151,6 @@ def test_a_file_shows_what_the_session_made(loaded, monkeypatch):
     written = Written.last
     assert written.size == (48, 32) and written.options["scale"] == 3
     assert len(session.state.records) > 1 and {record.seed for record in session.state.records} == {7}
-    frames = torch.cat(written.frames, dim=2)
-    expected = loaded.vae.decoder().decode(to_raw(session.state.latents().float()))
+    frames = torch.cat(written.kept)
+    expected = to_uint8(loaded.vae.decoder().decode(to_raw(session.state.latents().float())))[0].permute(1, 2, 3, 0)
     assert frames.shape == expected.shape and torch.equal(frames, expected)
