@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -15,6 +15,9 @@ from .blend import blend_prompts
 from .history import RECOMPUTING
 from .session import RollingSession
 from .state import Chunk
+
+if TYPE_CHECKING:
+    from .steering import Steering
 
 Embeds = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]
 """Of each prompt, as `TextEncoder.encode_shot` makes them: for its first chunk, and for those behind it where they are others."""
@@ -36,21 +39,26 @@ def switch_of(segment: Segment, cache: CacheConfig, marker: str = "") -> str | N
 
 def switches_of(plan: Plan, cache: CacheConfig, marker: str = "") -> set[str]:
     """What may be done to the cache on the way, of `config.SWITCHES`."""
-    return {switch_of(segment, cache, marker) or cache.switch for number, segment in plan.begins if number}
+    begun = plan.grid.base > 0  # what chunk 0 begins with is a switch only behind other frames
+    return {switch_of(segment, cache, marker) or cache.switch for number, segment in plan.begins if number or begun}
 
 
 def check_plan(plan: Plan, sampling: SamplingConfig, cache: CacheConfig, marker: str = "") -> None:
     """Raise ValueError, with the prompt's time, for a switch in the plan that the cache's rules cannot do."""
     for number, segment in plan.begins:
-        switch = switch_of(segment, cache, marker)
-        if switch is None:
-            continue
         try:
-            cache.check_switch(switch)
-            sampling.check_cache(replace(cache, switch=switch))
+            check_segment(segment, sampling, cache, marker)
         except ValueError as error:
             where = f"the schedule, at {plan.grid.seconds(number):g} s, {segment.words or '[cut]'}"
             raise ValueError(f"{where}: {error}") from None
+
+
+def check_segment(segment: Segment, sampling: SamplingConfig, cache: CacheConfig, marker: str = "") -> None:
+    """Raise ValueError where the cache's rules cannot do what a prompt begins with."""
+    switch = switch_of(segment, cache, marker)
+    if switch is not None:
+        cache.check_switch(switch)
+        sampling.check_cache(replace(cache, switch=switch))
 
 
 class Cue(NamedTuple):
@@ -96,6 +104,7 @@ def generate_scheduled(
     *,
     negative: torch.Tensor | None = None,
     seed: int | Sequence[int] = 0,
+    steering: Steering | None = None,
     **settings,
 ) -> Generator[Chunk, None, None]:
     """Make the chunks of a plan in an open session, each with the prompt that the schedule has for it.
@@ -107,6 +116,7 @@ def generate_scheduled(
     embeds: of each of the plan's texts.
     negative: embeddings of the negative prompt; needed with guidance only.
     seed, settings: of `RollingSession.generate`.
+    steering: of this plan. What is said to it begins with the next chunk; with the second, while there is none yet.
 
     Raises ValueError, before anything is sampled, for a switch that the cache's rules cannot do.
     """
@@ -121,7 +131,14 @@ def generate_scheduled(
     if state.records and plan.grid.base:
         before, _ = fitted(state.prompts[state.records[-1].prompt])
     made, last = session.generate(plan.chunks, seed, **settings), None
-    for prompt, switch in cues(plan, ready, session.cache_config, marker, before):
+    coming = cues(plan, ready, session.cache_config, marker, before)
+    for number in range(plan.first, plan.first + plan.chunks):
+        # The first chunk has its prompt already: frames that were given have entered with it.
+        if steering is not None and number > plan.first and (said := steering.take(number)) is not None:
+            edited, text, shot = said
+            ready[text] = fitted(*shot)
+            coming = islice(cues(edited, ready, session.cache_config, marker, before), number - plan.first, None)
+        prompt, switch = next(coming)
         if prompt is not last or switch is not None:
             session.set_prompt(prompt, negative, switch)
         last = prompt

@@ -20,6 +20,8 @@ _SLASH = re.compile(r" ?/ (?=[\d.]{1,20} ?s? ?:)")
 _BRACKETS = re.compile(r" ?\[([^\[\]]*)\]$")
 _BLEND = re.compile(r"(blend|slerp)(?:\s+(\S+))?")
 _END = "end"
+_TYPED = "the prompt"
+"""Where a prompt stands that stands in no schedule yet."""
 
 
 def is_canonical(text: str) -> bool:
@@ -56,6 +58,21 @@ def read_canonical(text: str) -> PromptSchedule:
         raise ValueError(f"the schedule has no prompt: write one a line, as in {EXAMPLE}")
     rising(places, "second")
     return PromptSchedule(tuple(segments), end=end)
+
+
+def read_prompt(text: str, how: str = "") -> Segment:
+    """One prompt, as a line of a schedule has it behind its time.
+
+    how: what would stand in brackets behind it; without it the text may end with brackets of its own, as a line may.
+
+    Raises ValueError for a text or a word that no schedule can have.
+    """
+    line = " ".join(f"{text} [{how}]".split() if how else text.split())
+    try:
+        _, rest = _time(_TYPED, f"0: {line}")
+        return _segment(_TYPED, 0.0, rest, _BRACKETS.search(rest))
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix(f"the schedule, {_TYPED}: ")) from None
 
 
 def _time(where: str, line: str) -> tuple[float, str]:

@@ -235,6 +235,12 @@ class PromptSchedule:
                 f"the schedule says nothing about the first {grid.seconds(min(begins, default=first + chunks)):g} s: begin "
                 f"with `0: …`, the prompt that the video starts with"
             )
+        later: dict[int, Segment] = {}
+        if late:
+            numbers = zip(self._begins(grid, _FAR), self.segments)
+            later = {number: segment for number, segment in numbers if number >= first + chunks}
+        frames = self._frames(sampling, geometry)
+        end = None if frames is None else grid.chunks_for(frames)
         notes = list(self.notes)
         for segment in skipped:
             notes.append(f'Left out, as the next prompt begins with the same chunk: "{shortened(segment.text, 40)}".')
@@ -242,7 +248,7 @@ class PromptSchedule:
             notes.append(
                 f'Not reached in this run: "{shortened(late[0].text, 40)}"' + " and what follows." * (len(late) > 1)
             )
-        return Plan(self, grid, first, chunks, tuple(begins.items()), tuple(notes))
+        return Plan(self, grid, first, chunks, tuple(begins.items()), tuple(notes), tuple(later.items()), end)
 
     def _begins(self, grid: _Grid, end: int) -> Iterator[int]:
         """The number of the chunk that each segment begins with; `end` or more for one that does not begin in time."""
@@ -317,6 +323,8 @@ class Plan:
     chunks: that the run makes.
     begins: the number of the chunk that a segment begins with, and the segment; those before the run's first too.
     notes: what people should know, as sentences.
+    later: like `begins`, what begins after the run.
+    end: the number of the first chunk after the schedule's end; None where it has none.
     """
 
     schedule: PromptSchedule
@@ -325,6 +333,8 @@ class Plan:
     chunks: int
     begins: tuple[tuple[int, Segment], ...]
     notes: tuple[str, ...] = ()
+    later: tuple[tuple[int, Segment], ...] = ()
+    end: int | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -342,6 +352,32 @@ class Plan:
         last = self.first + self.chunks
         end = self.grid.seconds(last) if self.schedule.ends else None
         return PromptSchedule(tuple(segments), end=end, notes=self.notes)
+
+    @property
+    def origin(self) -> str:
+        """From where the times of its schedule count, one of ORIGINS; a run that begins a video counts from both."""
+        return "run" if self.grid.base else "video"
+
+    def with_prompt(self, number: int, segment: Segment) -> Plan:
+        """This with a prompt that begins with chunk `number`, in the place of what began there. What begins later stays."""
+        begins = dict(self.begins) | {number: segment}
+        return replace(self, begins=tuple((at, begins[at]) for at in sorted(begins)))
+
+    def written(self, chunks: int | None = None) -> PromptSchedule:
+        """The schedule that has this plan: as `snapped`, with what begins after the run.
+
+        chunks: where the run ended after so many, and so does the schedule; None: it ends as planned.
+
+        Raises ValueError for more prompts than a schedule has.
+        """
+        last, end = self.first + self.chunks, self.end
+        if chunks is not None:
+            end = self.first + chunks
+        elif end is not None:
+            end = max(end, last)
+        begins = [(at, segment) for at, segment in (*self.begins, *self.later) if end is None or at < end]
+        segments = tuple(replace(segment, time=self.grid.seconds(at)) for at, segment in begins)
+        return PromptSchedule(segments, end=None if end is None else self.grid.seconds(end))
 
 
 def _number(value: float) -> str:
