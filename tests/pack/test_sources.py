@@ -150,6 +150,12 @@ def test_node_classes_hold_no_state():
         assert all(isinstance(part, ast.FunctionDef) for part in node.body), node.name
 
 
+def test_every_module_of_the_tests_has_a_name_of_its_own():
+    """Test files are imported by their bare names, as are the support modules: of two with one name, pytest takes neither."""
+    modules = [path.name for path in (PACK / "tests").rglob("*.py") if path.name not in ("conftest.py", "__init__.py")]
+    assert {name for name in modules if modules.count(name) > 1} == set()
+
+
 def test_the_entry_is_what_comfyui_looks_for():
     names = {node.name for node in parse(PACK / "__init__.py").body if hasattr(node, "name")}
     source = (PACK / "__init__.py").read_text(encoding="utf-8")
