@@ -1,42 +1,77 @@
-"""Every example prompt that makes a video runs on a real ComfyUI, and the video is what was asked for."""
+"""Every example prompt that makes videos runs on a real ComfyUI, and each video is what was asked for."""
 
 import copy
 
 import numpy as np
 import pytest
-from graphs import api_prompts, read_video
+from graphs import TINY, api_prompts, read_video
 
 from tools.comfyui.client import first_file
 
-PROMPTS = {
-    name: prompt
-    for name, prompt in api_prompts().items()
-    if any(node["class_type"] == "SaveVideo" for node in prompt.values())
-}
+LENGTHS = {"RollingKVSample": "length", "RollingKVStreamVideo": "seconds"}
+"""What makes a video, and its input that says how long it becomes."""
 CHUNK = 3  # latent frames, of the bundled model
 FPS = 16
 
 
-def sole(prompt: dict, class_type: str) -> dict:
-    (inputs,) = [node["inputs"] for node in prompt.values() if node["class_type"] == class_type]
-    return inputs
+def bundled(prompt: dict) -> bool:
+    """Whether all that it loads is there. What other models there are run in test_real_workflows.py, with stand-ins."""
+    names = ("model_name", "text_encoder_name", "vae_name", "lora_name")
+    return all(node["inputs"].get(name, TINY) == TINY for node in prompt.values() for name in names)
+
+
+def makers(prompt: dict) -> list[dict]:
+    return [node for node in prompt.values() if node["class_type"] in LENGTHS]
+
+
+PROMPTS = {name: prompt for name, prompt in api_prompts().items() if makers(prompt) and bundled(prompt)}
+
+
+def inputs_of(prompt: dict, link: list) -> dict:
+    return prompt[link[0]]["inputs"]
 
 
 def pixel_frames(latent_frames: int) -> int:
     return max(4 * latent_frames - 3, 0)
 
 
-def latent_frames(prompt: dict, sampler: dict) -> int:
-    """Latent frames of the video after a sampler: what it starts from, and whole chunks of at least its length."""
+def latent_frames(prompt: dict, maker: dict) -> int:
+    """Latent frames of the video after its maker: what it starts from, and whole chunks of at least its length."""
     frames = 0
-    if "state" in sampler:
-        frames = latent_frames(prompt, prompt[sampler["state"][0]]["inputs"])
-    elif "initial_latent" in sampler:
-        frames = 1
-    wanted = pixel_frames(frames) + round(sampler["length"] * FPS)
+    if "source" in maker and maker["length_unit"] == "source":
+        return encoded_frames(prompt, inputs_of(prompt, maker["source"])) // CHUNK * CHUNK
+    if "state" in maker:
+        frames = latent_frames(prompt, inputs_of(prompt, maker["state"]))
+    elif "initial_latent" in maker:
+        frames = encoded_frames(prompt, inputs_of(prompt, maker["initial_latent"]))
+    seconds = next(maker[length] for length in LENGTHS.values() if length in maker)
+    wanted = pixel_frames(frames) + round(seconds * FPS)
     while pixel_frames(frames) < wanted:
         frames += CHUNK
     return frames
+
+
+def encoded_frames(prompt: dict, encode: dict) -> int:
+    """Latent frames that Encode Video makes: of a picture, or of a video, or of the last seconds of one."""
+    images = prompt[encode["images"][0]]
+    if images["class_type"] == "LoadImage":
+        return 1
+    frames = whole = latent_frames(prompt, inputs_of(prompt, images["inputs"]["latent"]))
+    if encode["take"] == "the last seconds":
+        frames = -(-(round(encode["take.seconds"] * FPS) - 1) // 4) + 1
+    return min(frames, whole)
+
+
+def saved_videos(prompt: dict) -> dict[str, tuple[dict, dict]]:
+    """Of each node that saves videos, by its id: the inputs of what makes them and of what enlarges them."""
+    saved = {}
+    for name, node in prompt.items():
+        if node["class_type"] == "RollingKVStreamVideo":
+            saved[name] = node["inputs"], node["inputs"]
+        elif node["class_type"] == "SaveVideo":
+            decode = inputs_of(prompt, node["inputs"]["video"])
+            saved[name] = inputs_of(prompt, decode["latent"]), decode
+    return saved
 
 
 def run_video(client, prompt: dict):
@@ -46,22 +81,25 @@ def run_video(client, prompt: dict):
 @pytest.mark.parametrize("name", sorted(PROMPTS))
 def test_the_video_has_the_length_size_and_rate_that_were_asked_for(client, name):
     prompt = PROMPTS[name]
-    decode = sole(prompt, "RollingKVDecodeVideo")
-    sampler = prompt[decode["latent"][0]]["inputs"]
-    video = run_video(client, prompt)
-    height, width = (sampler[side] * decode["enlarge"] for side in ("height", "width"))
-    assert video.frames.shape == (pixel_frames(latent_frames(prompt, sampler)), height, width, 3)
-    assert (video.rate, video.codec) == (FPS, "h264")
+    outputs, saved = client.run(prompt), saved_videos(prompt)
+    assert saved
+    for saver, (maker, decode) in saved.items():
+        files = [file for files in outputs[saver].values() for file in files if isinstance(file, dict)]
+        assert len(files) == maker.get("batch_size", 1)
+        for file in files:
+            video = read_video(client.view(file))
+            height, width = (maker[side] * decode["enlarge"] for side in ("height", "width"))
+            assert video.frames.shape == (pixel_frames(latent_frames(prompt, maker)), height, width, 3)
+            assert (video.rate, video.codec) == (FPS, "h264")
 
 
 @pytest.mark.parametrize("name", sorted(PROMPTS))
 def test_another_seed_gives_another_video_and_the_same_seed_the_same(any_client, name):
     prompt = copy.deepcopy(PROMPTS[name])
-    samplers = [node["inputs"] for node in prompt.values() if node["class_type"] == "RollingKVSample"]
     videos = []
     for seed in (1, 2, 1):
-        for sampler in samplers:
-            sampler.update(seed=seed, length=0.75)
+        for maker in makers(prompt):
+            maker["inputs"] |= {"seed": seed, LENGTHS[maker["class_type"]]: 0.75}
         videos.append(run_video(any_client, prompt).frames)
         any_client.free()
     first, other, again = videos
