@@ -79,7 +79,7 @@ class Journal:
                 self._file.seek(end)
                 raise
         self._chunks, self._prompts = len(state.records), len(state.prompts)
-        return self._with_mapped(state)
+        return self._with_mapped(state, self._file)
 
     def __enter__(self) -> Journal:
         return self
@@ -123,11 +123,11 @@ class Journal:
             _write_all(file, part)
         return start + -start % _ALIGNMENT
 
-    def _with_mapped(self, state: CacheState) -> CacheState:
+    def _with_mapped(self, state: CacheState, file: BinaryIO) -> CacheState:
         if os.name == "nt" or len(state.chunks) - len(self._mapped) < MAPPED_AT_ONCE:
             return state  # Windows deletes no file that is mapped
-        values = np.memmap(self._file, np.uint8, mode="c")  # of this very file, whatever has its name
-        self._file.seek(0, os.SEEK_END)
+        values = np.memmap(file, np.uint8, mode="c")  # of this very file, whatever has its name
+        file.seek(0, os.SEEK_END)
         self._mapped = tuple(
             torch.from_numpy(values[place.start : place.start + place.nbytes]).view(place.dtype).view(place.shape)
             for place in self._places
