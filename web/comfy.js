@@ -1,0 +1,318 @@
+/**
+ * Everything that the pack's scripts ask of ComfyUI's page. No other file of ours touches `app`, `api` or LiteGraph, so what a
+ * new frontend changes is mended here. It runs on the frontends 1.45 and newer, on the classic canvas and in Nodes 2.0.
+ *
+ * @import { ComfyExtension, ComfyNode, ComfyGraph, ComfyWidget } from "./comfy.d.ts"
+ */
+import { api } from "../../scripts/api.js"
+import { app } from "../../scripts/app.js"
+
+const SUBGRAPH_INPUT = "-10" // the id that a link out of a subgraph's input panel has as its origin
+const BYPASSED = 4
+
+/** Make hooks known to the page: `name` ("RollingKV.Something"), `nodeCreated(node)`, `settings`, … @param {ComfyExtension} extension */
+export const extend = extension => app.registerExtension(extension)
+
+/* ---- texts ------------------------------------------------------------------------------------------------------------ */
+
+/** Texts of all packs by language, as locales/<language>/{main,settings}.json have them. @type {Record<string, any>} */
+const locales = await api.fetchApi("/i18n").then(answer => answer.json()).catch(() => ({}))
+
+/** @param {any} tree @param {string} key names with dots between them */
+const textOf = (tree, key) => key.split(".").reduce((branch, name) => branch?.[name], tree)
+
+/**
+ * A text of ours in the page's language, else in English.
+ * @param {string} key where it stands below "rollingKV" in locales/<language>/main.json: "live.pause"
+ * @param {Record<string, string | number>} [values] what replaces {name} in it
+ */
+export function t(key, values = {}) {
+  const [own, english] = [setting("Comfy.Locale") ?? "en", "en"].map(language => textOf(locales[language]?.rollingKV, key))
+  return String(own ?? english ?? key).replace(/\{(\w+)\}/g, (whole, name) => String(values[name] ?? whole))
+}
+
+/* ---- settings --------------------------------------------------------------------------------------------------------- */
+
+/** The value of a setting of ours or of the page's. @param {string} id @returns {any} */
+export const setting = id => app.extensionManager.setting.get(id)
+
+/**
+ * One entry for an extension's `settings`. Name and tooltip come from locales/<language>/settings.json, where dots of the id are
+ * underscores.
+ * @param {string} id "RollingKV.Live.Size"
+ * @param {{ type: string, defaultValue: unknown, section: string, attrs?: object, onChange?: (value: any) => void }} options
+ *   section: English name of the heading below "Rolling KV"
+ */
+export function describeSetting(id, { section, ...options }) {
+  const texts = locales.en?.settings?.[id.replaceAll(".", "_")]
+  return { id, name: texts?.name ?? id, tooltip: texts?.tooltip, category: ["Rolling KV", section, id], ...options }
+}
+
+/* ---- server ----------------------------------------------------------------------------------------------------------- */
+
+/** The address of something below /rolling_kv, for an <img>. @param {string} path "/rolling_kv/runs/…" */
+export const address = path => api.apiURL(path)
+
+/**
+ * Ask a route of ours; a body makes it a POST.
+ * @param {string} path below /rolling_kv: "runs"
+ * @param {object} [body]
+ * @returns {Promise<any>} what it answered
+ * @throws {Error & { status: number }} with the server's own sentence where it gave one
+ */
+export async function call(path, body) {
+  const answer = await api.fetchApi(`/rolling_kv/${path}`, body && {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+  })
+  const text = await answer.text()
+  let said
+  try {
+    said = JSON.parse(text)
+  } catch {
+    said = undefined // a proxy's page, or nothing
+  }
+  if (answer.ok) return said
+  throw Object.assign(new Error(said?.error ?? t("unreachable", { status: answer.status })), { status: answer.status })
+}
+
+/**
+ * Listen to an event of the websocket: ours ("rolling_kv.chunk") or ComfyUI's ("execution_success", "reconnected").
+ * @param {string} type
+ * @param {(detail: any) => void} listener
+ * @returns {() => void} takes the listener away
+ */
+export function onEvent(type, listener) {
+  const heard = (/** @type {any} */ event) => listener(event.detail)
+  api.addEventListener(type, heard)
+  return () => api.removeEventListener(type, heard)
+}
+
+/**
+ * Keep ComfyUI's own preview picture away from nodes that show a better one. Works only where it is called while the script loads:
+ * the page begins to listen after that.
+ * @param {(executionId: string) => boolean} covered whether the node has its own
+ */
+export function withholdPreviews(covered) {
+  api.addEventListener("b_preview_with_metadata", (/** @type {any} */ event) => {
+    if (covered(String(event.detail.displayNodeId))) event.stopImmediatePropagation()
+  })
+}
+
+/* ---- nodes ------------------------------------------------------------------------------------------------------------ */
+
+/** @returns {ComfyGraph | undefined} */
+const root = () => app.rootGraph ?? app.graph
+
+/** @param {ComfyGraph | undefined} graph @param {string} id @returns {ComfyNode | undefined} */
+const byId = (graph, id) => graph?.getNodeById(id) ?? graph?.getNodeById(Number(id)) ?? undefined
+
+/**
+ * The node that an output belongs to.
+ * @param {string} locator "id", or "subgraph's uuid:id"
+ */
+export function nodeOf(locator) {
+  const [id, subgraph] = locator.split(":").reverse()
+  return byId(subgraph ? root()?.subgraphs?.get(subgraph) : root(), id)
+}
+
+/**
+ * The nodes on the way to a node of a prompt: [node], or inside subgraphs [outer subgraph node, …, node]. Empty when the open
+ * workflow has no such node.
+ * @param {string} executionId "12", or "12:7:5"
+ * @returns {ComfyNode[]}
+ */
+export function pathTo(executionId) {
+  const nodes = []
+  let graph = root()
+  for (const id of String(executionId).split(":")) {
+    const node = byId(graph, id)
+    if (!node) return []
+    nodes.push(node)
+    graph = node.subgraph
+  }
+  return nodes
+}
+
+/** Every node of the open workflow, those in subgraphs too. @returns {ComfyNode[]} */
+export function allNodes() {
+  const graphs = [root(), ...(root()?.subgraphs?.values() ?? [])]
+  return graphs.flatMap(graph => [...(graph?.nodes ?? [])])
+}
+
+/** Whether the node is in the graph that the canvas shows now. @param {ComfyNode} node */
+export const isOpen = node => node.graph === (app.canvas?.graph ?? root())
+
+/** @param {ComfyNode} node */
+export const redraw = node => node.setDirtyCanvas(true, true)
+
+/* ---- widgets ---------------------------------------------------------------------------------------------------------- */
+
+/** @param {ComfyNode} node @param {string} name @returns {ComfyWidget | undefined} */
+export const widgetOf = (node, name) => node.widgets?.find(widget => widget.name === name)
+
+/**
+ * Put an element below the node's widgets. It is a view: it is not saved with the workflow, nor part of a prompt.
+ * @param {ComfyNode} node
+ * @param {string} name of the widget, one of its kind on a node
+ * @param {HTMLElement} element
+ * @param {() => number} height how high it wants to be now, in pixels; asked whenever the node is laid out
+ * @returns {ComfyWidget | undefined} undefined where the page lets no widget be added: on subgraph nodes of older frontends
+ */
+export function addView(node, name, element, height) {
+  const room = () => height() + 2 * MARGIN
+  const widget = node.addDOMWidget(name, "rolling_kv", element,
+    { serialize: false, hideOnZoom: false, margin: MARGIN, getMinHeight: room, getMaxHeight: room })
+  if (!node.widgets?.includes(widget)) {
+    widget.onRemove?.()
+    return undefined
+  }
+  widget.serialize = false
+  fit(node)
+  return widget
+}
+
+const MARGIN = 10 // what the classic canvas leaves free around an element
+
+/** Make the node at least as large as its widgets need. @param {ComfyNode} node @param {number} [more] pixels below them, for a picture */
+export function fit(node, more = 0) {
+  const [width, least] = node.computeSize(), height = least + more
+  if (node.size[0] < width || node.size[1] < height)
+    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)])
+  redraw(node)
+}
+
+/** @param {ComfyNode} node @param {string} name */
+export function removeView(node, name) {
+  const widget = widgetOf(node, name)
+  if (widget) node.removeWidget(widget)
+}
+
+/**
+ * Change a widget's value as a user does: one step of undo, and everything that shows it follows.
+ * @param {ComfyNode} node
+ * @param {string} name
+ * @param {unknown} value
+ */
+export function setValue(node, name, value) {
+  const widget = widgetOf(node, name)
+  if (!widget || widget.value === value) return
+  app.canvas.emitBeforeChange()
+  try {
+    widget.value = value
+    widget.callback?.(value, app.canvas, node)
+    redraw(node)
+  } finally {
+    app.canvas.emitAfterChange()
+  }
+}
+
+/**
+ * Hear of every change of a widget's value, by the user, by undo, or by `setValue`.
+ * @param {ComfyNode} node
+ * @param {string} name
+ * @param {(value: any) => void} listener
+ */
+export function onValue(node, name, listener) {
+  const widget = widgetOf(node, name)
+  if (!widget) return
+  const before = widget.callback
+  widget.callback = function (value, ...rest) {
+    const answer = before?.call(this, value, ...rest)
+    listener(widget.value)
+    return answer
+  }
+}
+
+/* ---- links ------------------------------------------------------------------------------------------------------------ */
+
+/**
+ * The node whose output goes into an input, through reroutes, bypassed nodes and the borders of subgraphs.
+ * @param {ComfyNode} node
+ * @param {string} name of the input
+ * @returns {ComfyNode | undefined} undefined when nothing is connected
+ */
+export const source = (node, name) => origin(node, node.inputs?.findIndex(input => input.name === name) ?? -1, new Set())
+
+/** @param {ComfyNode} node @param {number} slot @param {Set<string>} seen @returns {ComfyNode | undefined} */
+function origin(node, slot, seen) {
+  const graph = node.graph, link = slot < 0 ? undefined : node.getInputLink(slot)
+  const key = `${graph?.id} ${node.id} ${slot}`
+  if (!graph || !link || seen.has(key)) return undefined
+  seen.add(key)
+  if (String(link.origin_id) === SUBGRAPH_INPUT) {
+    const outer = allNodes().find(made => made.subgraph === graph)
+    return outer && origin(outer, link.origin_slot, seen)
+  }
+  return behind(byId(graph, String(link.origin_id)), link.origin_slot, seen)
+}
+
+/** The node that makes what comes out of a slot. @param {ComfyNode | undefined} node @param {number} slot @param {Set<string>} seen @returns {ComfyNode | undefined} */
+function behind(node, slot, seen) {
+  if (!node) return undefined
+  if (node.subgraph) {
+    const inner = node.subgraph.getLink(node.subgraph.outputs?.[slot]?.linkIds[0])
+    return inner && behind(byId(node.subgraph, String(inner.origin_id)), inner.origin_slot, seen)
+  }
+  if (node.mode === BYPASSED) {
+    const type = node.outputs?.[slot]?.type
+    return origin(node, node.inputs?.findIndex(input => input.type === type) ?? -1, seen)
+  }
+  return node.isVirtualNode ? origin(node, 0, seen) : node
+}
+
+/** The nodes that have `node` behind an input of the name, in the whole workflow. @param {ComfyNode} node @param {string} name */
+export const users = (node, name) => allNodes().filter(other => source(other, name) === node)
+
+/* ---- the page --------------------------------------------------------------------------------------------------------- */
+
+/** A short message in the corner. @param {"error" | "warn" | "info" | "success"} severity @param {string} text */
+export const toast = (severity, text) =>
+  app.extensionManager.toast.add({ severity, summary: "Rolling KV", detail: text, life: severity === "error" ? 8000 : 4000 })
+
+/**
+ * Keys typed into `element` stay there: none is taken for a shortcut of the canvas.
+ * @template {HTMLElement} T
+ * @param {T} element
+ */
+export function keepKeys(element) {
+  for (const type of ["keydown", "keyup", "keypress", "copy", "cut", "paste"])
+    element.addEventListener(type, event => event.stopPropagation())
+  return element
+}
+
+/** Copy text, also where the page is served without encryption, so that it has no clipboard. @param {string} text @returns {Promise<boolean>} */
+export async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text)
+    return true
+  } catch {
+    const area = document.createElement("textarea")
+    area.value = text
+    area.style.cssText = "position: fixed; opacity: 0"
+    document.body.append(area)
+    area.select()
+    const done = document.execCommand("copy")
+    area.remove()
+    return done
+  }
+}
+
+/**
+ * An element with attributes, listeners (`onclick`) and children.
+ * @template {keyof HTMLElementTagNameMap} K
+ * @param {K} tag
+ * @param {Record<string, any>} [attributes] `style` is text; false and undefined leave an attribute out
+ * @param {...(Node | string)} children
+ * @returns {HTMLElementTagNameMap[K]}
+ */
+export function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag)
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value)
+    else if (value !== undefined && value !== false) made.setAttribute(name, value === true ? "" : String(value))
+  }
+  made.append(...children)
+  return made
+}
