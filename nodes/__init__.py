@@ -8,6 +8,7 @@ from .decode import RollingKVDecodeImages, RollingKVDecodeVideo
 from .encode_prompt import RollingKVEncodePrompt
 from .encode_video import RollingKVEncodeVideo
 from .inspect_state import RollingKVInspectState
+from .live import watching
 from .load_lora import RollingKVLoadLoRA
 from .load_model import RollingKVLoadModel
 from .load_state import RollingKVLoadState
@@ -21,6 +22,9 @@ from .stream_video import RollingKVStreamVideo
 
 
 class RollingKVExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        watching.set_up()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             RollingKVLoadModel,

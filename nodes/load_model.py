@@ -92,4 +92,5 @@ class RollingKVLoadModel(io.ComfyNode):
         if model.note:
             run.say(model.note, cls.hidden.unique_id)
         patcher = ManagedModel(model, load_device=device, offload_device=offload_device)
-        return io.NodeOutput(ModelHandle(patcher, model.preset.sampling, model.preset.cache, execution=execution))
+        preset = model.preset
+        return io.NodeOutput(ModelHandle(patcher, preset.sampling, preset.cache, execution=execution, path=path))

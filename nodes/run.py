@@ -28,8 +28,10 @@ def say(text: str, node_id: str) -> None:
 
 
 @contextmanager
-def progress(node_id: str) -> Iterator[Callable[[int, int], None]]:
+def progress(node_id: str, newest: Callable[[], tuple | None] = lambda: None) -> Iterator[Callable[[int, int], None]]:
     """Gives on_pass(done, total), which shows how far a run is and ends it when the user cancels.
+
+    newest: gives a picture to show beside it, as ComfyUI's `ProgressBar` takes it, or None where there is no new one.
 
     A run that fails gives back what it has held at once: its traceback still refers to the activations.
     """
@@ -37,7 +39,7 @@ def progress(node_id: str) -> Iterator[Callable[[int, int], None]]:
 
     def on_pass(done: int, total: int) -> None:
         check_cancelled()
-        bar.update_absolute(done, total)
+        bar.update_absolute(done, total, newest())
 
     try:
         yield on_pass
@@ -45,7 +47,7 @@ def progress(node_id: str) -> Iterator[Callable[[int, int], None]]:
         traceback.clear_frames(error.__traceback__)
         mm.soft_empty_cache()
         raise
-    bar.update_absolute(bar.total)
+    bar.update_absolute(bar.total, preview=newest())
 
 
 def bring_to_device(model: ModelHandle, nbytes: int, *others: ManagedModule) -> None:

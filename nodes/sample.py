@@ -7,6 +7,8 @@ from ..rolling_kv.geometry import Geometry
 from . import borders, inputs, run
 from .guard import guarded
 from .job import Job
+from .live.previewing import preview_of
+from .live.watching import watched
 from .types import CATEGORY, VAE, EncodedSchedule, Model, State
 
 SIZE = "Ignored when a state, an initial latent or a source sets the size."
@@ -96,7 +98,7 @@ class RollingKVSample(io.ComfyNode):
                     display_name="state", tooltip="Where this video stands, for another Sample Video to go on."
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             accept_all_inputs=True,
         )
 
@@ -111,12 +113,14 @@ class RollingKVSample(io.ComfyNode):
             guidance=guidance, negative=negative, initial_latent=initial_latent, state=state, switch=switch, vae=vae,
             batch_size=batch_size, source=source, strength=strength,
         )  # fmt: skip
-        job.make_room()
+        decoder = vae if vae is not None and vae.model.geometry.channels == model.geometry.channels else None
+        job.make_room(decoder)
         if job.notes:
             run.say("\n".join(job.notes), cls.hidden.unique_id)
-        with run.progress(cls.hidden.unique_id) as on_pass, job.session(on_pass) as session:
+        live = watched(cls.hidden, job, preview=preview_of(model, decoder))
+        with run.progress(cls.hidden.unique_id, live.newest) as on_pass, live, job.session(on_pass) as session:
             for _ in job.states(session):
-                pass
+                live.show(session)
         if session.step_report is not None:
             run.say("\n".join([*job.notes, session.step_report.summary()]), cls.hidden.unique_id)
         return io.NodeOutput(borders.latent_of(session.state), session.state)

@@ -8,6 +8,7 @@ from ..rolling_kv.streaming import ENDLESS_SECONDS, VideoStream
 from . import borders, inputs, run, state_files
 from .guard import guarded
 from .job import Job
+from .live.watching import watched
 from .types import CATEGORY, VAE, Model, State
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class RollingKVStreamVideo(io.ComfyNode):
                     tooltip="Where this video stands, for another Stream Video, Sample Video or Save State.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
             accept_all_inputs=True,
         )
@@ -109,15 +110,17 @@ class RollingKVStreamVideo(io.ComfyNode):
         size = job.start.height, job.start.width
         path, name = state_files.place_for(filename_prefix, *size, ".mp4")
         job.make_room(vae)
+        rate = inputs.fps_of(geometry, fps)
+        live = watched(cls.hidden, job, fps=rate, endless=not seconds)
         stream = VideoStream(
-            path, vae.model, *size, before=state, new_only=state is not None and written == NEW,
-            fps=inputs.fps_of(geometry, fps), scale=enlarge,
-            metadata=_metadata(cls.hidden),
+            path, vae.model, *size, before=state, new_only=state is not None and written == NEW, on_frames=live.see,
+            fps=rate, scale=enlarge, metadata=_metadata(cls.hidden),
         )  # fmt: skip
         try:
-            with run.progress(node_id) as on_pass, stream, job.session(on_pass) as session:
+            with run.progress(node_id, live.newest) as on_pass, live, stream, job.session(on_pass) as session:
                 for made in job.states(session):
                     session.state = stream.add(made)
+                    live.show(session)
                     run.say("\n".join([*job.notes, f"{made.seconds:g} s in {name}"]), node_id)
         except BaseException:
             if stream.kept:

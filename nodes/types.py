@@ -37,6 +37,7 @@ class ModelHandle(NamedTuple):
     loras: tuple[tuple[Path, float], ...] = ()  # files and strengths; applied when a sampler runs
     execution: ExecutionConfig = ExecutionConfig()
     step_cache: object | None = None  # a method of rolling_kv.step_cache
+    path: Path | None = None  # the file or folder that it was loaded from
 
     @property
     def engine(self) -> CausalModel:

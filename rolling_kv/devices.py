@@ -59,3 +59,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if tensor.device.type == "cpu" and device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type != "mps")  # MPS does not keep such copies in order with the rest
+
+
+def stream_beside(device: torch.device) -> torch.cuda.Stream | None:
+    """A CUDA stream for what is decoded beside the sampling; None elsewhere, where both share the processor."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None

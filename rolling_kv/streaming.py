@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from queue import Queue
@@ -13,6 +13,7 @@ from threading import Thread
 import torch
 
 from .atomic import claiming
+from .devices import stream_beside
 from .growing import GrowingVideo, growing_place, whole_length
 from .sampling.journal import SUFFIX as JOURNAL_SUFFIX
 from .sampling.journal import Journal
@@ -79,6 +80,8 @@ class VideoStream:
     before: the state that is continued. journal_in: the journal that it was read from, if it was one.
     new_only: leave the frames of that state out of the video.
     state_out: file for the state, .safetensors; by default one is kept only where the block fails, beside the video.
+    on_frames: called as on_frames(number, frames) with the frames of each latent frame that is written, uint8 [T, H, W, 3] in
+        CPU memory, in their order; in whichever thread decodes.
     settings: of `GrowingVideo`: fps, crf, scale, metadata.
 
     Raises FileExistsError where an earlier run of this name did not end, and what `GrowingVideo` raises. An error of the
@@ -96,6 +99,7 @@ class VideoStream:
         journal_in: str | Path | None = None,
         new_only: bool = False,
         state_out: str | Path | None = None,
+        on_frames: Callable[[int, torch.Tensor], None] | None = None,
         **settings,
     ):
         before = before or CacheState()
@@ -107,7 +111,8 @@ class VideoStream:
         self._resumed = check_ended(self.path, journal_in, new_only)
         self._journal_in = journal_in
         self._decoder = vae.decoder()
-        self._cuda = _stream_beside(vae)
+        self._on_frames = on_frames
+        self._cuda = stream_beside(vae.compute_device())
         self._generated = before.generated
         self._written_from = before.frames if new_only else 0
         self._next = max(self._written_from - vae.reach, 0)  # the latent frame to decode next
@@ -158,11 +163,13 @@ class VideoStream:
             self._decode(latents, first, lambda frames: self._work.put(partial(self._growing.write, frames)))
 
     def _decode(self, latents: torch.Tensor, first: int, write: Callable[[torch.Tensor], None]) -> None:
-        beside = nullcontext() if self._cuda is None else torch.cuda.stream(self._cuda)
-        with torch.inference_mode(), beside:
+        with torch.inference_mode(), torch.cuda.stream(self._cuda):
             for number, frames in enumerate(self._decoder.decode_frames(latents), first):
                 if number >= self._written_from:
-                    write(to_uint8(frames[0]).permute(1, 2, 3, 0))
+                    pictures = to_uint8(frames[0]).permute(1, 2, 3, 0).cpu()
+                    write(pictures)
+                    if self._on_frames is not None:
+                        self._on_frames(number, pictures)
 
     def __enter__(self) -> VideoStream:
         with ExitStack() as claimed:
@@ -249,9 +256,3 @@ class _Worker:
             except BaseException as error:
                 self._error = error
             del task  # and the frames in it
-
-
-def _stream_beside(vae: WanVAE) -> torch.cuda.Stream | None:
-    """A CUDA stream that decodes beside the sampling; None elsewhere, where both share the processor."""
-    device = vae.vae.quant_conv.weight.device
-    return torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -108,6 +108,10 @@ class WanVAE(nn.Module):
         """How pixels, frames and latents follow from each other for this VAE."""
         return geometry_of(self.vae.config["z_dim"])
 
+    def compute_device(self) -> torch.device:
+        """Where the weights are now."""
+        return self.vae.quant_conv.weight.device
+
     @property
     def reach(self) -> int:
         """Latent frames before one that its pixels depend on, at most: the causal convolutions of the decoder reach no further."""

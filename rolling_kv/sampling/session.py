@@ -10,6 +10,7 @@ from itertools import islice
 import torch
 
 from ..cache.sizes import CacheBytes
+from ..cache.window import FrameWindow
 from ..checkpoints.model import CausalModel
 from ..config import CacheConfig, ExecutionConfig, SamplingConfig
 from ..step_cache import StepCache, StepCacheReport, StepProbe, start_step_cache
@@ -105,6 +106,11 @@ class RollingSession:
     def cache_bytes(self) -> CacheBytes:
         """Bytes that keys and values take now, of all guidance branches together; those of the prompt not counted."""
         return self._open.branches.nbytes if self._open else CacheBytes(0, 0)
+
+    @property
+    def window(self) -> FrameWindow:
+        """Which latent frames the caches hold now; to be read only. Raises ValueError unless the session is open."""
+        return next(iter(self._running().branches.caches.values())).window
 
     def set_prompt(
         self,

@@ -220,7 +220,7 @@ def test_beside_the_sampling_frames_are_decoded_in_a_thread_and_a_stream_of_thei
         return step(self, *args, **options)
 
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    monkeypatch.setattr(streaming_module, "_stream_beside", lambda vae: "beside")
+    monkeypatch.setattr(streaming_module, "stream_beside", lambda device: "beside")
     monkeypatch.setattr(StreamingDecoder, "_step", watched)
     made = pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=7, seed=3, **SIZE)
     assert made.read_bytes() == whole.read_bytes()

@@ -32,6 +32,7 @@ LAYERS: list[tuple[list[str], list[str]]] = [
     (["step_cache"], []),
     (["checkpoints"], [*GROUND, *SETTINGS]),
     (["lora", "vae", "words"], [*GROUND, *SETTINGS, "checkpoints"]),
+    (["previews"], [*GROUND, *SETTINGS, "vae", "video"]),
     (["text"], [*GROUND, *SETTINGS, "checkpoints", "words"]),
     (["video", "schedules", "fitting"], [*GROUND, *SETTINGS]),
     (["growing"], [*GROUND, *SETTINGS, "video"]),

@@ -1,0 +1,63 @@
+"""What pages and scripts ask the server for. Names in the routes are ours, never paths; ComfyUI refuses other origins."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from aiohttp import web
+
+from ...rolling_kv.config import check_flag, check_whole
+from .runs import ROUTE, PreviewSettings, Runs
+
+RUNS = web.AppKey("rolling_kv_runs", Runs)
+"""Where the server's application has its runs."""
+LARGEST = 64 * 2**10
+"""Most bytes of a request."""
+SIZES = 32, 1024
+"""Least and most pixels along the longer side of a preview."""
+FOREVER = {"Cache-Control": "private, max-age=31536000, immutable"}
+
+
+def add_routes(routes: web.RouteTableDef, runs: Runs) -> None:
+    """Let a server answer for these runs."""
+
+    @routes.get(f"{ROUTE}/runs")
+    async def listed(request: web.Request) -> web.Response:
+        return web.json_response({"runs": runs.listed()}, headers={"Cache-Control": "no-store"})
+
+    @routes.get(ROUTE + "/runs/{run}/chunks/{chunk}.webp")
+    async def strip(request: web.Request) -> web.Response:
+        run, chunk = request.match_info["run"], request.match_info["chunk"]
+        strip = runs.strip(run, int(chunk)) if chunk.isdecimal() and len(chunk) < 10 else None
+        if strip is None:
+            raise web.HTTPNotFound(headers={"Cache-Control": "no-store"})
+        return web.Response(body=strip.data, content_type="image/webp", headers=FOREVER)
+
+    @routes.post(f"{ROUTE}/preview")
+    async def preview(request: web.Request) -> web.Response:
+        try:
+            given = await read_json(request)
+            settings = PreviewSettings(given.get("on", True), given.get("size", PreviewSettings().size))
+            check_flag("on", settings.on)
+            check_whole("size", settings.size, *SIZES)
+        except ValueError as error:
+            return web.json_response({"error": str(error)}, status=400)
+        runs.settings = settings
+        return web.json_response(settings._asdict())
+
+
+async def read_json(request: web.Request) -> dict[str, Any]:
+    """The object that a request has sent. Raises ValueError for anything else, and HTTPRequestEntityTooLarge."""
+    read = bytearray()
+    async for part in request.content.iter_any():
+        read += part
+        if len(read) > LARGEST:
+            raise web.HTTPRequestEntityTooLarge(LARGEST, len(read))
+    try:
+        given = json.loads(read)
+    except (ValueError, RecursionError):
+        raise ValueError("the request is to be a JSON object, and is none") from None
+    if not isinstance(given, dict):
+        raise ValueError("the request is to be a JSON object, and is none")
+    return given

@@ -1,0 +1,41 @@
+"""From a node of ComfyUI to a run that pages can watch."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import comfy.model_management as mm
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+
+from ..job import Job
+from .routes import RUNS, add_routes
+from .runs import Preview, Run, Runs
+
+
+def set_up() -> None:
+    """Let the server tell of runs, and answer for them."""
+    server = PromptServer.instance
+    server.app[RUNS] = runs = Runs(server.send_sync)
+    add_routes(server.routes, runs)
+
+
+def watched(
+    hidden, job: Job, *, fps: float | None = None, endless: bool = False, preview: Preview | None = None
+) -> Run:
+    """The run of a node. hidden: of its class. endless: it goes on until somebody stops it. The others: see `Run`."""
+    context, node, start = get_executing_context(), hidden.unique_id, job.start
+    return Run(
+        PromptServer.instance.app[RUNS],
+        prompt_id="" if context is None else context.prompt_id,
+        node=node,
+        display_node=hidden.dynprompt.get_display_node_id(node),
+        geometry=job.model.geometry,
+        fps=fps or job.model.geometry.fps,
+        size=(start.width, start.height),
+        start=start.frames,
+        end=None if endless else job.frames,
+        chunks=None if endless else job.chunks,
+        preview=preview,
+        free=partial(mm.get_free_memory, job.model.patcher.load_device),
+    )
