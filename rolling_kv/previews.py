@@ -29,16 +29,21 @@ class LinearPreview:
 
     factors: a row for each channel of model latents, with a column for red, green and blue of each of n x n pixels, as
         `pixel_shuffle` has them. bias: a number for each column. They give colours from -1 to 1.
+
+    Raises ValueError for numbers of other shapes.
     """
 
     def __init__(self, factors: Sequence[Sequence[float]], bias: Sequence[float]):
         self._factors, self._bias = torch.tensor(factors), torch.tensor(bias)
+        self._side = math.isqrt(self._bias.numel() // 3)
+        if self._bias.ndim != 1 or self._factors.shape[1:] != (3 * self._side**2,) or not self._side:
+            raise ValueError(f"factors are {list(self._factors.shape)}, and the bias is {list(self._bias.shape)}")
 
     def pictures(self, between: Between, first: int, last: int) -> torch.Tensor:
         """uint8 [f, n * h, n * w, 3] of the latent frames from `first` up to `last`."""
         latents = between(first, last)[0].float().movedim(0, -1)  # [f, h, w, C]
         colours = (latents @ self._factors.to(latents.device) + self._bias.to(latents.device)).movedim(-1, 1)
-        return to_uint8(pixel_shuffle(colours, math.isqrt(len(self._bias) // 3))).movedim(1, -1).cpu()
+        return to_uint8(pixel_shuffle(colours, self._side)).movedim(1, -1).cpu()
 
 
 def load_fitted(model: Path) -> LinearPreview | None:
@@ -54,7 +59,7 @@ def load_fitted(model: Path) -> LinearPreview | None:
 
 
 class Decoder(Protocol):
-    """What `WanVAE.decoder` gives."""
+    """What `WanVAE.decoder` and `Taehv.stream` give."""
 
     def decode_frames(self, latents: torch.Tensor) -> Iterator[torch.Tensor]: ...
 
@@ -62,12 +67,12 @@ class Decoder(Protocol):
 class DecodedPreview:
     """The first video by a decoder that keeps its memory from chunk to chunk, and finds its way where some were left out.
 
-    start: gives a fresh decoder of raw latents, which begins at a video's first frame.
+    start: gives a fresh decoder of latents, which begins at a video's first frame. raw: whether it takes raw ones.
     device: where it decodes, on CUDA beside everything else.
     """
 
-    def __init__(self, start: Callable[[], Decoder], device: torch.device):
-        self._start = start
+    def __init__(self, start: Callable[[], Decoder], device: torch.device, raw: bool = True):
+        self._start, self._raw = start, raw
         self._cuda = stream_beside(device)
         self._decoder: Decoder | None = None
         self._next = 0
@@ -78,7 +83,9 @@ class DecodedPreview:
         begin = first
         if decoder is None or first != self._next:
             decoder, begin = self._start(), max(first - PRIMED, 0)
-        latents = to_raw(between(begin, last)[:1].float())
+        latents = between(begin, last)[:1].float()
+        if self._raw:
+            latents = to_raw(latents)
         with torch.cuda.stream(self._cuda):
             made = [
                 to_uint8(frames[0]).permute(1, 2, 3, 0).cpu()

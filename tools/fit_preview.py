@@ -60,7 +60,9 @@ def write(folder: Path, pixels: int = 8, videos: int = 16, chunks: int = 3) -> N
     fitted = fit(*made(tiny, videos, chunks, SEEN), pixels)
     with replacing(folder / FITTED, what="preview") as file:
         rows = ",\n  ".join(map(json.dumps, fitted["factors"]))
-        file.write_text(f'{{\n "factors": [\n  {rows}\n ],\n "bias": {json.dumps(fitted["bias"])}\n}}\n', encoding="utf-8")
+        file.write_text(
+            f'{{\n "factors": [\n  {rows}\n ],\n "bias": {json.dumps(fitted["bias"])}\n}}\n', encoding="utf-8"
+        )
     print(f"{folder / FITTED}: {error(fitted, *made(tiny, 4, chunks, UNSEEN)):.1f} of 255 from what is decoded")
 
 

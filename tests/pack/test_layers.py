@@ -31,7 +31,7 @@ LAYERS: list[tuple[list[str], list[str]]] = [
     (["cache"], [*GROUND, *SETTINGS]),
     (["step_cache"], []),
     (["checkpoints"], [*GROUND, *SETTINGS]),
-    (["lora", "vae", "words"], [*GROUND, *SETTINGS, "checkpoints"]),
+    (["lora", "vae", "taehv", "words"], [*GROUND, *SETTINGS, "checkpoints"]),
     (["previews"], [*GROUND, *SETTINGS, "vae", "video"]),
     (["text"], [*GROUND, *SETTINGS, "checkpoints", "words"]),
     (["video", "schedules", "fitting"], [*GROUND, *SETTINGS]),

@@ -1,0 +1,87 @@
+"""TAEHV's decoder, with random weights: as it reads files, and a stream of chunks against the plain formula for a whole video."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn.functional import conv2d, interpolate, pad, pixel_shuffle
+
+from rolling_kv.checkpoints.readers import CheckpointError
+from rolling_kv.geometry import WAN_21, WAN_22
+from rolling_kv.taehv import Taehv, load_taehv
+
+KINDS = {"2.1": (WAN_21, 16, 1), "2.2": (WAN_22, 48, 2)}
+
+
+def weights(kind: str) -> dict[str, torch.Tensor]:
+    """Of a decoder with few channels, and a tensor of the encoder beside them, as the files have."""
+    _, channels, patch = KINDS[kind]
+    torch.manual_seed(1)
+    tensors = Taehv(channels, (8, 6, 4, 4), (1, 2, 2), patch).state_dict()
+    return {name: tensor * 2 for name, tensor in tensors.items()} | {"encoder.0.weight": torch.ones(4, 3, 3, 3)}
+
+
+def whole(tensors: dict[str, torch.Tensor], latents: torch.Tensor, patch: int) -> torch.Tensor:
+    """All frames [T, 3, H, W] in [0, 1] of latents [f, C, h, w] at once, layer by layer, as TAEHV's own code has it."""
+
+    def at(layer: str, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = tensors[f"decoder.{layer}.weight"], tensors.get(f"decoder.{layer}.bias")
+        return conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+    x = at("1", torch.tanh(latents / 3) * 3).relu()
+    for first in (3, 9, 15):
+        for layer in range(first, first + 3):
+            before = pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:-1]
+            inner = at(f"{layer}.conv.0", torch.cat([x, before], dim=1)).relu()
+            x = (at(f"{layer}.conv.4", at(f"{layer}.conv.2", inner).relu()) + x).relu()
+        x = interpolate(x, scale_factor=2)
+        grown = at(f"{first + 4}.conv", x)
+        x = at(str(first + 5), grown.reshape(-1, x.shape[1], *x.shape[2:]))
+    return pixel_shuffle(at("22", x.relu()), patch)[3:].clamp(0, 1)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.mark.parametrize("sizes", [[7], [1, 1, 5], [3, 3, 1]])
+def test_a_stream_of_chunks_has_the_frames_of_the_whole_video(kind, sizes, tmp_path):
+    geometry, channels, patch = KINDS[kind]
+    tensors = weights(kind)
+    torch.save(tensors, tmp_path / "taew.pth")
+    latents = 2 * torch.randn(7, channels, 3, 4, generator=torch.Generator().manual_seed(2))
+    stream = load_taehv(tmp_path / "taew.pth", geometry).stream()
+    made = [list(stream.decode_frames(chunk.movedim(1, 0)[None])) for chunk in latents.split(sizes)]
+    assert [len(frames) for frames in made] == sizes
+    frames = torch.cat([frame for chunk in made for frame in chunk], dim=2)
+    expected = whole(tensors, latents, patch)
+    assert frames.shape == (1, 3, 25, 3 * geometry.spatial, 4 * geometry.spatial)
+    assert 0.1 < expected.mean() < 0.9 and expected.std() > 0.05
+    torch.testing.assert_close(frames[0].movedim(1, 0), expected * 2 - 1, rtol=0, atol=1e-4)
+
+
+def test_both_kinds_of_file_and_every_precision_are_read(tmp_path):
+    tensors = {name: tensor.half() for name, tensor in weights("2.1").items()}
+    torch.save(tensors, tmp_path / "a.pth")
+    save_file(tensors, tmp_path / "a.safetensors")
+    one, other = (load_taehv(tmp_path / name, WAN_21).state_dict() for name in ("a.pth", "a.safetensors"))
+    assert all(torch.equal(one[name], other[name]) and one[name].dtype == torch.float32 for name in one)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: {"decoder.mid.weight": torch.ones(2, 2)}, "holds no TAEHV decoder. Choose taew2_1 or taew2_2"),
+        (lambda tensors: {**tensors, "decoder.7.conv.weight": torch.ones(4)}, "holds no TAEHV decoder"),
+        (lambda tensors: {**tensors, "decoder.7.conv.weight": torch.ones(0, 0, 1, 1)}, "taew"),
+        (lambda tensors: weights("2.2"), "this decodes 48 channels, 4 frames and 16 pixels a latent cell, and Wan 2.1 has 16, 4"),
+        (lambda tensors: {**tensors, "decoder.13.conv.weight": torch.ones(6, 6, 1, 1)}, "16 channels, 2 frames and 8 pixels"),
+        (lambda tensors: {name: tensors[name] for name in tensors if ".9." not in name}, "6 missing: decoder.9.conv.0.weight"),
+        (lambda tensors: {**tensors, "decoder.22.bias": torch.tensor([0, 1, float("nan")])}, "no numbers|NaN|finite"),
+    ],
+)  # fmt: skip
+def test_other_files_are_refused_by_name(change, message, tmp_path):
+    torch.save(change(weights("2.1")), tmp_path / "taew.pth")
+    with pytest.raises(CheckpointError, match=message) as refusal:
+        load_taehv(tmp_path / "taew.pth", WAN_21)
+    assert "taew.pth" in str(refusal.value)
