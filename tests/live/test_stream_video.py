@@ -13,6 +13,7 @@ from conftest import start
 from graphs import chosen, loaders, node, one_sampler, prompt, read_video, sample
 from test_state_files import load, saved, schedule
 
+from rolling_kv.growing import whole_length
 from rolling_kv.sampling.state_file import load_state, read_state
 from tools.comfyui.client import PromptFailed, PromptInterrupted, PromptRejected, first_file
 
@@ -121,14 +122,18 @@ def test_what_a_killed_server_leaves_plays_and_another_server_goes_on_from_its_j
         folder = killed.folder / "output/killed"
         running = threading.Thread(target=_run_until_killed, args=(killed.client, streamed(0.0, "killed/video")))
         running.start()
-        journal, deadline = folder / "video_00001_.journal", time.monotonic() + 300
-        while not journal.exists() or len(read_state(journal).state.records) < 4:  # the encoder holds some back
+        growing, journal = folder / "video_00001_.growing.mp4", folder / "video_00001_.journal"
+        deadline = time.monotonic() + 300
+        while not growing.exists() or not whole_length(growing):  # the encoder holds some back
             assert running.is_alive() and time.monotonic() < deadline
             time.sleep(0.02)
         killed.process.kill()
         running.join()
-        assert sorted(os.listdir(folder)) == ["video_00001_.growing.mp4", "video_00001_.journal"]
-        assert len(frames((folder / "video_00001_.growing.mp4").read_bytes())) > 0
+        names = sorted(os.listdir(folder))
+        assert names[-2:] == [growing.name, journal.name]
+        for mark in names[:-2]:  # of the claim to the name, which the next run of that name removes
+            assert mark.startswith(f".{growing.name}.") and (folder / mark).stat().st_size == 0
+        assert len(frames(growing.read_bytes())) > 0
         shutil.copy(journal, server.folder / "input/left behind.journal")
     info = client.object_info("RollingKVLoadState")["RollingKVLoadState"]
     assert "left behind.journal" in info["input"]["required"]["state_name"][1]["options"]
