@@ -40,7 +40,7 @@ export const setting = id => app.extensionManager.setting.get(id)
  * One entry for an extension's `settings`. Name and tooltip come from locales/<language>/settings.json, where dots of the id are
  * underscores.
  * @param {string} id "RollingKV.Live.Size"
- * @param {{ type: string, defaultValue: unknown, section: string, attrs?: object, onChange?: (value: any) => void }} options
+ * @param {{ type: string, defaultValue: unknown, section: string, options?: object[], onChange?: (value: any) => void }} options
  *   section: English name of the heading below "Rolling KV"
  */
 export function describeSetting(id, { section, ...options }) {
@@ -135,6 +135,9 @@ export function pathTo(executionId) {
   return nodes
 }
 
+/** The id of the open workflow, which prompts that are queued from it carry along. */
+export const workflowId = () => root()?.id
+
 /** Every node of the open workflow, those in subgraphs too. @returns {ComfyNode[]} */
 export function allNodes() {
   const graphs = [root(), ...(root()?.subgraphs?.values() ?? [])]
@@ -157,29 +160,51 @@ export const widgetOf = (node, name) => node.widgets?.find(widget => widget.name
  * @param {ComfyNode} node
  * @param {string} name of the widget, one of its kind on a node
  * @param {HTMLElement} element
- * @param {() => number} height how high it wants to be now, in pixels; asked whenever the node is laid out
+ * @param {() => number} height how high it wants to be now at least, in pixels; asked whenever the node is laid out
+ * @param {number} [most] how high it may become where the node has room; without it, no higher
  * @returns {ComfyWidget | undefined} undefined where the page lets no widget be added: on subgraph nodes of older frontends
  */
-export function addView(node, name, element, height) {
-  const room = () => height() + 2 * MARGIN
+export function addView(node, name, element, height, most) {
+  const room = () => {
+    element.style.minHeight = `${height()}px` // Nodes 2.0 asks the element
+    return height() + 2 * MARGIN
+  }
   const widget = node.addDOMWidget(name, "rolling_kv", element,
-    { serialize: false, hideOnZoom: false, margin: MARGIN, getMinHeight: room, getMaxHeight: room })
+    { serialize: false, hideOnZoom: false, margin: MARGIN, getMinHeight: room, getMaxHeight: () => most ?? room() })
   if (!node.widgets?.includes(widget)) {
     widget.onRemove?.()
     return undefined
   }
   widget.serialize = false
+  element.dataset.view = name
+  setTimeout(() => takePlace(node, name, element)) // once the page has made its elements
   fit(node)
   return widget
 }
 
+/**
+ * Nodes 2.0 keeps the elements of a node when it makes the node anew, on undo and when another workflow is shown: what a former node
+ * of that number has put there makes room.
+ * @param {ComfyNode} node
+ * @param {string} name
+ * @param {HTMLElement} element
+ */
+function takePlace(node, name, element) {
+  if (element.isConnected || !isOpen(node)) return
+  document.querySelector(`[data-node-id="${node.id}"] [data-view="${name}"]`)?.replaceWith(element)
+}
+
 const MARGIN = 10 // what the classic canvas leaves free around an element
 
-/** Make the node at least as large as its widgets need. @param {ComfyNode} node @param {number} [more] pixels below them, for a picture */
-export function fit(node, more = 0) {
-  const [width, least] = node.computeSize(), height = least + more
-  if (node.size[0] < width || node.size[1] < height)
-    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)])
+/**
+ * Make the node at least as large as its widgets need.
+ * @param {ComfyNode} node
+ * @param {{ below?: number, width?: number }} [room] below: more pixels, for a picture of ComfyUI's. width: of the node at least
+ */
+export function fit(node, { below = 0, width = 0 } = {}) {
+  const [across, down] = node.computeSize(), size = [Math.max(across, width), down + below]
+  if (node.size[0] < size[0] || node.size[1] < size[1])
+    node.setSize([Math.max(node.size[0], size[0]), Math.max(node.size[1], size[1])])
   redraw(node)
 }
 

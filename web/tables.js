@@ -50,7 +50,7 @@ function display(node, output) {
   })
   show(area, text, table.texts)
   addView(node, WIDGET, area, () => Math.min(LINE * (2 + area.querySelectorAll("p, tr").length), 480))
-  fit(node, table.picture)
+  fit(node, { below: table.picture })
 }
 
 extend({

@@ -1,0 +1,113 @@
+/**
+ * What is being made, on the nodes that make it: Sample Video and Stream Video play the video so far while they run and until their
+ * next run, and take prompts meanwhile. In a subgraph, so does the subgraph's node.
+ *
+ * @import { ComfyNode } from "./comfy.d.ts"
+ * @import { Strip } from "./player.js"
+ *
+ * @typedef {"running" | "paused" | "ended" | "failed" | "cancelled"} Status
+ *
+ * @typedef {object} Run what the server tells of one execution of a sampler
+ * @property {string} run its id
+ * @property {string} node
+ * @property {string} display_node
+ * @property {string | null} [workflow] the id of the workflow that it belongs to
+ * @property {Status} status
+ * @property {string} steerable why no prompt can be typed in, or ""
+ * @property {string[]} switches how a prompt may come
+ * @property {number} chunk how many are made
+ * @property {number | null} chunks how many it makes; null until somebody stops it
+ * @property {number} first_seconds where in the video it begins
+ * @property {number} fps
+ * @property {number} frames
+ * @property {number} seconds
+ * @property {number} rate frames a second of work
+ * @property {number | null} left seconds of work
+ * @property {string} schedule
+ * @property {[number, number]} size width and height of the video
+ * @property {Strip[]} strips
+ */
+import {
+  addView, call, describeSetting, extend, fit, onEvent, pathTo, setting, widgetOf, withholdPreviews, workflowId,
+} from "./comfy.js"
+import { Panel } from "./panel.js"
+
+const WIDTH = 300 // pixels that a node needs at least, so that all of the prompt line is to be read
+const NODES = new Set(["RollingKVSample", "RollingKVStreamVideo"])
+const VIEW = "live"
+const SIZES = [128, 192, 256, 384, 512, 768]
+
+const KNOWN = 32 // runs
+
+/** The newest run of each node, by workflow and node, in the order in which something was last heard of them. @type {Map<string, Run>} */
+const runs = new Map()
+/** @type {WeakMap<ComfyNode, Panel>} */
+const panels = new WeakMap()
+
+/** Where a run is shown: its node, and the subgraph nodes around it. @param {Run} run @returns {ComfyNode[]} */
+function nodesOf(run) {
+  if (run.workflow && run.workflow !== workflowId()) return []
+  const path = pathTo(run.node)
+  if (path.length) return NODES.has(path[path.length - 1].comfyClass ?? "") ? path : []
+  return pathTo(run.display_node) // what makes nodes while it runs shows what they do
+}
+
+/** @param {Run} run */
+function show(run) {
+  for (const node of nodesOf(run)) {
+    let panel = panels.get(node)
+    if (!panel) panels.set(node, panel = new Panel(() => fit(node, { width: WIDTH })))
+    const kept = panel
+    // Older frontends forget a subgraph node's views; then it gets it back.
+    if (!widgetOf(node, VIEW)) addView(node, VIEW, kept.root, () => kept.height(node.size[0]), Infinity)
+    kept.show(run)
+    fit(node, { width: WIDTH })
+  }
+}
+
+/** Take what an event or the list of runs tells. @param {Omit<Run, "strips">} told @param {(Strip | null)[]} strips */
+function hear(told, strips) {
+  const key = `${told.workflow} ${told.node}`, known = runs.get(key)
+  const before = known?.run === told.run ? known.strips : []
+  const fresh = strips.filter(strip => strip && !before.some(other => other.chunk === strip.chunk))
+  const run = /** @type {Run} */ ({ ...told, strips: [...before, ...fresh] })
+  runs.delete(key)
+  runs.set(key, run)
+  if (runs.size > KNOWN) runs.delete(runs.keys().next().value ?? "")
+  show(run)
+}
+
+/** What the server knows: after the page was loaded, and after it was cut off. */
+async function catchUp() {
+  for (const { strips, ...run } of (await call("runs").catch(() => ({ runs: [] }))).runs) hear(run, strips)
+}
+
+/** Tell the server what the settings say. */
+function tellSettings() {
+  const on = setting("RollingKV.Live.Preview"), size = setting("RollingKV.Live.Size")
+  if (on !== undefined && size !== undefined) call("preview", { on, size }).catch(() => {}) // it says so when it is asked for runs
+}
+
+// A node that plays its own video does not show ComfyUI's picture of it beside that.
+withholdPreviews(id => {
+  const nodes = pathTo(id)
+  return nodes.length > 0 && nodes.every(node => panels.get(node)?.plays && widgetOf(node, VIEW))
+})
+
+extend({
+  name: "RollingKV.Live",
+  settings: [
+    describeSetting("RollingKV.Live.Size", {
+      type: "combo", section: "Live", defaultValue: 256, options: SIZES.map(value => ({ text: String(value), value })), onChange: tellSettings,
+    }),
+    describeSetting("RollingKV.Live.Preview", { type: "boolean", section: "Live", defaultValue: true, onChange: tellSettings }),
+  ],
+  async setup() {
+    onEvent("rolling_kv.run", run => hear(run, []))
+    onEvent("rolling_kv.chunk", ({ strip, ...run }) => hear(run, [strip]))
+    onEvent("reconnected", catchUp)
+    await catchUp()
+  },
+  // Another workflow is shown, or this one anew: after undo, for instance.
+  afterConfigureGraph: () => runs.forEach(show),
+})

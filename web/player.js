@@ -1,0 +1,123 @@
+/**
+ * Plays the strips of a run, looping, on a canvas: each strip is a WebP with the frames of a chunk, row by row. Nothing is played, and
+ * no time is spent, while the canvas is not to be seen.
+ *
+ * @typedef {{ chunk: number, url: string, frames: number, width: number, height: number, columns: number }} Strip what the server tells of a chunk's picture
+ */
+
+/** Most pixels of all strips that are held, decoded 256 MiB: half a minute at 256 x 256. */
+const HELD = 64 * 2 ** 20
+
+export class Player {
+  /**
+   * @param {(path: string) => string} address makes an address of a strip's url
+   */
+  constructor(address) {
+    this.address = address
+    this.canvas = document.createElement("canvas")
+    this.canvas.setAttribute("role", "img")
+    /** @type {(Strip & { image: HTMLImageElement, ready: boolean })[]} */
+    this.strips = [] // in the order of their chunks
+    this.fps = 16
+    this.position = 0 // in frames, from the first one that is held
+    this.seen = false
+    this.still = matchMedia("(prefers-reduced-motion: reduce)")
+    this.request = 0
+    this.watcher = new IntersectionObserver(entries => {
+      this.seen = entries[entries.length - 1].isIntersecting
+      this.wake()
+    })
+    this.watcher.observe(this.canvas)
+  }
+
+  /** How many frames there are to play. */
+  get frames() {
+    return this.playable.reduce((sum, strip) => sum + strip.frames, 0)
+  }
+
+  /** The strips that have arrived, up to the first that has not. */
+  get playable() {
+    const first = this.strips.findIndex(strip => !strip.ready)
+    return first < 0 ? this.strips : this.strips.slice(0, first)
+  }
+
+  /** Append the picture of a chunk, unless it is there. The oldest ones go when there are too many. @param {Strip} strip */
+  append(strip) {
+    if (this.strips.some(known => known.chunk === strip.chunk)) return
+    const image = new Image(), held = { ...strip, image, ready: false }
+    this.strips.push(held)
+    this.strips.sort((one, other) => one.chunk - other.chunk)
+    image.decoding = "async"
+    image.onload = () => {
+      held.ready = true
+      this.forget()
+      this.wake()
+    }
+    image.onerror = () => this.drop(held) // the server has let it go
+    image.src = this.address(strip.url)
+  }
+
+  /** Let the oldest strips go until the others are small enough together. */
+  forget() {
+    const pixels = () => this.strips.reduce((sum, strip) => sum + strip.frames * strip.width * strip.height, 0)
+    while (this.strips.length > 1 && this.strips[0].ready && pixels() > HELD) {
+      this.position = Math.max(this.position - this.strips[0].frames, 0)
+      this.drop(this.strips[0])
+    }
+  }
+
+  /** @param {Player["strips"][number]} strip */
+  drop(strip) {
+    strip.image.onload = strip.image.onerror = null
+    strip.image.removeAttribute("src")
+    this.strips = this.strips.filter(other => other !== strip)
+  }
+
+  /** Begin anew, with nothing. @param {number} fps frames per second @param {[number, number]} size of the video, whose shape the canvas gets */
+  reset(fps, [width, height]) {
+    this.strips.forEach(strip => this.drop(strip))
+    this.fps = fps
+    this.position = 0
+    this.canvas.width = width
+    this.canvas.height = height
+    this.canvas.style.aspectRatio = `${width} / ${height}`
+    delete this.canvas.dataset.frame
+  }
+
+  /** Play on, if there is something to play and somebody who can see it. */
+  wake() {
+    cancelAnimationFrame(this.request)
+    this.before = undefined
+    if (this.seen && this.frames) this.request = requestAnimationFrame(now => this.step(now))
+  }
+
+  /** @param {number} now milliseconds */
+  step(now) {
+    const frames = this.frames
+    if (this.still.matches) this.position = frames - 1 // somebody who wants no motion sees the newest frame
+    else if (this.before !== undefined) this.position = (this.position + (now - this.before) * this.fps / 1000) % frames
+    this.before = now
+    this.draw(Math.floor(this.position))
+    if (!this.still.matches) this.request = requestAnimationFrame(next => this.step(next))
+  }
+
+  /** @param {number} index of a frame, from the first one that is held */
+  draw(index) {
+    const strip = this.playable.find(candidate => (index -= candidate.frames) < 0)
+    if (!strip) return
+    const number = index + strip.frames, shown = `${strip.chunk}:${number}`
+    if (this.canvas.dataset.frame === shown) return
+    const { image, width, height, columns } = strip
+    if (this.canvas.width !== width || this.canvas.height !== height) Object.assign(this.canvas, { width, height })
+    this.canvas.getContext("2d")?.drawImage(image, number % columns * width, Math.floor(number / columns) * height,
+      width, height, 0, 0, width, height)
+    this.canvas.dataset.frame = shown
+  }
+
+  /** Nothing of it is left behind. */
+  close() {
+    cancelAnimationFrame(this.request)
+    this.watcher.disconnect()
+    this.strips.forEach(strip => this.drop(strip))
+  }
+}
