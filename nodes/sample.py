@@ -98,7 +98,7 @@ class RollingKVSample(io.ComfyNode):
                     display_name="state", tooltip="Where this video stands, for another Sample Video to go on."
                 ),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt, io.Hidden.extra_pnginfo],
             accept_all_inputs=True,
         )
 

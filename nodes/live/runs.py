@@ -103,6 +103,7 @@ class Run:
 
     runs: where it is entered.
     prompt_id, node, display_node: of the execution, as ComfyUI names them.
+    workflow: id of the workflow that it belongs to; None where no page has sent one.
     geometry: of the model. fps: frames per second of the video. size: of the video, width and height in pixels.
     start: latent frames before the first chunk. end: of the whole video; None for one that is made until it is stopped.
     chunks: how many are made; None for one that is made until it is stopped.
@@ -130,9 +131,10 @@ class Run:
         chunks: int | None,
         preview: Preview | None = None,
         free: Callable[[], int] = lambda: 0,
+        workflow: str | None = None,
     ):
         self.id = secrets.token_hex(8)
-        self.prompt_id, self.node, self.display_node = prompt_id, node, display_node
+        self.prompt_id, self.node, self.display_node, self.workflow = prompt_id, node, display_node, workflow
         self.fps, self.size, self.chunks = float(fps), size, chunks
         self.status = "running"
         self.steerable = "this run takes no prompts"
@@ -168,6 +170,7 @@ class Run:
             "prompt_id": self.prompt_id,
             "node": self.node,
             "display_node": self.display_node,
+            "workflow": self.workflow,
             "status": self.status,
             "steerable": self.steerable,
             "switches": list(self.switches),

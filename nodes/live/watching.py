@@ -30,6 +30,7 @@ def watched(
         prompt_id="" if context is None else context.prompt_id,
         node=node,
         display_node=hidden.dynprompt.get_display_node_id(node),
+        workflow=_workflow_of(hidden.extra_pnginfo),
         geometry=job.model.geometry,
         fps=fps or job.model.geometry.fps,
         size=(start.width, start.height),
@@ -39,3 +40,10 @@ def watched(
         preview=preview,
         free=partial(mm.get_free_memory, job.model.patcher.load_device),
     )
+
+
+def _workflow_of(extra_pnginfo) -> str | None:
+    """The id of the workflow that a page has sent along with its prompt; anybody may have sent anything."""
+    workflow = extra_pnginfo.get("workflow") if isinstance(extra_pnginfo, dict) else None
+    known = workflow.get("id") if isinstance(workflow, dict) else None
+    return known if isinstance(known, str) else None
