@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-KINDS = ("engine", "pack", "live", "browser")
+KINDS = ("engine", "pack", "web", "live", "browser")
 OUTCOMES = ("passed", "failed", "error", "skipped")
 
 
@@ -14,13 +14,28 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        live = "live" in item.path.relative_to(Path(__file__).parent).parts
-        if live:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if folder == "live":
             item.add_marker(pytest.mark.live)
-        # Where tests run in several processes, all that share servers stay in one, and so does each other file.
-        item.add_marker(pytest.mark.xdist_group("live" if live else item.path.stem))
+        # Where tests run in several processes, all that share servers or a page stay in one, and so does each other file.
+        item.add_marker(pytest.mark.xdist_group(folder if folder in ("live", "web") else item.path.stem))
         if "frontend" in item.fixturenames:
             item.add_marker(pytest.mark.browser)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A browser, or a skip. Its library is imported here: most tests run without it, some where it is not installed."""
+    from browser import CHROMIUM_FLAGS, find_chromium
+    from playwright.sync_api import sync_playwright
+
+    path = find_chromium()
+    if path is None:
+        pytest.skip("no Chromium was found; set CHROMIUM_PATH to its program")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
 
 
 def kind_of(report) -> str | None:
@@ -37,7 +52,7 @@ def pytest_terminal_summary(terminalreporter):
             kind = kind_of(report)
             if kind:
                 counts[kind][outcome] += 1
-            if outcome == "skipped" and kind in ("live", "browser"):
+            if outcome == "skipped" and kind in ("web", "live", "browser"):
                 reasons.add(f"{kind}: {report.longrepr[2].removeprefix('Skipped: ')}")
     terminalreporter.section("tests by kind")
     for kind, numbers in counts.items():

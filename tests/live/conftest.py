@@ -3,8 +3,7 @@
 import signal
 
 import pytest
-from browser import CHROMIUM_FLAGS, Frontend, find_chromium
-from playwright.sync_api import sync_playwright
+from browser import Frontend
 
 from tools.comfyui.env import find_install, install_missing
 from tools.comfyui.server import ComfyServer
@@ -102,17 +101,6 @@ def every_server(request, watch_log):
 @pytest.fixture
 def every_client(every_server):
     return every_server.client
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    path = find_chromium()
-    if path is None:
-        pytest.skip("no Chromium was found; set CHROMIUM_PATH to its program")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=[False, True], ids=["classic-nodes", "nodes-2"])

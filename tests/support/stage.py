@@ -16,12 +16,14 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from tools.comfyui.env import PACK
-from tools.generate.schemas import recorded
+from tools.generate.schemas import PREFIX, recorded
 
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.45.0"}
 STATS = {"system": {"os": "linux", "comfyui_version": "0.27.0", "python_version": "3", "argv": []}, "devices": []}
 
 ANSWERS = {
+    "/userdata/user.css": "",
+    "/userdata/comfy.templates.json": [],
     "/users": {"storage": "server", "migrated": True},
     "/system_stats": STATS,
     "/features": {},
@@ -59,6 +61,12 @@ def translations() -> dict:
     }
 
 
+def schemas() -> dict:
+    """What /object_info answers: the recorded schemas, with the folders of their packs, which are not recorded."""
+    modules = {True: "custom_nodes.rolling-kv", False: "nodes"}
+    return {name: schema | {"python_module": modules[name.startswith(PREFIX)]} for name, schema in recorded().items()}
+
+
 class Stage:
     """A context manager: serves inside the `with`.
 
@@ -70,11 +78,12 @@ class Stage:
     def __init__(self, frontend: Path):
         self.frontend = frontend
         self.settings = dict(SETTINGS)
+        self.sockets = []
         self.reset()
 
     def reset(self) -> None:
+        """Forget what a test has set and what was asked; pages stay open."""
         self.runs, self.strips, self.answers, self.posts, self.missed = [], {}, {}, [], []
-        self.sockets = []
 
     def __enter__(self) -> Stage:
         handler = type("Handler", (Handler,), {"stage": self})
@@ -119,7 +128,7 @@ class Stage:
             return (200, "image/webp", data) if data else (404, "text/plain", b"")
         scripts = [f"/extensions/rolling-kv/{path.name}" for path in sorted((PACK / "web").glob("*.js"))]
         known = ANSWERS | {
-            "/object_info": recorded(),
+            "/object_info": schemas(),
             "/settings": self.settings,
             "/i18n": translations(),
             "/extensions": scripts,
@@ -130,6 +139,8 @@ class Stage:
                 return 200, "application/json", json.dumps(known[api]).encode()
             self.missed.append(path)
             return 404, "application/json", b"{}"
+        if path == "/user.css":
+            return 200, "text/css", b""
         return self.file(self.frontend, path.lstrip("/") or "index.html")
 
     def file(self, folder: Path, name: str):
@@ -173,6 +184,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
+        lasting = self.path.startswith("/assets/")  # their names change with their content
+        self.send_header("Cache-Control", "max-age=86400, immutable" if lasting else "no-store")
         self.end_headers()
         self.wfile.write(data)
 

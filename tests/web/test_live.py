@@ -1,0 +1,306 @@
+"""What a run looks like on its node: it plays what exists, says how far it is, and takes prompts; without a server's help."""
+
+import json
+import struct
+
+import pytest
+from live_page import NODE, colour, put_strip, told
+
+ONE_RENDERER = pytest.mark.parametrize("live", ["classic"], indirect=True)
+T2V = "rolling_kv_text_to_video"
+
+
+def opened_at_sampler(live, workflow=T2V):
+    node = live.open(workflow)[0]
+    live.look_at(node)
+    return node
+
+
+def test_it_plays_what_exists_so_far_and_says_how_far_it_is(live):
+    node = opened_at_sampler(live)
+    assert live.panels.count() == 0
+    live.begin(node)
+    live.panels.wait_for()
+    assert live.panels.locator("canvas").is_hidden()
+    live.add_chunk(node, 1)
+    live.plays(1)
+    assert live.panels.locator("canvas").get_attribute("aria-label") == "The video so far, 0.4 s"
+    live.add_chunk(node, 2)
+    live.plays(2)
+    live.plays(1)  # and again from the beginning
+    assert live.panels.locator(".numbers").inner_text() == "chunk 2 of 8 · 0.8 s · 5.3 frames/s · 12.0 s left"
+    assert live.page.get_by_placeholder("What shall happen next").is_visible()
+    live.begin(node, chunk=2, frames=6, seconds=0.75, status="ended", left=0.0)
+    live.page.locator(".rkv-steering").wait_for(state="hidden")
+    assert live.panels.locator(".numbers").inner_text() == "done · chunk 2 of 8 · 0.8 s"
+    live.plays(2)
+    live.begin(node, run="b" * 16)
+    live.panels.locator("canvas").wait_for(state="hidden")
+
+
+def test_a_prompt_is_sent_as_it_is_to_come_and_the_answer_is_shown(live):
+    node = opened_at_sampler(live)
+    live.begin(node)
+    prompt, how = live.page.get_by_label("What shall happen next"), live.page.get_by_label("How the prompt comes")
+    answer = live.page.locator(".rkv-steering .answer")
+    live.stage.answers["steer"] = lambda body: (200, told(node) | {"from": 2.8125, "notes": ["Unknown words: plaid."]})
+    prompt.fill("a plaid circle")
+    prompt.press("Enter")
+    answer.wait_for()
+    assert answer.inner_text() == "From 2.81 s on: a plaid circle Unknown words: plaid."
+    assert prompt.input_value() == ""
+    assert how.locator("option").all_inner_texts() == ["the model's own way", "hold", "recache", "cut", "blend"]
+    how.select_option("blend")
+    live.page.get_by_label("Chunks that the blend takes").fill("4")
+    live.stage.answers["steer"] = lambda body: (200, told(node))
+    prompt.fill("a blue square")
+    prompt.press("Control+Enter")
+    answer.get_by_text("From the next chunk on: a blue square").wait_for()
+    sent = [body for route, body in live.stage.posts if route == "steer"]
+    common = {"run": "a" * 16, "action": "prompt"}
+    assert sent == [
+        common | {"prompt": "a plaid circle", "how": ""},
+        common | {"prompt": "a blue square", "how": "blend 4"},
+    ]
+
+
+@ONE_RENDERER
+def test_what_the_server_refuses_is_said_and_the_prompt_stays(live):
+    node = opened_at_sampler(live)
+    live.begin(node)
+    live.stage.answers["steer"] = lambda body: (400, {"error": "The prompt has 300 tokens, more than 226."})
+    prompt = live.page.get_by_label("What shall happen next")
+    prompt.fill("too long")
+    prompt.press("Enter")
+    live.page.get_by_text("The prompt has 300 tokens, more than 226.").wait_for()
+    assert prompt.input_value() == "too long"
+    live.errors.clear()  # the browser itself logs every answer of 400
+
+
+def test_keys_typed_into_the_prompt_line_do_not_reach_the_canvas(live):
+    node = opened_at_sampler(live)
+    live.begin(node)
+    prompt = live.page.get_by_label("What shall happen next")
+    prompt.click()
+    live.page.evaluate(f"id => window.app.canvas.selectNode(({NODE})(id))", node)
+    before = live.page.evaluate("() => JSON.stringify(window.app.graph.serialize().nodes)")
+    for key in (
+        "a",
+        " ",
+        "b",
+        "Delete",
+        "Backspace",
+        "Control+b",
+        "Control+m",
+        "Control+z",
+        "Control+g",
+        "q",
+        "r",
+        "w",
+    ):
+        prompt.press(key)
+    assert live.page.evaluate("() => JSON.stringify(window.app.graph.serialize().nodes)") == before
+    assert not [body for route, body in live.stage.posts if route == "steer"]
+    prompt.press("Escape")
+    assert live.page.evaluate("() => document.activeElement === document.body")
+
+
+@ONE_RENDERER
+def test_what_cannot_be_steered_says_why(live):
+    node = opened_at_sampler(live)
+    live.begin(node, steerable="The text encoder is not known here.", switches=[])
+    prompt = live.page.get_by_label("What shall happen next")
+    prompt.wait_for()
+    assert prompt.is_disabled() and prompt.get_attribute("title") == "The text encoder is not known here."
+    assert live.page.get_by_role("button", name="Stop here").is_enabled()
+
+
+@ONE_RENDERER
+def test_a_run_is_paused_resumed_stopped_and_copied(live):
+    node = opened_at_sampler(live)
+    live.begin(node)
+    button = live.page.get_by_role("button", name="Pause")
+    button.click()
+    live.begin(node, status="paused")
+    live.page.get_by_role("button", name="Resume").click()
+    assert live.panels.locator(".numbers").inner_text().startswith("paused")
+    live.begin(node)
+    live.page.get_by_role("button", name="Copy as schedule").click()
+    live.page.get_by_text("The schedule is in the clipboard.").last.wait_for()
+    assert live.page.evaluate("() => navigator.clipboard.readText()") == "0: a red circle"
+    live.page.get_by_role("button", name="Stop here").click()
+    live.page.get_by_text("Ends with this chunk.").wait_for()
+    assert button.is_disabled()
+    assert [body["action"] for route, body in live.stage.posts if route == "steer"] == ["pause", "resume", "stop"]
+
+
+@ONE_RENDERER
+def test_without_a_clipboard_the_schedule_is_copied_too(live):
+    node = opened_at_sampler(live)
+    live.begin(node, schedule="0: a / 2: b")
+    live.page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('not allowed')) }")
+    live.page.get_by_role("button", name="Copy as schedule").click()
+    live.page.get_by_text("The schedule is in the clipboard.").last.wait_for()
+    assert live.page.evaluate("() => navigator.clipboard.readText()") == "0: a / 2: b"
+    live.page.evaluate("() => { delete navigator.clipboard.writeText }")
+
+
+def test_it_comes_back_with_its_workflow_and_after_undo(live):
+    node = opened_at_sampler(live)
+    live.begin(node)
+    live.add_chunk(node, 1)
+    live.plays(1)
+    first = live.workflow
+    live.open("rolling_kv_stream")
+    assert live.panels.count() == 0
+    live.page.locator(".workflow-tab", has_text=T2V).last.click()
+    live.plays(1)
+    live.workflow = first
+    live.plays(1)
+    change = f"id => {{ const n = ({NODE})(id), w = n.widgets.find(w => w.name == 'seed'); "
+    change += "window.app.canvas.emitBeforeChange(); w.value += 1; window.app.canvas.emitAfterChange() }"
+    live.page.evaluate(change, node)
+    live.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Undo')")
+    live.page.wait_for_timeout(300)
+    live.add_chunk(node, 2)
+    live.plays(2)
+
+
+@ONE_RENDERER
+def test_after_a_reconnect_it_catches_up(live):
+    node = opened_at_sampler(live)
+    live.begin(node)
+    live.add_chunk(node, 1)
+    strips = [put_strip(live.stage, "a" * 16, chunk) for chunk in (1, 2, 3)]
+    live.stage.runs = [told(node, workflow=live.workflow, chunk=3, seconds=9 / 8) | {"strips": strips}]
+    live.stage.sockets[0].close()
+    live.plays(3)
+    assert live.panels.locator(".numbers").inner_text().startswith("chunk 3 of 8")
+
+
+@ONE_RENDERER
+def test_several_samplers_play_their_own(live):
+    one, other = live.open("rolling_kv_two_prompts")
+    live.page.evaluate("() => { window.app.canvas.ds.scale = 0.5; window.app.canvas.setDirty(true, true) }")
+    live.begin(one)
+    live.begin(other, run="b" * 16)
+    live.add_chunk(one, 1)
+    live.add_chunk(other, 4, run="b" * 16)
+    live.page.wait_for_function("() => document.querySelectorAll('.rkv-live').length == 2")
+    for node, chunk in ((one, 1), (other, 4)):
+        live.look_at(node)
+        count = live.panels.count()
+        assert count
+        element = (
+            f"id => ({NODE})(id).widgets.find(w => w.name == 'live').element.querySelector('canvas').dataset.frame"
+        )
+        live.page.wait_for_function(f"([id, chunk]) => ({element})(id)?.startsWith(chunk + ':')", arg=[node, chunk])
+
+
+def test_inside_a_subgraph_it_plays_there_and_on_the_subgraphs_node(live):
+    node = opened_at_sampler(live)
+    pack = f"id => String(window.app.graph.convertToSubgraph(new Set([({NODE})(id)])).node.id)"
+    outer = live.page.evaluate(pack, node)
+    inner = live.page.evaluate(f"id => String(({NODE})(id).subgraph.nodes[0].id)", outer)
+    run = f"{outer}:{inner}"
+    live.look_at(outer)
+    live.begin(run)
+    live.add_chunk(run, 1)
+    live.plays(1)
+    live.page.evaluate(f"id => window.app.canvas.setGraph(({NODE})(id).subgraph)", outer)
+    live.page.evaluate(
+        "() => { window.app.canvas.ds.scale = 1; window.app.canvas.centerOnNode(window.app.canvas.graph.nodes[0]) }"
+    )
+    live.add_chunk(run, 2)
+    live.plays(2)
+    live.page.evaluate("() => window.app.canvas.setGraph(window.app.graph)")
+
+
+@ONE_RENDERER
+def test_another_open_workflow_with_a_node_of_that_number_does_not_play_it(live):
+    node = opened_at_sampler(live)
+    live.begin(node, workflow="00000000-0000-4000-8000-000000000000")
+    live.page.wait_for_timeout(300)
+    assert live.panels.count() == 0
+    live.begin(node)
+    live.panels.wait_for()
+    live.begin(node, run="b" * 16, workflow=None, chunk=5)  # of a script: whoever has such a node shows it
+    live.panels.get_by_text("chunk 5 of 8").wait_for()
+
+
+def preview_event(node: str, picture: bytes) -> bytes:
+    """ComfyUI's own picture of a node that runs, as its websocket sends it."""
+    about = {"node_id": node, "display_node_id": node, "real_node_id": node, "parent_node_id": None, "prompt_id": "1",
+             "image_type": "image/webp"}  # fmt: skip
+    metadata = json.dumps(about).encode()
+    return struct.pack(">II", 4, len(metadata)) + metadata + picture
+
+
+@pytest.mark.parametrize("plays", [True, False], ids=["beside ours", "alone"])
+def test_comfyuis_own_picture_is_shown_only_where_ours_is_not(live, plays):
+    node = opened_at_sampler(live)
+    live.begin(node)
+    if plays:
+        live.add_chunk(node, 1)
+        live.plays(1)
+    strip = put_strip(live.stage, "c" * 16, 1)
+    live.stage.sockets[0].send(preview_event(node, live.stage.strips["c" * 16, 1]))
+    shown = f"id => ({NODE})(id).imgs?.length || document.querySelectorAll(`[data-node-id='${{id}}'] img`).length"
+    if plays:
+        live.page.wait_for_timeout(500)
+        assert not live.page.evaluate(shown, node)
+    else:
+        live.page.wait_for_function(shown, arg=node)
+    assert strip["frames"] == 3
+
+
+@ONE_RENDERER
+def test_what_is_held_is_bounded_and_the_last_part_goes_on(live):
+    node = opened_at_sampler(live)
+    live.begin(node)
+    for chunk in (1, 2, 3):
+        large = put_strip(live.stage, "a" * 16, chunk) | {"frames": 3 * 2**20, "width": 4, "height": 4}
+        live.stage.send("rolling_kv.chunk", told(node, workflow=live.workflow, chunk=chunk) | {"strip": large})
+        live.page.wait_for_timeout(200)
+    held = f"id => ({NODE})(id).widgets.find(w => w.name == 'live').element.querySelector('canvas').dataset.frame"
+    live.page.wait_for_function(f"id => /^[23]:/.test(({held})(id))", arg=node)
+
+
+@ONE_RENDERER
+def test_nothing_is_played_while_nobody_can_see_it(live):
+    node = opened_at_sampler(live)
+    live.begin(node)
+    live.add_chunk(node, 1)
+    live.plays(1)
+    frame = f"id => ({NODE})(id).widgets.find(w => w.name == 'live').element.querySelector('canvas').dataset.frame"
+    live.page.evaluate("() => { window.app.canvas.ds.offset[0] -= 5000; window.app.canvas.setDirty(true, true) }")
+    live.page.wait_for_timeout(700)
+    seen = live.page.evaluate(frame, node)
+    live.page.wait_for_timeout(700)
+    assert live.page.evaluate(frame, node) == seen
+    live.look_at(node)
+    live.page.wait_for_function(f"([id, seen]) => ({frame})(id) != seen", arg=[node, seen])
+
+
+@ONE_RENDERER
+def test_settings_are_told_to_the_server_and_texts_follow_the_language(live):
+    node = opened_at_sampler(live)
+    live.set("RollingKV.Live.Size", 384)
+    live.set("RollingKV.Live.Preview", False)
+    live.page.wait_for_timeout(300)
+    assert [body for route, body in live.stage.posts if route == "preview"] == [
+        {"on": True, "size": 384},
+        {"on": False, "size": 384},
+    ]
+    live.set("RollingKV.Live.Size", 256)
+    live.set("RollingKV.Live.Preview", True)
+    live.set("Comfy.Locale", "zh")
+    try:
+        live.begin(node, chunk=2, seconds=0.75)
+        assert live.panels.locator(".numbers").inner_text() == "第 2 / 8 块 · 0.8 秒"
+    finally:
+        live.set("Comfy.Locale", "en")
+
+
+def test_colours_of_strips_differ():
+    assert len({colour(chunk, frame) for chunk in range(1, 5) for frame in range(3)}) == 12
