@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import comfy.model_management as mm
 import torch
@@ -14,10 +14,16 @@ from ..rolling_kv.presets import ModelPreset
 from ..rolling_kv.sampling.state import CacheState
 from ..rolling_kv.vae import to_model, to_raw
 
+if TYPE_CHECKING:
+    from .patchers import ManagedModule
+
 AFTER_CUT = "rolling_kv_after_cut"
 """Key of a CONDITIONING: the embedding of the same text without the marker that begins a shot."""
 NAMED = "rolling_kv_named"
 """Key of a CONDITIONING: the text that was encoded, and the embedding that it became; a node may have changed the CONDITIONING's."""
+
+ENCODER = "rolling_kv_encoder"
+"""Key of a CONDITIONING: the text encoder that made it, for prompts that come while a run goes on."""
 
 
 def embedding(conditioning: list, name: str) -> torch.Tensor:
@@ -50,6 +56,15 @@ def texts_in(*conditionings: list | None) -> Iterator[tuple[str, torch.Tensor]]:
         if notes and NAMED in notes[0]:
             text, embedding = notes[0][NAMED]
             yield from ((text, made) for made in (embedding, notes[0].get(AFTER_CUT)) if made is not None)
+
+
+def spoken(conditioning: list) -> tuple[str, ManagedModule] | None:
+    """The text whose embedding a CONDITIONING still is, and the encoder that made it; None where no text says it."""
+    embedding, *notes = conditioning[0]
+    if not notes or not {NAMED, ENCODER} <= notes[0].keys():
+        return None
+    text, encoded = notes[0][NAMED]
+    return (text, notes[0][ENCODER]) if embedding is encoded or torch.equal(embedding, encoded) else None
 
 
 class Start(NamedTuple):

@@ -1,9 +1,7 @@
-import comfy.model_management as mm
 from comfy_api.latest import io
 
-from ..rolling_kv.presets import CUT_MARKERS
-from ..rolling_kv.text import clean
 from . import borders, run
+from .encoding import encode_shot
 from .guard import guarded
 from .types import CATEGORY, TextEncoder
 
@@ -44,8 +42,8 @@ class RollingKVEncodePrompt(io.ComfyNode):
         if remark := text_encoder.model.remark([text]):
             run.say(remark, cls.hidden.unique_id)
         text_encoder.bring_to_device()
-        marker = next((marker for marker in CUT_MARKERS if clean(text).startswith(marker)), "")
-        embedding, after = text_encoder.model.encode_shot(text, marker)
-        embedding = embedding.to(mm.intermediate_device())
-        notes = {} if after is None else {borders.AFTER_CUT: after.to(mm.intermediate_device())}
-        return io.NodeOutput([[embedding, {borders.NAMED: (text, embedding)} | notes]])
+        embedding, after = encode_shot(text_encoder, text)
+        notes = {borders.NAMED: (text, embedding), borders.ENCODER: text_encoder}
+        if after is not None:
+            notes[borders.AFTER_CUT] = after
+        return io.NodeOutput([[embedding, notes]])

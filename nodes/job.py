@@ -13,9 +13,11 @@ from ..rolling_kv.sampling.checks import long_sink_note
 from ..rolling_kv.sampling.recomputed import check_vae, needs_vae
 from ..rolling_kv.sampling.scheduled import check_plan, cues, generate_scheduled, switches_of
 from ..rolling_kv.sampling.session import RollingSession
-from ..rolling_kv.sampling.state import CacheState
+from ..rolling_kv.sampling.state import CacheState, Chunk
+from ..rolling_kv.sampling.steering import Shot, Steering
 from ..rolling_kv.schedules.schedule import Plan
-from . import borders, inputs, run
+from . import borders, encoding, inputs, run
+from .one_prompt import as_schedule
 from .patchers import ManagedModule
 from .types import EncodedSchedule, ModelHandle
 
@@ -57,9 +59,16 @@ class Job:
         self.frames = self.start.frames + sampling.frames_of(self.chunks, self.start.frames)
         self._switch, self._blend = inputs.switch_to_of(switch)
         self._plan, self._after, marker = None, None, model.engine.preset.cut_marker
+        self._settle: Callable[[], None] = lambda: None
         if isinstance(positive, EncodedSchedule):
-            self._plan, self._embeds = self._plan_of(positive), positive.embeds
-            self._prompt = next(cues(self._plan, self._embeds, model.cache, marker)).prompt
+            if self._switch is not None:
+                raise ValueError(
+                    "The prompt schedule says how each of its prompts begins: write it there in brackets, and leave switch "
+                    f"at {inputs.OWN}."
+                )
+            prompts: EncodedSchedule | str = positive
+            self._plan = self._plan_of(positive)
+            self._prompt = next(cues(self._plan, positive.embeds, model.cache, marker)).prompt
             ways, texts = switches_of(self._plan, model.cache, marker), positive.texts()
         else:
             self._prompt = borders.embedding(positive, "positive")
@@ -69,20 +78,30 @@ class Job:
             way = self._switch or model.cache.switch
             sampling.check_cache(model.cache.with_rules(switch=way))
             ways, texts = {way} if state is not None else set(), borders.texts_in(positive)
+            prompts = as_schedule(
+                positive, (self._prompt, self._after), switch=self._switch, blend=self._blend, cache=model.cache,
+                continued=state is not None, given=self.start.frames > 0,
+            )  # fmt: skip
         self._texts = [*texts, *borders.texts_in(negative)]
         self._switches = ways.union(record.switch for record in state.records) if state is not None else ways
         self._vae = self._needed_vae(vae)
         self._negative = borders.embedding(negative, "negative") if negative is not None and sampling.guided else None
         self.notes = [] if self._plan is None else [str(self._plan.snapped()), *self._plan.notes]
+        self.steering = self._steered(prompts)
         if note := long_sink_note(sampling, model.cache, self.frames):
             self.notes.append(note)
 
-    def make_room(self, decoder: ManagedModule | None = None) -> None:
-        """Bring to the device what the run needs. decoder: the VAE that decodes its chunks while it goes on."""
-        start = self.start
+    def make_room(self, decoder: ManagedModule | None = None, *, standing: bool = False) -> None:
+        """Bring to the device what the run needs. decoder: the VAE that decodes its chunks while it goes on.
+
+        standing: the session is open.
+        """
+        start, self._decoder = self.start, decoder
+        # What is said to an open session may switch as the family does.
+        joint = "joint" in self._switches or (standing and self.model.cache.switch == "joint")
         run.make_room(
             self.model, self.sampling, height=start.height, width=start.width, batch=start.batch, frames=self.frames,
-            joint_switch="joint" in self._switches, vae=self._vae, decoder=decoder,
+            joint_switch=joint, vae=self._vae, decoder=decoder, standing=standing,
         )  # fmt: skip
 
     @contextmanager
@@ -102,26 +121,65 @@ class Job:
                 session.prefill(self._given)
             yield session
 
-    def states(self, session: RollingSession) -> Iterator[CacheState]:
-        """Make the chunks in an open session: yields its state after each."""
+    def states(self, session: RollingSession, settle: Callable[[], None] = lambda: None) -> Iterator[CacheState]:
+        """Make the chunks in an open session: yields its state after each. They are fewer where the run is stopped.
+
+        settle: waits for whoever uses the models of the run in another thread.
+        """
+        self._settle = settle
+        made: Iterator[Chunk]
         if self._plan is None:
             made = session.generate(self.chunks, **self._settings)
         else:
-            made = generate_scheduled(session, self._plan, self._embeds, negative=self._negative, **self._settings)
-        for _ in made:
+            made = generate_scheduled(
+                session, self._plan, self._embeds, negative=self._negative, steering=self.steering, **self._settings
+            )
+        self.steering.heed = run.check_cancelled
+        for _ in self.steering.heeded(made, self.chunks):
             session.state = session.state.named(self._texts)
             yield session.state
 
+    def say(self, text: str, how: str = "") -> str:
+        """Have the next chunk begin with a prompt, see `Steering.prompt`; returns what is to be said of its words.
+
+        For other threads: the encoder's tokenizer is all that it uses. Raises ValueError as that does, and for a prompt that
+        is too long.
+        """
+        if self._encoder is not None:
+            encoding.check_length(self._encoder, text)
+        text = self.steering.prompt(text, how)
+        return self._encoder.model.remark([text])
+
+    def _steered(self, prompts: EncodedSchedule | str) -> Steering:
+        """What may be said to the run while it goes on. prompts: those of its plan, or why nothing may."""
+        self._encoder: ManagedModule | None = None
+        if isinstance(prompts, str):
+            return Steering(refusal=prompts)
+        self._plan, self._embeds, self._encoder = self._plan or self._plan_of(prompts), prompts.embeds, prompts.encoder
+        self._switch, self._blend, self._after = None, 1, None
+        model = self.model
+        return Steering(self._plan, self._encode, self.sampling, model.cache, model.engine.preset.cut_marker)
+
+    def _encode(self, text: str) -> Shot:
+        """The embeddings of a prompt that comes between two chunks, beside the models that the session has on the device."""
+        assert self._encoder is not None
+        in_use = [self.model.patcher, *(vae for vae in (self._vae, self._decoder) if vae is not None)]
+        if not self._encoder.fits_beside(*in_use):
+            self._settle()
+            in_use = []
+        try:
+            self._encoder.bring_to_device(0, *in_use)
+            shot = encoding.encode_shot(self._encoder, text)
+        finally:
+            self.make_room(self._decoder, standing=True)
+        self._texts += [(text, embedding) for embedding in shot if embedding is not None]
+        return shot
+
     def _plan_of(self, prompts: EncodedSchedule) -> Plan:
-        """What of a schedule falls on the chunks. Raises ValueError for a switch beside it, or one that cannot be done."""
-        if self._switch is not None:
-            raise ValueError(
-                "The prompt schedule says how each of its prompts begins: write it there in brackets, and leave switch at "
-                f"{inputs.OWN}."
-            )
-        (schedule, _, origin), model = prompts, self.model
-        where = {"chunks": self.chunks, "start_frame": self.start.frames, "origin": origin}
-        plan = schedule.plan(self.sampling, model.geometry, **where)
+        """What of a schedule falls on the chunks. Raises ValueError for a switch that cannot be done."""
+        model = self.model
+        where = {"chunks": self.chunks, "start_frame": self.start.frames, "origin": prompts.origin}
+        plan = prompts.schedule.plan(self.sampling, model.geometry, **where)
         check_plan(plan, self.sampling, model.cache, model.engine.preset.cut_marker)
         return plan
 

@@ -1,9 +1,8 @@
-import comfy.model_management as mm
 from comfy_api.latest import io, ui
 
-from ..rolling_kv.presets import CUT_MARKERS
 from ..rolling_kv.schedules.reading import read_schedule
 from . import run
+from .encoding import encode_shot
 from .guard import guarded
 from .types import CATEGORY, EncodedSchedule, Model, Schedule, TextEncoder
 
@@ -71,10 +70,6 @@ class RollingKVPromptSchedule(io.ComfyNode):
         told = "\n".join([shown, *notes])
         run.say(told, cls.hidden.unique_id)
         text_encoder.bring_to_device()
-        embeds = {}
-        for prompt in schedule.texts:
-            marker = next((marker for marker in CUT_MARKERS if prompt.startswith(marker)), "")
-            shot = text_encoder.model.encode_shot(prompt, marker)
-            embeds[prompt] = tuple(part if part is None else part.to(mm.intermediate_device()) for part in shot)
+        embeds = {prompt: encode_shot(text_encoder, prompt) for prompt in schedule.texts}
         origin = {"video": "video", "sampler": "run"}[count_from]
-        return io.NodeOutput(EncodedSchedule(schedule, embeds, origin), ui=ui.PreviewText(told))
+        return io.NodeOutput(EncodedSchedule(schedule, embeds, origin, text_encoder), ui=ui.PreviewText(told))

@@ -67,11 +67,13 @@ def make_room(
     joint_switch: bool,
     vae: ManagedModule | None,
     decoder: ManagedModule | None = None,
+    standing: bool = False,
 ) -> None:
     """Bring a model to the device with room for a session.
 
     frames: latent frames of the whole video. joint_switch: see `estimate`.
     vae: what the session takes frames through. decoder: what decodes its chunks meanwhile. Both come to the device too.
+    standing: the session is open, so that its cache has its room.
 
     The working cache of the last run, which this one takes over or takes the place of, is not counted twice. Raises
     ValueError, with settings that would fit, if the session needs more RAM than there is.
@@ -92,9 +94,12 @@ def make_room(
         beside += vae.model.decode_bytes(height, width, batch) + vae.model.encode_bytes(height, width, batch)
     if decoder is not None:
         beside += decoder.model.decode_bytes(height, width, batch)
-    held = workspace.host_nbytes + (workspace.device_nbytes if device.type == "cpu" else 0)
-    check_fits(transformer, height, width, **session, device=device, held=held, decoding=beside)
     needed = estimate(transformer, height, width, **session)
     kept = needed.cache + needed.prompts
+    room = 0
+    if not standing:
+        held = workspace.host_nbytes + (workspace.device_nbytes if device.type == "cpu" else 0)
+        check_fits(transformer, height, width, **session, device=device, held=held, decoding=beside)
+        room = max(kept - workspace.device_nbytes, 0)
     others = {id(other): other for other in (vae, decoder) if other is not None}.values()
-    bring_to_device(model, max(kept - workspace.device_nbytes, 0) + needed.device - kept + beside, *others)
+    bring_to_device(model, room + needed.device - kept + beside, *others)

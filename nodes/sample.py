@@ -8,7 +8,7 @@ from . import borders, inputs, run
 from .guard import guarded
 from .job import Job
 from .live.previewing import preview_of
-from .live.watching import watched
+from .live.watching import fingerprint, watched
 from .types import CATEGORY, VAE, EncodedSchedule, Model, State
 
 SIZE = "Ignored when a state, an initial latent or a source sets the size."
@@ -103,6 +103,10 @@ class RollingKVSample(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **values):
+        return fingerprint(cls.hidden)
+
+    @classmethod
     @guarded
     def execute(
         cls, model, positive, length, length_unit, seed, width, height, guidance=None, negative=None,
@@ -119,7 +123,7 @@ class RollingKVSample(io.ComfyNode):
             run.say("\n".join(job.notes), cls.hidden.unique_id)
         live = watched(cls.hidden, job, preview=preview_of(model, decoder))
         with run.progress(cls.hidden.unique_id, live.newest) as on_pass, live, job.session(on_pass) as session:
-            for _ in job.states(session):
+            for _ in job.states(session, live.settle):
                 live.show(session)
         if session.step_report is not None:
             run.say("\n".join([*job.notes, session.step_report.summary()]), cls.hidden.unique_id)
@@ -138,8 +142,7 @@ def _chunks(
                 "The length is to be that of the prompt schedule, and there is none: connect Prompt Schedule to positive, or "
                 "set length_unit to seconds."
             )
-        schedule, _, origin = positive
-        chunks = schedule.chunks(sampling, geometry, start_frame=start, origin=origin, last=length)
+        chunks = positive.schedule.chunks(sampling, geometry, start_frame=start, origin=positive.origin, last=length)
     elif unit == "source":
         if source is None:
             raise ValueError(

@@ -8,7 +8,7 @@ from ..rolling_kv.streaming import ENDLESS_SECONDS, VideoStream
 from . import borders, inputs, run, state_files
 from .guard import guarded
 from .job import Job
-from .live.watching import watched
+from .live.watching import fingerprint, watched
 from .types import CATEGORY, VAE, Model, State
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,10 @@ class RollingKVStreamVideo(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **values):
+        return fingerprint(cls.hidden)
+
+    @classmethod
     @guarded
     def execute(
         cls, model, positive, vae, seconds, seed, width, height, filename_prefix, guidance=None, negative=None,
@@ -118,7 +122,7 @@ class RollingKVStreamVideo(io.ComfyNode):
         )  # fmt: skip
         try:
             with run.progress(node_id, live.newest) as on_pass, live, stream, job.session(on_pass) as session:
-                for made in job.states(session):
+                for made in job.states(session, stream.settle):
                     session.state = stream.add(made)
                     live.show(session)
                     run.say("\n".join([*job.notes, f"{made.seconds:g} s in {name}"]), node_id)

@@ -53,11 +53,15 @@ class ModelHandle(NamedTuple):
 
 
 class EncodedSchedule(NamedTuple):
-    """A prompt schedule with the embeddings of its prompts. origin: where its times count from, one of `ORIGINS`."""
+    """A prompt schedule with the embeddings of its prompts.
+
+    origin: where its times count from, one of `ORIGINS`. encoder: that made them, for prompts that come while a run goes on.
+    """
 
     schedule: PromptSchedule
     embeds: Embeds
     origin: str
+    encoder: ManagedModule
 
     def texts(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Its texts with their embeddings, for `CacheState.named`."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import torch
 from diffusers.utils import logging
@@ -23,10 +24,12 @@ from .fitting import FITS, Fitting, read_colour
 from .footage import Footage
 from .geometry import GEOMETRIES, WAN_21, WAN_22
 from .inspection import inspect_checkpoint
+from .listening import listen
 from .messages import printable
 from .pipeline import LAST_PROMPT_SECONDS, Interrupted, Pipeline, clip_of, plan_prompts, seconds_anew, start_of
 from .presets import PRESETS
 from .sampling.state_file import check_state_path, is_state_file, read_state
+from .sampling.steering import Steering
 from .sampling.summary import summarize
 from .schedules.reading import load_schedule, read_schedule
 from .schedules.schedule import PromptSchedule
@@ -219,6 +222,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     options.add_execution(generate)
     options.add_device(generate, "where to compute")
+    generate.add_argument(
+        "--steer",
+        action="store_true",
+        help="read lines while the video is made: a prompt, which begins with the next chunk and may end with [cut] or another way "
+        "of a schedule; /pause, /resume and /stop",
+    )
     generate.add_argument("--scale", type=int, default=1, help="enlarge each pixel so many times, for tiny videos")
 
     inspect = commands.add_parser("inspect", help="tell what a checkpoint is, or the state of a video")
@@ -299,6 +308,13 @@ def _generate(args: argparse.Namespace) -> None:
             bar.total = total if args.seconds != 0 else None
             bar.update(done - bar.n)
 
+        def steer(steering: Steering) -> None:
+            steering.heed = heed
+            said = sys.stdin, steering, bar.write, pipeline.text_encoder.remark
+            Thread(target=listen, args=said, name="rolling_kv steering", daemon=True).start()
+            told.append(steering)
+
+        told: list[Steering] = []
         pipeline.generate(
             args.prompt,
             args.output,
@@ -322,10 +338,14 @@ def _generate(args: argparse.Namespace) -> None:
             state_out=args.state_out,
             new_only=args.new_only,
             on_pass=on_pass,
+            steer=steer if args.steer else None,
         )
         bar.update((bar.total or bar.n) - bar.n)
     info = read_video_info(args.output)
     print(f"{args.output}: {info.frames} frames, {info.width}x{info.height}, {info.fps:g} frames per second")
+    for steering in told:
+        if steering.changed:
+            print("as a schedule, the same video:", steering.schedule, sep="\n")
 
 
 def _size_of_state(args: argparse.Namespace) -> tuple[int, int]:

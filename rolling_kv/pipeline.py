@@ -28,6 +28,7 @@ from .sampling.scheduled import check_plan, cues, generate_scheduled, switches_o
 from .sampling.session import RollingSession
 from .sampling.state import CacheState
 from .sampling.state_file import check_state_path, load_state
+from .sampling.steering import Shot, Steering
 from .schedules.reading import read_schedule
 from .schedules.schedule import Plan, PromptSchedule
 from .streaming import ENDLESS_SECONDS, VideoStream
@@ -122,6 +123,7 @@ class Pipeline:
         state_out: str | Path | None = None,
         new_only: bool = False,
         on_pass: Callable[[int, int], None] | None = None,
+        steer: Callable[[Steering], None] | None = None,
     ) -> Path:
         """Write a video of at least `seconds` to `output` (.mp4) while it is made; returns the path.
 
@@ -143,6 +145,7 @@ class Pipeline:
         state_in: file or journal of a state to continue (see `sampling.state_file`), by `seconds` more. The video is all
             of it, from its beginning on; with `new_only` what is made now.
         state_out: file for the state at the end, .safetensors; it may be the same.
+        steer: called once before the run begins with what other threads may say to it while it goes on.
         Raises ValueError, before anything is sampled, for settings that cannot work or take more memory than there is.
         Raises FileExistsError where an earlier run of that name did not end, and Interrupted after Ctrl-C, where at least
         one chunk was done.
@@ -219,6 +222,15 @@ class Pipeline:
         negative = self.text_encoder.encode([negative_prompt]) if sampling.guided else None
         known = [(text, embed) for text, pair in embeds.items() for embed in pair if embed is not None]
         known += [] if negative is None else [(negative_prompt, negative)]
+
+        def encode(text: str) -> Shot:
+            shot = self.text_encoder.encode_shot(text, marker)
+            known.extend((text, embed) for embed in shot if embed is not None)
+            return shot
+
+        steering = Steering(plan, encode, sampling, cache, marker)
+        if steer is not None:
+            steer(steering)
         session = RollingSession(
             self.model,
             next(cues(plan, embeds, cache, marker)).prompt,
@@ -244,7 +256,10 @@ class Pipeline:
                 source: dict[str, Any] = {}
                 if again is not None and clip is not None:
                     source = {"source": islice(self._latents_of(clip), start, None), "strength": strength}
-                for _ in generate_scheduled(session, plan, embeds, negative=negative, seed=seed, **source):
+                made = generate_scheduled(
+                    session, plan, embeds, negative=negative, seed=seed, steering=steering, **source
+                )
+                for _ in steering.heeded(made, plan.chunks):
                     session.state = stream.add(session.state.named(known))
         except KeyboardInterrupt as error:
             if stream.state_file is None:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from queue import Queue
-from threading import Thread
+from threading import Event, Thread
 
 import torch
 
@@ -154,6 +154,10 @@ class VideoStream:
                 self._next = at
         return self._state
 
+    def settle(self) -> None:
+        """Wait until what was added is decoded and written: the VAE is not in use then, until more is added."""
+        self._work.settle()
+
     def _send(self, latents: torch.Tensor, first: int) -> None:
         """Have model latents [1, C, f, h, w] decoded and written, of which the first is the video's latent frame `first`."""
         latents = to_raw(latents.float())
@@ -240,6 +244,13 @@ class _Worker:
         if self._error is not None:
             raise self._error
         self._queue.put(task)
+
+    def settle(self) -> None:
+        """Wait until everything so far is done."""
+        settled = Event()
+        self.put(settled.set)
+        while not settled.wait(0.1) and self._error is None:
+            pass
 
     def close(self) -> BaseException | None:
         """Wait for all of it; returns what a piece of work has raised."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 from aiohttp import web
 
-from ...rolling_kv.config import check_flag, check_whole
-from .runs import ROUTE, PreviewSettings, Runs
+from ...rolling_kv.config import check_choice, check_flag, check_whole
+from ...rolling_kv.messages import shown
+from ..guard import told
+from .runs import ACTIONS, ROUTE, PreviewSettings, Runs
 
 RUNS = web.AppKey("rolling_kv_runs", Runs)
 """Where the server's application has its runs."""
@@ -45,6 +48,25 @@ def add_routes(routes: web.RouteTableDef, runs: Runs) -> None:
             return web.json_response({"error": str(error)}, status=400)
         runs.settings = settings
         return web.json_response(settings._asdict())
+
+    @routes.post(f"{ROUTE}/steer")
+    async def steer(request: web.Request) -> web.Response:
+        try:
+            given = await read_json(request)
+            texts = {name: given.get(name, "") for name in ("run", "action", "prompt", "how")}
+            for name, text in texts.items():
+                if not isinstance(text, str):
+                    raise ValueError(f"{name} is to be text, got {shown(text)}")
+            check_choice("the action", texts["action"], ACTIONS)
+            run = runs.get(texts.pop("run"))
+            if run is None:
+                raise LookupError
+            remark = await asyncio.to_thread(run.steer, **texts)
+        except ValueError as error:
+            return web.json_response({"error": told(str(error))}, status=400)
+        except LookupError:
+            return web.json_response({"error": "there is no such run, or it has ended"}, status=404)
+        return web.json_response(run.about() | {"remark": remark})
 
 
 async def read_json(request: web.Request) -> dict[str, Any]:

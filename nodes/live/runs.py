@@ -16,9 +16,11 @@ from PIL import Image
 
 from ...rolling_kv.cache.window import FrameWindow
 from ...rolling_kv.geometry import Geometry
+from ...rolling_kv.sampling.steering import Steering
 from .strips import Strip, StripThread, make_strip
 
 ROUTE = "/rolling_kv"
+ACTIONS = ("prompt", "pause", "resume", "stop")
 ENDED = 4
 """Runs that are told of after their end."""
 STRIP_BYTES = 64 * 2**20
@@ -34,6 +36,16 @@ class Preview(Protocol):
 
     def pictures(self, between: Callable[[int, int], torch.Tensor], first: int, last: int) -> torch.Tensor:
         """uint8 [T, H, W, 3] of the latent frames from `first` up to `last`. between: gives model latents of such frames."""
+        ...
+
+
+class Steered(Protocol):
+    """What may be said to a run; a `Job` is one."""
+
+    steering: Steering
+
+    def say(self, text: str, how: str) -> str:
+        """Have the next chunk begin with a prompt; returns what is to be said of its words. Raises ValueError."""
         ...
 
 
@@ -53,6 +65,8 @@ class Runs:
     def __init__(self, send: Callable[[str, dict], None]):
         self.send = send
         self.settings = PreviewSettings()
+        self.steered: dict[str, str] = {}
+        """The last run of each node that did not make what its inputs say."""
         self._lock = Lock()
         self._runs: dict[str, Run] = {}  # in the order in which they began
         self._strips: dict[tuple[str, int], Strip] = {}  # in the order in which they were made
@@ -107,13 +121,10 @@ class Run:
     geometry: of the model. fps: frames per second of the video. size: of the video, width and height in pixels.
     start: latent frames before the first chunk. end: of the whole video; None for one that is made until it is stopped.
     chunks: how many are made; None for one that is made until it is stopped.
+    steered: what may be said to it while it goes on, see `Steered`.
     preview: makes the pictures; None where `frames` brings those of the video itself.
     free: bytes that are free on the device.
 
-    status: "running", "paused", "ended", "failed" or "cancelled"; see `pausing`.
-    steerable: why no prompt can be typed in; empty where one can.
-    switches: words that may stand before a prompt that is typed in.
-    schedule: the prompts of the run as done and planned.
     """
 
     def __init__(
@@ -129,6 +140,7 @@ class Run:
         start: int,
         end: int | None,
         chunks: int | None,
+        steered: Steered,
         preview: Preview | None = None,
         free: Callable[[], int] = lambda: 0,
         workflow: str | None = None,
@@ -136,10 +148,11 @@ class Run:
         self.id = secrets.token_hex(8)
         self.prompt_id, self.node, self.display_node, self.workflow = prompt_id, node, display_node, workflow
         self.fps, self.size, self.chunks = float(fps), size, chunks
-        self.status = "running"
-        self.steerable = "this run takes no prompts"
-        self.switches: list[str] = []
-        self.schedule = ""
+        self._ended = ""
+        self._waiting = False
+        self._steered: Steered | None = steered
+        self._steering = steered.steering
+        self._steering.idle = self._idle
         self.chunk = 0
         self.window: dict | None = None
         self._runs, self._geometry, self._preview, self._free = runs, geometry, preview, free
@@ -158,7 +171,13 @@ class Run:
 
     @property
     def has_ended(self) -> bool:
-        return self.status not in ("running", "paused")
+        return bool(self._ended)
+
+    @property
+    def status(self) -> str:
+        """One of "running", "paused" (before the next chunk), "ended", "failed" and "cancelled"."""
+        paused = self._steering.paused and not self._steering.stopped
+        return self._ended or ("paused" if paused else "running")
 
     def about(self) -> dict[str, Any]:
         """All of it but its strips, as JSON."""
@@ -172,8 +191,9 @@ class Run:
             "display_node": self.display_node,
             "workflow": self.workflow,
             "status": self.status,
-            "steerable": self.steerable,
-            "switches": list(self.switches),
+            "waiting": self._waiting,
+            "steerable": self._steering.refusal,
+            "switches": list(self._steering.words),
             "chunk": self.chunk,
             "chunks": self.chunks,
             "first_seconds": self._pixels(self._start) / self.fps,
@@ -182,7 +202,9 @@ class Run:
             "seconds": self.frames / self.fps,
             "rate": rate,
             "left": 0.0 if self.has_ended else left,
-            "schedule": self.schedule,
+            "schedule": str(self._steering.schedule or ""),
+            "count_from": "sampler" if self._steering.origin == "run" else "video",
+            "failure": self._steering.failure,
             "window": self.window,
             "size": list(self.size),
         }
@@ -196,15 +218,33 @@ class Run:
         """Tell every page how the run is now."""
         self._runs.send("rolling_kv.run", self.about())
 
+    def steer(self, action: str, prompt: str = "", how: str = "") -> str:
+        """Do what a page asks for: one of ACTIONS. Returns what is to be said of a prompt's words; every page is told.
+
+        Raises ValueError for what cannot be done, and LookupError once the run has ended.
+        """
+        steered = self._steered
+        if steered is None:
+            raise LookupError
+        remark = steered.say(prompt, how) if action == "prompt" else ""
+        if action != "prompt":
+            {"pause": self._steering.pause, "resume": self._steering.resume, "stop": self._steering.stop}[action]()
+        self.tell()
+        return remark
+
+    def settle(self) -> None:
+        """Wait until no picture is being made: what makes them may be moved elsewhere then."""
+        self._thread.settle()
+
     @contextmanager
-    def pausing(self) -> Iterator[None]:
-        """The run is paused inside; the time counts as no work."""
-        self.status, began = "paused", time.monotonic()
+    def _idle(self) -> Iterator[None]:
+        """The run waits inside; the time counts as no work."""
+        self._waiting, began = True, time.monotonic()
         self.tell()
         try:
             yield
         finally:
-            self.status = "running"
+            self._waiting = False
             self._since += time.monotonic() - began
             self.tell()
 
@@ -254,7 +294,11 @@ class Run:
         finally:
             self._pieces.clear()
             # ComfyUI's interrupt is no Exception.
-            self.status = "ended" if kind is None else "failed" if issubclass(kind, Exception) else "cancelled"
+            self._ended = "ended" if kind is None else "failed" if issubclass(kind, Exception) else "cancelled"
+            if self._steering.changed:
+                self._runs.steered[self.node] = self.id
+            # What is told of the run later needs none of its models.
+            self._steered, self._steering = None, self._steering.closed()
             self.tell()
 
     def _pixels(self, latents: int) -> int:

@@ -69,7 +69,7 @@ class StripThread:
         self._tell = tell
         self._waiting: deque[tuple[int, Making | None]] = deque()
         self._changed = Condition()
-        self._closed = False
+        self._making = self._closed = False
         self._failed = False
         self._thread = Thread(target=self._run, name="rolling_kv preview", daemon=True)
         self._thread.start()
@@ -82,6 +82,11 @@ class StripThread:
             if len(busy) > WAITING:
                 self._drop(busy[0])
             self._changed.notify()
+
+    def settle(self) -> None:
+        """Wait until nothing waits and nothing is being made."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting and not self._making)
 
     def close(self, finish: bool = True) -> None:
         """Wait until the thread has ended. finish: make what still waits; otherwise it is dropped."""
@@ -102,10 +107,13 @@ class StripThread:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if not self._waiting:
                     return
-                chunk, make = self._waiting.popleft()
+                (chunk, make), self._making = self._waiting.popleft(), True
             strip = None if make is None else self._made(make)
             del make  # and the frames in it
             self._tell(chunk, strip)
+            with self._changed:
+                self._making = False
+                self._changed.notify_all()
 
     def _made(self, make: Making) -> Strip | None:
         """A preview that fails is not worth a run: it is told once, and left out."""

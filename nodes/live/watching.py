@@ -20,6 +20,11 @@ def set_up() -> None:
     add_routes(server.routes, runs)
 
 
+def fingerprint(hidden) -> str | None:
+    """For `fingerprint_inputs`: what a steered run has made is not what the node's inputs say, so it is made anew."""
+    return PromptServer.instance.app[RUNS].steered.get(hidden.unique_id)
+
+
 def watched(
     hidden, job: Job, *, fps: float | None = None, endless: bool = False, preview: Preview | None = None
 ) -> Run:
@@ -37,6 +42,7 @@ def watched(
         start=start.frames,
         end=None if endless else job.frames,
         chunks=None if endless else job.chunks,
+        steered=job,
         preview=preview,
         free=partial(mm.get_free_memory, job.model.patcher.load_device),
     )

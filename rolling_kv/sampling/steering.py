@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from threading import Condition
 from typing import TypeVar
 
@@ -14,6 +16,8 @@ from ..schedules.canonical import read_prompt
 from ..schedules.reading import read_schedule
 from ..schedules.schedule import WORDS, Plan, PromptSchedule, Segment
 from .scheduled import check_segment
+
+logger = logging.getLogger(__name__)
 
 HEED_SECONDS = 0.1
 """How often a run that is paused looks whether it was cancelled."""
@@ -36,6 +40,11 @@ class Steering:
     encode: makes a text embeddings; called by the thread that samples, between two chunks; whatever it raises leaves the video as it was.
     sampling, cache, marker: rules of the run, as `check_plan` has them.
     refusal: why no prompt can be said, as a sentence; the other parameters are then not needed.
+
+    heed: called while the run is paused; whatever it raises cancels the run.
+    idle: gives a context that the run is in while it is paused.
+    changed: whether the video has become another one than was planned.
+    failure: why the last prompt did not come into the video, as a sentence.
     """
 
     def __init__(
@@ -49,10 +58,10 @@ class Steering:
         refusal: str = "",
     ):
         self.refusal = refusal
+        self.heed: Callable[[], None] = lambda: None
+        self.idle: Callable[[], AbstractContextManager] = nullcontext
         self.changed = False
-        """Whether the video has become another one than was planned."""
         self.failure = ""
-        """Why the last prompt did not come into the video, as a sentence."""
         self._plan, self._encode = plan, encode
         self._rules = sampling, cache, marker
         self._next = plan.first + 1 if plan is not None else 0  # number of the first chunk that can still be changed
@@ -93,13 +102,13 @@ class Steering:
         """From where times of the schedule count: the "video" or the "run"."""
         return "video" if self._plan is None else self._plan.origin
 
-    def prompt(self, text: str, how: str = "") -> None:
+    def prompt(self, text: str, how: str = "") -> str:
         """Have the next chunk begin with a prompt; one that still waits gives way to it.
 
         how: it begins, as brackets of a schedule have it: "hold", "recache", "flush", "cut", "blend 3" or "slerp 3"; empty
             for the family's own way, or for the brackets at the end of the text.
 
-        Raises ValueError for what no schedule can have or the cache's rules cannot do, and where no chunk is left.
+        Returns its text as a schedule has it. Raises ValueError for what no schedule can have or the cache's rules cannot do, and where no chunk is left.
         """
         if self.refusal:
             raise ValueError(self.refusal)
@@ -112,6 +121,7 @@ class Steering:
             if read_schedule(str(written)).segments != written.segments:
                 raise ValueError("this prompt cannot stand in a schedule: write it without colons and brackets")
             self._waiting, self.failure = segment, ""
+        return segment.text
 
     def pause(self) -> None:
         """Have the run wait before its next chunk."""
@@ -130,19 +140,25 @@ class Steering:
             self._stopped = True
             self._condition.notify_all()
 
-    def heeded(self, made: Iterator[Made], chunks: int, heed: Callable[[], None] = lambda: None) -> Iterator[Made]:
+    def closed(self) -> Steering:
+        """What is left to be told of a run that has ended; nothing can be said to it, and it holds no model."""
+        left = Steering(None, None, *self._rules, refusal=self.refusal or "the run has ended")
+        left._plan, left._ended, left.failure = self._plan, self._ended, self.failure
+        return left
+
+    def heeded(self, made: Iterator[Made], chunks: int) -> Iterator[Made]:
         """The chunks of a run, which waits between two of them while it is paused, and ends where it is stopped.
 
-        chunks: how many they are. heed: called while it waits; whatever it raises cancels the run.
+        chunks: how many they are.
         """
         for number, chunk in enumerate(made, 1):
             yield chunk
             if number == chunks:
                 continue
+            if self._paused and not self._stopped:
+                with self.idle():
+                    self._wait()
             with self._condition:
-                while self._paused and not self._stopped:
-                    self._condition.wait(HEED_SECONDS)
-                    heed()
                 if self._stopped:
                     self._ended, self.changed = number, True
                     return
@@ -165,9 +181,17 @@ class Steering:
             with self._condition:
                 self._plan = before
                 self.failure = f'"{shortened(printable(segment.text), 40)}" could not be encoded: {error}'
+            logger.warning("%s", self.failure)
             return None
         self.changed = True
         return self._plan, segment.text, shot
+
+    def _wait(self) -> None:
+        while True:
+            with self._condition:
+                if self._condition.wait_for(lambda: self._stopped or not self._paused, HEED_SECONDS):
+                    return
+            self.heed()
 
     def _plan_with(self, segment: Segment | None) -> Plan:
         """The plan with what is to begin with the next chunk."""

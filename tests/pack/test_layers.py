@@ -14,6 +14,7 @@ GROUND = ["geometry", "rope", "devices", "atomic", "messages", "installed"]
 SETTINGS = ["config", "presets"]
 ABOVE = [
     "streaming",
+    "listening",
     "pipeline",
     "inspection",
     "cli",

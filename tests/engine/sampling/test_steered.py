@@ -42,6 +42,8 @@ class Run:
             state=state, negative=negative,
         )  # fmt: skip
         with session:
+            if said and 1 in said:
+                self.steering.prompt(*said[1])
             if given is not None:
                 session.prefill(given)
             made = generate_scheduled(session, plan, embeds, negative=negative, seed=seed, steering=self.steering)
@@ -93,6 +95,7 @@ def test_also_with_the_joint_sampler(model, number):
     steered = Run(model, CHUNKS, planned, said, **settings)
     assert same(steered.state, Run(model, CHUNKS, steered.copied, **settings).state)
     stopped = Run(model, CHUNKS, planned, said, stop_after=7, **settings)
+    assert stopped.steering.changed and stopped.copied.end is None
     whole = Run(model, CHUNKS, stopped.copied, **settings).state
     assert same(stopped.state, whole.first(frames=stopped.state.frames))
 
@@ -125,13 +128,9 @@ def test_a_run_without_an_end_is_stopped_and_made_again_as_long_as_it_was(model)
 def test_frames_that_were_given_keep_the_prompt_that_they_entered_with(model):
     """What is said before there is a chunk begins with the second one."""
     given = torch.randn(1, 16, 2, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(1))
-    plan = PLANNED.plan(SAMPLING, model.geometry, chunks=4, start_frame=2)
-    steering = Steering(plan, None, SAMPLING, CACHE)
-    steering.prompt("4", "cut")
-    assert str(steering.schedule).splitlines()[:2] == ["0: 0", "0.8125: 4 [cut]"]
-    assert same(
-        Run(model, 4, steering.schedule, given=given).state, Run(model, 4, said={2: ("4", "cut")}, given=given).state
-    )
+    early = Run(model, 4, said={1: ("4", "cut")}, given=given)
+    assert str(early.steering.schedule).splitlines()[:2] == ["0: 0", "0.8125: 4 [cut]"]
+    assert same(early.state, Run(model, 4, early.copied, given=given).state)
 
 
 @pytest.mark.parametrize(
@@ -220,9 +219,10 @@ def test_no_prompt_begins_behind_the_last_chunk(model):
 def test_another_thread_pauses_goes_on_and_stops(model):
     steering, made = Steering(refusal="closed"), []
     heeded, wake = threading.Event(), threading.Event()
+    steering.heed = heeded.set
 
     def run():
-        for chunk in steering.heeded(iter(range(10)), 10, heeded.set):
+        for chunk in steering.heeded(iter(range(10)), 10):
             made.append(chunk)
             wake.set()
             if chunk == 1:
@@ -244,16 +244,18 @@ def test_another_thread_pauses_goes_on_and_stops(model):
 def test_a_paused_run_can_be_stopped_and_cancelled(model):
     stopped = Steering(refusal="closed")
     stopped.pause()
-    stopping = stopped.heeded(iter(range(10)), 10, stopped.stop)
-    assert list(stopping) == [0] and stopped.changed
+    stopped.heed = stopped.stop
+    assert list(stopped.heeded(iter(range(10)), 10)) == [0] and stopped.changed
 
     def cancel():
         raise Cancelled
 
     cancelled = Steering(refusal="closed")
     cancelled.pause()
+    cancelled.heed = cancel
     with pytest.raises(Cancelled):
-        list(cancelled.heeded(iter(range(10)), 10, cancel))
+        list(cancelled.heeded(iter(range(10)), 10))
     finished = Steering(refusal="closed")
     finished.pause()
-    assert list(finished.heeded(iter(range(1)), 1, cancel)) == [0]
+    finished.heed = cancel
+    assert list(finished.heeded(iter(range(1)), 1)) == [0]
