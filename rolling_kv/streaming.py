@@ -115,7 +115,8 @@ class VideoStream:
         self._cuda = stream_beside(vae.compute_device())
         self._generated = before.generated
         self._written_from = before.frames if new_only else 0
-        self._next = max(self._written_from - vae.reach, 0)  # the latent frame to decode next
+        self._warm_from = max(self._written_from - vae.reach, 0)  # what comes before changes no pixel that is written
+        self._chunks = self._frames = 0  # that were looked at, and the latent frames in them
         self._state = before
         self.state_file: Path | None = None
         """Where the state is, once the block has ended."""
@@ -146,12 +147,12 @@ class VideoStream:
             self._state = self._journal.add(state)
         except OSError as error:
             raise OSError(f"cannot write {self._journal.path}: {error.strerror or error}") from error
-        at = 0
-        for chunk in self._state.chunks:
-            first, at = at, at + chunk.shape[2]
-            if at > self._next:
-                self._send(chunk[:, :, self._next - first :], self._next)
-                self._next = at
+        for chunk in self._state.chunks[self._chunks :]:
+            first, self._frames = self._frames, self._frames + chunk.shape[2]
+            if self._frames > self._warm_from:
+                skipped = max(self._warm_from - first, 0)
+                self._send(chunk[:, :, skipped:], first + skipped)
+        self._chunks = len(self._state.chunks)
         return self._state
 
     def settle(self) -> None:
