@@ -4,9 +4,9 @@ import signal
 
 import pytest
 from browser import Frontend
+from servers import start
 
 from tools.comfyui.env import find_install, install_missing
-from tools.comfyui.server import ComfyServer
 
 
 def pytest_configure(config):
@@ -23,11 +23,6 @@ def install(request):
     reporter = request.config.pluginmanager.getplugin("terminalreporter")  # a process beside the first one has none
     install_missing(found, say=reporter.write_line if reporter else print)
     return found
-
-
-def start(install, *options, packs=None):
-    """A server that may not download, with one thread: models this small gain nothing from a second one."""
-    return ComfyServer(install, options, environment={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, packs=packs)
 
 
 def complaints(log: str) -> list[str]:

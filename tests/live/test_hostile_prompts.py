@@ -3,8 +3,8 @@
 import textwrap
 
 import pytest
-from conftest import start
 from graphs import chosen, loaders, node, one_sampler, prompt, read_video, save_latent
+from servers import start
 
 from tools.comfyui.client import PromptFailed, PromptRejected, first_file
 from tools.comfyui.env import PACK

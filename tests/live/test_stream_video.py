@@ -9,8 +9,8 @@ import time
 
 import av
 import pytest
-from conftest import start
 from graphs import chosen, loaders, node, one_sampler, prompt, read_video, sample
+from servers import start
 from test_state_files import load, saved, schedule
 
 from rolling_kv.growing import whole_length

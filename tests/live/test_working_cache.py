@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import start
 from graphs import one_sampler
+from servers import start
 
 from tools.comfyui.env import PACK
 
