@@ -294,7 +294,7 @@ def _generate(args: argparse.Namespace) -> None:
     clip = clip_of(args.image, args.video, Fitting(height, width, args.fit, background), geometry, args.last_seconds)
     if clip is not None:
         print(clip)
-    start = 0 if args.state_in is None else read_state(args.state_in).state.frames
+    start = 0 if args.state_in is None else read_state(args.state_in).frames
     start = start_of(clip if args.strength is None else None, start, sampling, geometry)
     if args.strength is not None and clip is not None:
         seconds = seconds_anew(clip, seconds, start, sampling, geometry)
@@ -350,7 +350,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _size_of_state(args: argparse.Namespace) -> tuple[int, int]:
     """Height and width of the video that is to be continued. Raises ValueError for what contradicts its state."""
-    size = read_state(args.state_in).state.size
+    size = read_state(args.state_in).size
     if args.image is not None or args.video is not None and args.strength is None:
         name = "--video" if args.image is None else "--image"
         raise ValueError(f"a video that is continued has its beginning already: leave {name} out")
@@ -415,8 +415,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _inspect_state(path: Path) -> None:
-    stored = read_state(path)
-    info = summarize(stored.state)
+    info = summarize(read_state(path))
     print(f"file       {printable(str(path))}, the state of a video")
     print(f"size       {_size(path.stat().st_size)}")
     print(*(f"{name:11}{said}" for name, said in info.facts().items()), "", info.table(), sep="\n")

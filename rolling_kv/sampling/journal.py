@@ -20,7 +20,7 @@ import torch
 
 from ..atomic import check_place, replacing
 from .state import CacheState, ChunkRecord
-from .stored import NAMES, Place, StateFileError, StoredState, place_of, stored_of, tensor_bytes
+from .stored import NAMES, Place, StateFileError, place_of, stored_of, tensor_bytes
 
 SUFFIX = ".journal"
 MAGIC = b"rolling_kv.journal 1\n"
@@ -108,7 +108,8 @@ class Journal:
                 "tensors": [[name, NAMES[tensor.dtype], list(tensor.shape)] for name, tensor in named],
             }
             start = self._write(file, said, [tensor for _, tensor in named])
-            self._places.append(place_of("", NAMES[named[0][1].dtype], named[0][1].shape, start))
+            chunk = state.chunks[number]
+            self._places.append(Place(chunk.dtype, tuple(chunk.shape), start, chunk.nbytes))
 
     def _write(self, file: BinaryIO, said: dict, tensors: Sequence[torch.Tensor]) -> int:
         """Write an entry; returns the byte at which its tensors begin."""
@@ -148,7 +149,7 @@ class _Entry(NamedTuple):
     nbytes: int
 
 
-def read_journal(file: BinaryIO) -> tuple[StoredState, list[Place]]:
+def read_journal(file: BinaryIO) -> tuple[CacheState, list[Place]]:
     """The state in a journal, without values, and where each chunk and then each prompt lies in the file.
 
     An entry that was not written to its end is left out. Raises StateFileError for a file that is no journal, holds no whole

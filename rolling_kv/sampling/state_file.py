@@ -21,7 +21,7 @@ from ..checkpoints.model import CausalModel
 from ..messages import printable, shortened, shown
 from .journal import MAGIC, read_journal
 from .state import CacheState
-from .stored import NAMES, Place, StateFileError, StoredState, place_of, read_tensor, stored_of, tensor_bytes
+from .stored import NAMES, Place, StateFileError, place_of, read_tensor, stored_of, tensor_bytes
 
 SUFFIX = ".safetensors"
 FORMAT = "rolling_kv.state"
@@ -76,20 +76,20 @@ def load_state(
     with _telling(path), _opened(path) as file:
         stored, places = _read_header(file)
         _check_model(stored, model, identity)
-        _check_size(stored.state, size)
+        _check_size(stored, size)
         tensors = [read_tensor(file, place) for place in places]
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise StateFileError("it holds values that are no numbers (NaN or infinity), so nothing can follow it")
-        records = stored.state.records
+        records = stored.records
         chunks, prompts = tuple(tensors[: len(records)]), tuple(tensors[len(records) :])
-        named = stored.state.model, stored.state.texts, stored.model_name
+        named = stored.model, stored.texts, stored.model_name
         state = CacheState.from_log(chunks, prompts, records, *named)
-        if stored.state.key not in (state.key, ""):
-            raise StateFileError(f"its log and its latents make the key {state.key}, not {stored.state.key}")
+        if stored.key not in (state.key, ""):
+            raise StateFileError(f"its log and its latents make the key {state.key}, not {stored.key}")
         return state
 
 
-def read_state(path: str | Path) -> StoredState:
+def read_state(path: str | Path) -> CacheState:
     """What a state's file or journal says, checked against its digest; no tensor is read. Raises StateFileError."""
     with _telling(path), _opened(path) as file:
         return _read_header(file)[0]
@@ -202,7 +202,7 @@ def _is_journal(file: BinaryIO) -> bool:
     return start == MAGIC
 
 
-def _read_header(file: BinaryIO) -> tuple[StoredState, list[Place]]:
+def _read_header(file: BinaryIO) -> tuple[CacheState, list[Place]]:
     """What the file says, and where each chunk and then each prompt lies in it."""
     if _is_journal(file):
         return read_journal(file)
@@ -252,14 +252,13 @@ def _no_number(text: str):
     raise StateFileError(f"its log is damaged: it says {text} where a number should be")
 
 
-def _check_model(stored: StoredState, model: CausalModel | None, identity: str | None) -> None:
-    if model is None or (identity := identity or model.identity) == stored.state.model:
+def _check_model(stored: CacheState, model: CausalModel | None, identity: str | None) -> None:
+    if model is None or (identity := identity or model.identity) == stored.model:
         return
-    theirs, ours = stored.state, str(model.dtype).removeprefix("torch.")
-    dtype = str(theirs.chunks[-1].dtype).removeprefix("torch.")
+    theirs, ours = (str(dtype).removeprefix("torch.") for dtype in (stored.chunks[-1].dtype, model.dtype))
     raise StateFileError(
         f"this video was made by the model {shortened(stored.model_name) or 'with the identity'} "
-        f"({shortened(theirs.model, 16)}, {dtype}), and here is {model.preset.name} ({identity}, {ours}): load the "
+        f"({shortened(stored.model, 16)}, {theirs}), and here is {model.preset.name} ({identity}, {ours}): load the "
         "same model, in the same precision and with the same LoRAs"
     )
 

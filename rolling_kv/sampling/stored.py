@@ -24,20 +24,6 @@ class StateFileError(ValueError):
         super().__init__(shortened(printable(message), MESSAGE_LENGTH))
 
 
-class StoredState(NamedTuple):
-    """What the header of a state's file says.
-
-    state: with tensors on the meta device: shapes and dtypes, no values.
-    """
-
-    state: CacheState
-
-    @property
-    def model_name(self) -> str:
-        """Of the model that made it, for people."""
-        return self.state.model_name
-
-
 class Place(NamedTuple):
     """Where the values of a tensor lie in the file."""
 
@@ -58,8 +44,10 @@ def place_of(name: str, dtype: object, shape: Sequence[int], start: int) -> Plac
     return Place(known, shape, start, math.prod(shape) * known.itemsize)
 
 
-def stored_of(said: dict, places: dict[str, Place]) -> tuple[StoredState, list[Place]]:
+def stored_of(said: dict, places: dict[str, Place]) -> tuple[CacheState, list[Place]]:
     """What is said of a state, and where each chunk and then each prompt lies. Raises StateFileError for what no state is.
+
+    The state's tensors are on the meta device: shapes and dtypes, no values.
 
     said: its model, model_name, key, texts and log. places: of its tensors, by their names.
     """
@@ -80,7 +68,7 @@ def stored_of(said: dict, places: dict[str, Place]) -> tuple[StoredState, list[P
     empty = [torch.empty(place.shape, dtype=place.dtype, device="meta") for place in ordered]
     chunks, prompts = tuple(empty[: len(records)]), tuple(empty[len(records) :])
     state = CacheState(chunks, prompts, records, said["model"], said["key"], tuple(texts), said["model_name"])
-    return StoredState(state), ordered
+    return state, ordered
 
 
 def _record(seed: Any, **others: Any) -> ChunkRecord:

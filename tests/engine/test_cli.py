@@ -306,7 +306,7 @@ def test_a_video_continued_from_a_state_is_the_one_made_at_once(folder, tmp_path
     video(folder, part, "--schedule", SCHEDULE, "--state-in", state, "--state-out", state)
     assert torch.equal(read_frames(part), read_frames(whole))
     ours, theirs = read_state(state), read_state(tmp_path / "whole.safetensors")
-    assert ours.state.key == theirs.state.key and ours.state.texts == theirs.state.texts
+    assert ours.key == theirs.key and ours.texts == theirs.texts
     capsys.readouterr()
     main(["inspect", str(state)])
     told = capsys.readouterr().out
@@ -328,7 +328,7 @@ def test_ctrl_c_leaves_the_part_that_is_done_and_says_how_to_go_on(named, folder
         patch.setattr(RollingSession, "_tick", interrupt_at(9))
         video(folder, part, *options)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    done = read_state(kept).state
+    done = read_state(kept)
     assert read_video_info(part).frames == done.pixel_frames < read_video_info(whole).frames
     said = ended.value.code
     assert said.startswith(f"cancelled: the {done.seconds:g} s that are done are in {part}")
@@ -356,7 +356,7 @@ def test_an_error_on_the_way_keeps_the_video_so_far_and_its_state(folder, tmp_pa
     with pytest.raises(SystemExit, match="error: no more"):
         video(folder, tmp_path / "video.mp4", "--schedule", SCHEDULE, "--state-out", tmp_path / "a.safetensors")
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "video.mp4"]
-    done = read_state(tmp_path / "a.safetensors").state
+    done = read_state(tmp_path / "a.safetensors")
     assert done.frames and read_video_info(tmp_path / "video.mp4").frames == done.pixel_frames
     assert f"the {done.seconds:g} s that are done are in {tmp_path / 'video.mp4'}, and their state in" in caplog.text
 

@@ -191,7 +191,7 @@ def test_a_video_is_extended(options, frames, folder, film, tmp_path, sessions, 
     assert [record.seed for record in session.state.records] == [None] * len(SamplingConfig().prefill_sizes(frames)) + [
         0
     ]
-    assert read_state(tmp_path / "state.safetensors").state.frames == frames + 3
+    assert read_state(tmp_path / "state.safetensors").frames == frames + 3
     assert read_video_info(tmp_path / "video.mp4").frames == WAN_21.pixel_frames(frames + 3)
     shown = load_vae(folder).decoder().decode(to_raw(session.state.latents()))
     assert (read_frames(tmp_path / "video.mp4").float() - to_uint8(shown[0]).permute(1, 2, 3, 0)).abs().mean() < 20

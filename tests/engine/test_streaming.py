@@ -66,7 +66,7 @@ def test_while_it_grows_the_video_plays_and_its_state_can_be_read(pipeline, whol
             "a.growing.mp4",
             "a.journal",
         ] and stream.video == growing_place(tmp_path / "a.mp4")
-        assert read_state(journal_place(tmp_path / "a.mp4")).state.key == stream.state.key
+        assert read_state(journal_place(tmp_path / "a.mp4")).key == stream.state.key
         assert readable(stream.video) >= stream.state.pixel_frames - 4 * streaming_module.WAITING - 20
         looked.append(stream)
 
@@ -93,7 +93,7 @@ def test_whatever_ends_a_run_leaves_what_is_finished(error, pipeline, whole, tmp
     assert names(tmp_path) == ["a.mp4", state.name] and str(state) in caplog.text
     done = load_state(state, pipeline.model)
     assert torch.equal(read_frames(tmp_path / "a.mp4"), read_frames(whole)[: done.pixel_frames])
-    assert read_state(state).state.texts == (PROMPT,)
+    assert read_state(state).texts == (PROMPT,)
     again = pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=5, seed=3, state_in=state, **SIZE)
     full = read_frames(whole)
     assert torch.equal(read_frames(again)[: len(full)], full)
@@ -117,7 +117,7 @@ def test_a_second_ctrl_c_leaves_the_journal_and_says_so(when, pipeline, tmp_path
     with pytest.raises(Interrupted) as stopped:
         pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=7, seed=3, **SIZE)
     assert stopped.value.state == journal_place(tmp_path / "a.mp4") and stopped.value.video.exists()
-    assert read_state(stopped.value.state).state.frames == 9
+    assert read_state(stopped.value.state).frames == 9
 
 
 def test_nothing_is_left_where_no_chunk_was_made(pipeline, tmp_path, monkeypatch):
@@ -131,7 +131,7 @@ def test_only_what_is_new(pipeline, whole, tmp_path):
     state = tmp_path / "a.safetensors"
     for seconds, options in ((5, dict(state_out=state)), (2, dict(state_in=state, new_only=True))):
         made = pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=seconds, seed=3, **SIZE, **options)
-    before = read_state(state).state.pixel_frames
+    before = read_state(state).pixel_frames
     with torch.inference_mode():
         pictures = pipeline.vae.decoder().decode(to_raw(load_state(state).latents().float()))
     assert read_video_info(made).frames == read_video_info(whole).frames - before
@@ -190,7 +190,7 @@ def test_an_endless_video_ends_with_ctrl_c(pipeline, whole, tmp_path, monkeypatc
     with pytest.raises(Interrupted) as stopped:
         pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=0, seed=3, **SIZE)
     assert stopped.value.left == 0 and stopped.value.video == tmp_path / "a.mp4"
-    done = read_state(stopped.value.state).state
+    done = read_state(stopped.value.state)
     assert done.frames == 18 and torch.equal(read_frames(tmp_path / "a.mp4"), read_frames(whole)[: done.pixel_frames])
     with pytest.raises(ValueError, match="needs a window"):
         pipeline.generate(PROMPT, tmp_path / "b.mp4", seconds=0, cache=CacheConfig("all"), **SIZE)
@@ -292,7 +292,7 @@ def test_an_error_of_the_thread_that_writes_ends_the_run(pipeline, tmp_path, mon
     with pytest.raises(OSError, match="No space left on device"):
         pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=60, seed=3, **SIZE)
     assert read_video_info(tmp_path / "a.mp4").frames == 21
-    assert read_state(tmp_path / "a.state.safetensors").state.frames < 60  # it did not go on for long
+    assert read_state(tmp_path / "a.state.safetensors").frames < 60  # it did not go on for long
 
 
 @posix

@@ -146,13 +146,13 @@ def test_prompts_keep_their_texts_through_chains_schedules_and_files(server, cli
     graph["words"]["inputs"]["text"] = f"0: {SQUARE}\n0.8: {RED} [blend 3]"
     graph["put away"] = node("RollingKVSaveState", state=["third", 1], filename_prefix="texts/video")
     stored = read_state(saved(server, client.run(graph)))
-    assert stored.model_name and stored.state.texts == (RED, BLUE, SQUARE, None)
+    assert stored.model_name and stored.texts == (RED, BLUE, SQUARE, None)
     by_clip = one_sampler(1) | {
         "positive": node("ConditioningConcat", conditioning_to=["a", 0], conditioning_from=["a", 0])
     }
     by_clip |= {"a": prompt(RED), "put away": save_state("sample")}
     del by_clip["save"]
-    assert read_state(saved(server, client.run(by_clip))).state.texts in ((None,), ())
+    assert read_state(saved(server, client.run(by_clip))).texts in ((None,), ())
 
 
 # What is shown

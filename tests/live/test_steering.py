@@ -119,11 +119,11 @@ def test_a_prompt_comes_into_the_video_with_the_next_chunk_and_its_schedule_make
 
     again = streamed(6.0, "steered/again", positive="words") | {"words": schedule(ended["schedule"])}
     outputs = client.run(again)
-    assert read_state(saved(server, outputs)).state.key == state.key
+    assert read_state(saved(server, outputs)).key == state.key
     assert (read_video(client.view(first_file({"stream": outputs["stream"]}, ".mp4"))).frames == video).all()
 
     anew = client.run(graph)  # not taken from the cache, and from then on kept as ever
-    assert read_state(saved(server, anew)).state.texts == (RED,)
+    assert read_state(saved(server, anew)).texts == (RED,)
     names = beside(server, "steered")
     client.run(graph)
     assert beside(server, "steered") == names
@@ -203,4 +203,4 @@ def test_the_example_of_the_documentation_runs(server, client):
         steer(client, going.run, "resume")
         exec(code.replace("http://127.0.0.1:8188", client.url), {})
     assert going.error is None
-    assert read_state(saved(server, going.outputs)).state.texts[-1] == "a blue circle moving right"
+    assert read_state(saved(server, going.outputs)).texts[-1] == "a blue circle moving right"

@@ -45,7 +45,7 @@ def sampled(chunks: int) -> dict:
 
 
 def key(path) -> str:
-    return read_state(path).state.key
+    return read_state(path).key
 
 
 def frames(data: bytes):
@@ -75,7 +75,7 @@ def test_the_file_is_that_of_sample_video_and_nothing_else_stays(server, client)
     data = client.view(first_file({"stream": outputs["stream"]}, ".mp4"))
     other = client.run(sampled(4))
     assert key(saved(server, outputs)) == key(saved(server, other))
-    assert read_state(saved(server, outputs)).state.texts == (RED,)
+    assert read_state(saved(server, outputs)).texts == (RED,)
     assert (frames(data) == frames(client.view(first_file({"save": other["save"]}, ".mp4")))).all()
     with av.open(str(server.folder / "output/whole/video_00001_.mp4")) as container:
         assert json.loads(container.metadata["prompt"])["stream"]["class_type"] == "RollingKVStreamVideo"
@@ -90,7 +90,7 @@ def test_a_stream_feeds_other_nodes_and_takes_schedules_sizes_and_rates(server, 
     video, copy = (read_video(client.view(first_file({name: outputs[name]}, ".mp4"))) for name in ("stream", "again"))
     assert video.frames.shape == (21, 128, 128, 3) and video.rate == 8 and (video.frames == copy.frames).all()
     assert len(read_video(client.view(first_file({"more": outputs["more"]}, ".mp4"))).frames) == 12
-    records = read_state(saved(server, outputs)).state.records
+    records = read_state(saved(server, outputs)).records
     assert [record.switch for record in records] == ["", "cut"]
 
 
@@ -104,7 +104,7 @@ def test_a_cancelled_stream_keeps_its_video_and_goes_on_from_its_state(every_ser
     assert beside(every_server, folder) == names
     for told in (cancel.said[-1], every_server.log):
         assert all(str(every_server.folder / "output" / folder / name) in told for name in names)
-    done = read_state(every_server.folder / "output" / folder / names[1]).state
+    done = read_state(every_server.folder / "output" / folder / names[1])
     video = (every_server.folder / "output" / folder / names[0]).read_bytes()
     assert chunks <= len(done.records) <= 5 and len(frames(video)) == done.pixel_frames
     client.free()

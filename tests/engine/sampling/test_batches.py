@@ -211,7 +211,7 @@ def test_seeds_come_back_from_a_file(model, tmp_path):
     loaded = load_state(path, model)
     assert same(loaded, state) and loaded.records == state.records
     assert [record.seed for record in loaded.records] == [7, 7, SEEDS, SEEDS]
-    assert read_state(path).state.records == state.records
+    assert read_state(path).records == state.records
     assert same(run(model, 2, state=loaded), run(model, 2, state=state))
 
 

@@ -43,7 +43,7 @@ def test_after_every_chunk_the_journal_holds_the_state(dtype, first, path):
             found = load_state(path)
             assert found.key == kept.key == state.key and found.texts == state.texts and found.records == state.records
             assert all(map(torch.equal, found.chunks + found.prompts, state.chunks + state.prompts))
-            assert read_state(path).model_name == "tiny" and read_state(path).state.key == state.key
+            assert read_state(path).model_name == "tiny" and read_state(path).key == state.key
     assert is_state_file(path)
     journal.remove()
     assert not path.exists()

@@ -113,8 +113,8 @@ def test_it_is_an_ordinary_safetensors_file_whose_digest_anybody_can_compute(sta
     blank = path.read_bytes().replace(digest.encode(), b"0" * 64, 1)
     assert hashlib.sha256(blank).hexdigest() == digest
     stored = read_state(path)
-    assert stored.state.texts == ("a", None, "0" * 64) and len(state.prompts) == 3
-    assert stored.model_name == "tiny" and all(chunk.is_meta for chunk in stored.state.chunks)
+    assert stored.texts == ("a", None, "0" * 64) and len(state.prompts) == 3
+    assert stored.model_name == "tiny" and all(chunk.is_meta for chunk in stored.chunks)
     assert os.listdir(path.parent) == [path.name]
 
 
