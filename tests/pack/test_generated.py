@@ -8,7 +8,8 @@ import pytest
 from rolling_kv.presets import PRESETS
 from tools.comfyui.env import PACK
 from tools.generate import help_pages, models, readme, schemas
-from tools.generate.workflows import WORKFLOWS, layout
+from tools.generate.examples import WORKFLOWS
+from tools.generate.workflows import layout
 
 DUE = "run python -m tools.generate"
 SAVED = [name for name, description in WORKFLOWS.items() if not description.get("api_only")]

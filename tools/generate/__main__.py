@@ -21,6 +21,7 @@ from ..comfyui.client import ComfyClient
 from ..comfyui.env import ComfyError, find_install, install_missing
 from ..comfyui.server import ComfyServer
 from . import help_pages, models, readme, schemas, workflows
+from .examples import WORKFLOWS
 
 
 def generate(client: ComfyClient, names: list[str], models_folder: Path | None = None) -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     )
     parser.add_argument("url", nargs="?", help="of a ComfyUI that has the pack")
     parser.add_argument(
-        "--workflows", nargs="+", default=list(workflows.WORKFLOWS), choices=list(workflows.WORKFLOWS), metavar="NAME",
+        "--workflows", nargs="+", default=list(WORKFLOWS), choices=list(WORKFLOWS), metavar="NAME",
         help="build only these",
     )  # fmt: skip
     args = parser.parse_args()
