@@ -29,10 +29,9 @@ def add_routes(routes: web.RouteTableDef, runs: Runs) -> None:
     async def listed(request: web.Request) -> web.Response:
         return web.json_response({"runs": runs.listed()}, headers={"Cache-Control": "no-store"})
 
-    @routes.get(ROUTE + "/runs/{run}/chunks/{chunk}.webp")
+    @routes.get(ROUTE + "/runs/{run}/chunks/{chunk:[1-9][0-9]{0,8}}.webp")
     async def strip(request: web.Request) -> web.Response:
-        run, chunk = request.match_info["run"], request.match_info["chunk"]
-        strip = runs.strip(run, int(chunk)) if chunk.isdecimal() and len(chunk) < 10 else None
+        strip = runs.strip(request.match_info["run"], int(request.match_info["chunk"]))
         if strip is None:
             raise web.HTTPNotFound(headers={"Cache-Control": "no-store"})
         return web.Response(body=strip.data, content_type="image/webp", headers=FOREVER)

@@ -17,7 +17,7 @@ from PIL import Image
 from ...rolling_kv.cache.window import FrameWindow
 from ...rolling_kv.geometry import Geometry
 from ...rolling_kv.sampling.steering import Steering
-from .strips import Strip, StripThread, make_strip
+from ...rolling_kv.strips import Strip, StripThread, make_strip
 
 ROUTE = "/rolling_kv"
 ACTIONS = ("prompt", "pause", "resume", "stop")

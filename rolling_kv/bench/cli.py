@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import options
 from .chunks import cli as chunks
+from .preview import cli as preview
 from .states import cli as states
 from .step_caches import cli as step_caches
 from .storage import cli as storage
@@ -19,7 +20,9 @@ def add_command(commands) -> None:
     )
     parser.set_defaults(run=chunks.main)
     chunks.add_arguments(parser)
-    more = parser.add_subparsers(metavar="[caching | storage | states]", required=False, action=options.Subcommands)
+    more = parser.add_subparsers(
+        metavar="[caching | storage | states | preview]", required=False, action=options.Subcommands
+    )
     steps = more.add_parser("caching", help="measure every step cache at several strengths, in time and quality")
     steps.set_defaults(run=step_caches.main)
     step_caches.add_arguments(steps)
@@ -29,3 +32,6 @@ def add_command(commands) -> None:
     kept = more.add_parser("states", help="measure what chains, forks and states on disk cost beside one run")
     kept.set_defaults(run=states.main)
     states.add_arguments(kept)
+    shown = more.add_parser("preview", help="measure what the pictures of the live preview cost beside the sampling")
+    shown.set_defaults(run=preview.main)
+    preview.add_arguments(shown)

@@ -31,6 +31,7 @@ LAYERS: list[tuple[list[str], list[str]]] = [
     (SETTINGS, [*GROUND, *SETTINGS, "cache.codecs"]),
     (["cache"], [*GROUND, *SETTINGS]),
     (["step_cache"], []),
+    (["strips"], []),
     (["checkpoints"], [*GROUND, *SETTINGS]),
     (["lora", "vae", "taehv", "words"], [*GROUND, *SETTINGS, "checkpoints"]),
     (["previews"], [*GROUND, *SETTINGS, "vae", "video"]),

@@ -23,7 +23,7 @@ def live():
     stubs["pack"].__path__, stubs["pack.nodes"].__path__ = [str(PACK)], [str(PACK / "nodes")]
     sys.modules |= stubs
     yield SimpleNamespace(
-        runs=importlib.import_module("pack.nodes.live.runs"), strips=importlib.import_module("pack.nodes.live.strips")
+        runs=importlib.import_module("pack.nodes.live.runs"), strips=importlib.import_module("pack.rolling_kv.strips")
     )
     for name in [name for name in sys.modules if name == "pack" or name.startswith("pack.")]:
         del sys.modules[name]

@@ -17,7 +17,8 @@ from .env import PACK, ComfyError, ComfyInstall
 
 START_SECONDS = 300
 SEARCHED = (
-    "custom_nodes", "models/diffusion_models", "models/text_encoders", "models/vae", "models/loras", "models/diffusers"
+    "custom_nodes", "models/diffusion_models", "models/text_encoders", "models/vae", "models/loras", "models/diffusers",
+    "models/vae_approx",
 )  # fmt: skip
 """Folders of a server's own that it searches besides those of the ComfyUI installation."""
 

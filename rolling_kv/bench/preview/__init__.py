@@ -1,0 +1,1 @@
+"""What the live preview costs beside the sampling."""
