@@ -13,6 +13,7 @@ from PIL import Image
 
 from rolling_kv.cache.window import FrameWindow
 from rolling_kv.geometry import WAN_21
+from rolling_kv.sampling.steering import Steering
 from tools.comfyui.env import PACK
 
 
@@ -57,6 +58,7 @@ def runs(live, told):
 
 def a_run(live, runs, **settings):
     given = {"prompt_id": "p", "node": "12:7:5", "display_node": "12", "geometry": WAN_21, "fps": 16, "size": (64, 64)}
+    given["steered"] = SimpleNamespace(steering=Steering(refusal="nothing can be said here"))
     return live.runs.Run(runs, **{**given, "start": 0, "end": 9, "chunks": 3, **settings})
 
 
@@ -238,11 +240,13 @@ def test_a_pause_is_told_of_and_is_no_work(live, runs, told, monkeypatch):
     clock = iter([0, 10, 110, 120, *range(200, 300)])
     monkeypatch.setattr(live.runs.time, "monotonic", lambda: next(clock))
     with a_run(live, runs, preview=Preview()) as run:
-        with run.pausing():
-            assert runs.listed()[0]["status"] == "paused" and not run.has_ended
+        run.steer("pause")
+        with run._steering.idle():
+            assert runs.listed()[0]["status"] == "paused" and runs.listed()[0]["waiting"] and not run.has_ended
+        run.steer("resume")
         run.show(Session(3))
         assert run.about()["rate"] == 9 / 20
-    assert [event["status"] for event in told.of("run")] == ["running", "paused", "running", "ended"]
+    assert [event["status"] for event in told.of("run")] == ["running", *["paused"] * 3, "running", "ended"]
 
 
 def test_memory_is_bounded_the_oldest_strips_and_runs_go_first(live, runs, told, monkeypatch):
