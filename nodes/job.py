@@ -145,10 +145,10 @@ class Job:
         For other threads: the encoder's tokenizer is all that it uses. Raises ValueError as that does, and for a prompt that
         is too long.
         """
-        if self._encoder is not None:
-            encoding.check_length(self._encoder, text)
-        text = self.steering.prompt(text, how)
-        return self._encoder.model.remark([text])
+        if self._encoder is None:
+            raise ValueError(self.steering.refusal)
+        encoding.check_length(self._encoder, text)
+        return self._encoder.model.remark([self.steering.prompt(text, how)])
 
     def _steered(self, prompts: EncodedSchedule | str) -> Steering:
         """What may be said to the run while it goes on. prompts: those of its plan, or why nothing may."""

@@ -63,7 +63,7 @@ class Steering:
         self.changed = False
         self.failure = ""
         self._plan, self._encode = plan, encode
-        self._rules = sampling, cache, marker
+        self._rules = sampling or SamplingConfig(), cache or CacheConfig(), marker
         self._next = plan.first + 1 if plan is not None else 0  # number of the first chunk that can still be changed
         self._waiting: Segment | None = None
         self._paused = self._stopped = False
@@ -94,7 +94,7 @@ class Steering:
         with self._condition:
             if self._plan is None:
                 return None
-            sampling, _, _ = self._rules
+            sampling, *_ = self._rules
             return self._plan_with(self._waiting).written(None if sampling.joint else self._ended)
 
     @property
@@ -108,14 +108,16 @@ class Steering:
         how: it begins, as brackets of a schedule have it: "hold", "recache", "flush", "cut", "blend 3" or "slerp 3"; empty
             for the family's own way, or for the brackets at the end of the text.
 
-        Returns its text as a schedule has it. Raises ValueError for what no schedule can have or the cache's rules cannot do, and where no chunk is left.
+        Returns its text as a schedule has it. Raises ValueError for what no schedule can have or the cache's rules cannot
+        do, and where no chunk is left.
         """
         if self.refusal:
             raise ValueError(self.refusal)
         segment = read_prompt(text, how)
         check_segment(segment, *self._rules)
         with self._condition:
-            if self._stopped or self._next >= self._plan.first + self._plan.chunks:
+            plan = self._planned
+            if self._stopped or self._next >= plan.first + plan.chunks:
                 raise ValueError("the last chunk of this run is being made: no other prompt can begin in it")
             written = self._plan_with(segment).written()
             if read_schedule(str(written)).segments != written.segments:
@@ -169,13 +171,13 @@ class Steering:
         None where there is nothing. For the thread that samples.
         """
         with self._condition:
-            before, segment = self._plan, self._waiting
-            if segment is not None:
-                self._plan = before.with_prompt(number, segment)
-            self._waiting, self._next = None, number + 1
-        if segment is None:
-            return None
+            before = plan = self._planned
+            segment, self._waiting, self._next = self._waiting, None, number + 1
+            if segment is None:
+                return None
+            self._plan = plan = before.with_prompt(number, segment)
         try:
+            assert self._encode is not None
             shot = self._encode(segment.text)
         except Exception as error:  # what was made is worth more than a prompt that came later
             with self._condition:
@@ -184,7 +186,7 @@ class Steering:
             logger.warning("%s", self.failure)
             return None
         self.changed = True
-        return self._plan, segment.text, shot
+        return plan, segment.text, shot
 
     def _wait(self) -> None:
         while True:
@@ -195,7 +197,12 @@ class Steering:
 
     def _plan_with(self, segment: Segment | None) -> Plan:
         """The plan with what is to begin with the next chunk."""
-        return self._plan if segment is None else self._plan.with_prompt(self._next, segment)
+        return self._planned if segment is None else self._planned.with_prompt(self._next, segment)
+
+    @property
+    def _planned(self) -> Plan:
+        assert self._plan is not None  # there is one wherever no refusal is
+        return self._plan
 
     def _can(self, segment: Segment) -> bool:
         try:
