@@ -35,7 +35,7 @@ def guarded(execute: Callable) -> Callable:
         try:
             for given in cls.SCHEMA.inputs:
                 if given.id in values:
-                    values[given.id] = _checked(given, values[given.id])
+                    values[given.id] = checked_value(given, values[given.id])
                 elif not given.optional:
                     raise ValueError(f"{given.id} is missing. {_wanted(given)}")
             return execute(cls, **{name: value for name, value in values.items() if name in parameters})
@@ -81,7 +81,7 @@ def _encodes(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _checked(given: io.Input, value):
+def checked_value(given: io.Input, value):
     """The value of an input, without what a choice brings and was not given. Raises ValueError for one it cannot have."""
     if value is None and given.optional:
         return None
@@ -98,7 +98,7 @@ def _checked_choice(given: io.DynamicCombo.Input, value) -> dict:
         raise ValueError(f"{given.id} cannot be {shown(value)}. {_wanted(given)}")
     brought = {part.id: part for part in options[value[given.id]].inputs}
     present = {name: part for name, part in value.items() if part is not None}
-    return {name: _checked(brought[name], part) if name in brought else part for name, part in present.items()}
+    return {name: checked_value(brought[name], part) if name in brought else part for name, part in present.items()}
 
 
 def _allowed(given: io.Input, value) -> bool:

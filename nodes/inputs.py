@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from comfy_api.latest import io
 
-from ..rolling_kv.config import ALL_FRAMES, POSITIONS, SWITCHES, CacheConfig, SamplingConfig
+from ..rolling_kv.config import ALL_FRAMES, CACHE_STORAGES, CONTEXTS, POSITIONS, SWITCHES, CacheConfig, SamplingConfig
 from ..rolling_kv.geometry import WAN_21, WAN_22, Geometry
 from ..rolling_kv.sampling.history import RECOMPUTING
 from .types import Schedule
@@ -143,6 +143,41 @@ def switch() -> io.DynamicCombo.Input:
         optional=True,
         advanced=True,
     )
+
+
+def cache_rules() -> list[io.Input]:
+    """All that Attach Rolling Cache asks for beside the model."""
+    return [
+        window(),
+        sink(),
+        positions(),
+        io.Combo.Input(
+            "storage",
+            options=list(CACHE_STORAGES),
+            optional=True,
+            advanced=True,
+            tooltip="How the cache keeps its keys and values. Model: the model's own precision. The others take less "
+            "memory; the help page says what they cost in exactness.",
+        ),
+        io.Boolean.Input(
+            "offload",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip="Keep the cache in main memory and bring one layer at a time to the GPU. Slower; for long "
+            "windows on small cards.",
+        ),
+        leaving(),
+        switch(),
+        io.Combo.Input(
+            "context",
+            options=[OWN, *CONTEXTS],
+            optional=True,
+            advanced=True,
+            tooltip="Kept: the past is seen once and remembered. Recomputed: the frames in view are seen anew before "
+            "every chunk, as Krea Realtime does; slower, and Sample Video then needs a VAE, or a sink of 1.",
+        ),
+    ]
 
 
 def guidance(*, advanced: bool) -> io.DynamicCombo.Input:
@@ -320,6 +355,17 @@ def switch_of(chosen: dict | None) -> dict:
     chosen = chosen or {"switch": OWN}
     rules = {} if chosen["switch"] == OWN else {"switch": chosen["switch"]}
     return rules | ({"global_sink": chosen["keep_sink"]} if "keep_sink" in chosen else {})
+
+
+def cache_of(
+    cache: CacheConfig, window: dict | None = None, sink: dict | None = None, positions: str = OWN, storage: str = "model",
+    offload: bool = False, leaving: dict | None = None, switch: dict | None = None, context: str = OWN,
+) -> CacheConfig:  # fmt: skip
+    """The cache settings of a model with what `cache_rules` give. Raises ValueError for rules that do not go together."""
+    rules = window_of(window or {"window": OWN}) | sink_of(sink or {"sink": OWN}) | positions_of(positions)
+    rules |= leaving_of(leaving) | switch_of(switch)
+    rules |= {} if context == OWN else {"context": context}
+    return cache.with_rules(**rules, storage=storage, offload=offload)
 
 
 def switch_to_of(chosen: dict | None) -> tuple[str | None, int]:

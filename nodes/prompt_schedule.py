@@ -1,13 +1,12 @@
 from comfy_api.latest import io, ui
 
 from ..rolling_kv.schedules.reading import read_schedule
+from ..rolling_kv.schedules.timeline import LAST_SECONDS
 from . import run
 from .encoding import encode_shot
 from .guard import guarded
 from .types import CATEGORY, EncodedSchedule, Model, Schedule, TextEncoder
 
-LAST_SECONDS = 5.0
-"""What the last prompt of a schedule without an end gets in what this node shows."""
 EXAMPLE = "0: a red circle moving right\n2.5: a blue circle moving right [recache]\n6: a green square moving left [cut]"
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from diffusers import WanTransformer3DModel
 
 from .cache.sizes import CacheShape
 from .checkpoints.detect import assumed_preset, assumption, detect_preset
 from .checkpoints.dtypes import dtype_name, stored_dtypes
 from .checkpoints.gguf import gguf_types
 from .checkpoints.names import split_context
-from .checkpoints.readers import open_checkpoint, telling
+from .checkpoints.readers import Checkpoint, open_checkpoint, telling
 from .checkpoints.transformer import empty_transformer, prepare, settings_of, transformer_path
 from .geometry import Geometry
 from .presets import ModelPreset
@@ -52,18 +54,39 @@ class CheckpointInfo:
     run: Estimate
 
 
+class Shapes(NamedTuple):
+    """What the names and shapes in a checkpoint tell.
+
+    checkpoint: as it was opened; its tensors may be mapped from the file.
+    naming: how its tensors are named, for people.
+    sets: the weights by diffusers' names, without scales; a second set where there is one for context passes.
+    transformer: the model that they make, on the meta device.
+    """
+
+    checkpoint: Checkpoint
+    naming: str
+    sets: tuple[dict[str, torch.Tensor], ...]
+    transformer: WanTransformer3DModel
+
+
+def read_shapes(path: Path) -> Shapes:
+    """Read names and shapes alone. Raises CheckpointError as `load_model` does."""
+    with telling(path):
+        checkpoint = open_checkpoint(transformer_path(path), values=False)
+        own, context = split_context(checkpoint.tensors)
+        sets = [prepare(tensors, settings_of(checkpoint)) for tensors in ((own, context) if context else (own,))]
+        weights, _, config, naming = sets[0]
+        return Shapes(checkpoint, naming, tuple(weights for weights, *_ in sets), empty_transformer(weights, config))
+
+
 def inspect_checkpoint(path: str | Path, height: int | None = None, width: int | None = None) -> CheckpointInfo:
     """Tell what a checkpoint is, from names and shapes alone. Raises CheckpointError as `load_model` does.
 
     height, width: pixels, by default those that its kind of model was trained at.
     """
     path = Path(path)
+    checkpoint, naming, sets, transformer = read_shapes(path)
     with telling(path):
-        checkpoint = open_checkpoint(transformer_path(path), values=False)
-        own, context = split_context(checkpoint.tensors)
-        sets = [prepare(tensors, settings_of(checkpoint)) for tensors in ((own, context) if context else (own,))]
-        weights, _, config, naming = sets[0]
-        transformer = empty_transformer(weights, config)
         preset, note = detect_preset(path, checkpoint), assumption(path, checkpoint)
     settings = preset or assumed_preset(checkpoint)
     packings, geometry = gguf_types(checkpoint.tensors), Geometry.of(transformer)
@@ -77,19 +100,19 @@ def inspect_checkpoint(path: str | Path, height: int | None = None, width: int |
                 (
                     naming,
                     checkpoint.wrapper and f"wrapper {checkpoint.wrapper}",
-                    "a second set of weights for context passes" if context else "",
+                    "a second set of weights for context passes" if len(sets) > 1 else "",
                 ),
             )
         ),
         file_bytes=sum(file.stat().st_size for file in checkpoint.files),
-        dtypes=(*packings, *map(dtype_name, stored_dtypes(checkpoint.tensors if packings else weights))),
+        dtypes=(*packings, *map(dtype_name, stored_dtypes(checkpoint.tensors if packings else sets[0]))),
         config={
-            "layers": config["num_layers"],
+            "layers": shape.layers,
             "dim": shape.heads * shape.head_dim,
-            "heads": config["num_attention_heads"],
-            "ffn": config["ffn_dim"],
+            "heads": shape.heads,
+            "ffn": transformer.config.ffn_dim,
         },
-        parameters=sum(weight.numel() for weights, *_ in sets for weight in weights.values()),
+        parameters=sum(weight.numel() for weights in sets for weight in weights.values()),
         preset=preset and preset.name,
         note=note,
         height=height,

@@ -136,12 +136,15 @@ def check_fits(
         return run.host + computing + frames * finished - held
 
     if needed(cache) > (available := available_memory()):
-        remedies = _what_fits(lambda *changed: needed(*changed) <= available, sampling, cache, frames)
+        remedies = what_fits(lambda *changed: needed(*changed) <= available, sampling, cache, frames)
         check_memory(needed(cache), "this video", ", ".join(remedies))
 
 
-def _what_fits(fits: Callable[..., bool], sampling: SamplingConfig, cache: CacheConfig, frames: int) -> list[str]:
-    """What a person can change so that a run fits. fits: called with a cache and, if it is another, a length."""
+def what_fits(fits: Callable[..., bool], sampling: SamplingConfig, cache: CacheConfig, frames: int) -> list[str]:
+    """What a person can change so that a run fits, as phrases. fits: called with a cache and, if it is another, a length.
+
+    frames: latent frames of the whole video.
+    """
     remedies = []
     least, now = cache.sink + sampling.chunk, cache.limit or frames
     windows = [size for size in range(least, min(now, MOST_FRAMES + 1)) if _works(sampling, cache, size)]

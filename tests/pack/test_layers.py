@@ -17,6 +17,7 @@ ABOVE = [
     "listening",
     "pipeline",
     "inspection",
+    "planning",
     "cli",
     "options",
     "tiny",

@@ -1,0 +1,102 @@
+"""Answers to pages that show a node before it runs: what a run will take, and what a schedule says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management as mm
+
+from ..rolling_kv.config import SamplingConfig
+from ..rolling_kv.geometry import WAN_21, Geometry
+from ..rolling_kv.messages import shown
+from ..rolling_kv.planning import forecast, last_window
+from ..rolling_kv.schedules.timeline import shown_in_seconds
+from . import inputs
+from .live.runs import window_of
+from .wired import SECONDS, run_of, wired
+
+
+def schedule(said: dict) -> dict[str, Any]:
+    """What a text says, for the schedule editor.
+
+    said: {"text", and "model" and "sampler" as `wired` has them, each of which may be null}. Without a model, chunks are
+        those of most models: 3 latent frames at 16 frames a second.
+
+    Returns {"canonical": the text in this project's form, "is_canonical": whether it was, "segments": [{"text", "time" in
+    seconds, "how": what stands in the brackets}], "end": seconds or null, "notes": sentences, "grid": seconds at which
+    chunks begin, "seconds": how long what is shown is, "preset": of the model or null}. Raises ValueError.
+    """
+    text = said.get("text")
+    if not isinstance(text, str):
+        raise ValueError(f"text must be the text of a schedule, got {shown(text)}")
+    sampling, geometry, preset, seconds = SamplingConfig(), WAN_21, None, None
+    if said.get("model") is not None:
+        made, sampling, _ = wired(said["model"])
+        geometry, preset = Geometry.of(made.transformer), made.preset.name
+    if said.get("sampler") is not None:
+        run = run_of(said["sampler"])
+        frames = 0 if run.chunks is None else sampling.frames_of(run.chunks)
+        seconds = geometry.seconds(frames) if frames else run.seconds
+    read = shown_in_seconds(text, sampling, geometry, seconds)
+    segments = read.schedule.segments
+    return {
+        "canonical": str(read.schedule),
+        "is_canonical": read.canonical,
+        "segments": [{"text": one.text, "time": one.at, "how": one.words.strip("[]")} for one in segments],
+        "end": read.schedule.end,
+        "notes": list(read.notes),
+        "grid": list(read.grid),
+        "seconds": read.seconds,
+        "preset": preset,
+    }
+
+
+def plan(said: dict) -> dict[str, Any]:
+    """What a run will take, for the cache inspector.
+
+    said: {"model", "sampler"} as `wired` has them; without a sampler, the run is one of 832x480.
+
+    Returns {"parts": bytes of "weights", "cache", "prompts", "passes", all on the device, and "host", in CPU memory beside
+    it, "device": its name, "needed", "free": bytes on the device, "host_free": in CPU memory, "fits": whether there is
+    room, "remedies": phrases that say what would fit, "window": as in `window_of` while the last chunk is made, "chunk":
+    latent frames of one, "preset", "size": [width, height], "seconds": of the video}. Raises ValueError.
+    """
+    made, sampling, cache = wired(said.get("model"))
+    run = run_of(said.get("sampler"))
+    geometry = Geometry.of(made.transformer)
+    sampling = inputs.with_guidance(sampling, run.guidance)
+    chunks = run.chunks or sampling.chunks_for_seconds(run.seconds or SECONDS, 0, geometry)
+    frames = sampling.frames_of(chunks)
+    device = mm.get_torch_device()
+    on_cpu = device.type == "cpu"
+    room, host_room = _room(device), None if on_cpu else mm.get_free_memory(mm.unet_offload_device())
+    known = forecast(
+        made, run.height, run.width, sampling=sampling, cache=cache, frames=frames, batch=run.batch, room=room,
+        host_room=host_room,
+    )  # fmt: skip
+    return {
+        "parts": {
+            "weights": known.weights,
+            "cache": known.run.cache,
+            "prompts": known.run.prompts,
+            "passes": known.run.activations,
+            "host": known.run.host + known.latents,
+        },
+        "device": str(device),
+        "needed": known.device,
+        "free": room,
+        "host_free": host_room,
+        "fits": known.fits,
+        "remedies": list(known.remedies),
+        "window": window_of(last_window(sampling, cache, frames), known.run.cache + known.run.host, room),
+        "chunk": sampling.chunk,
+        "preset": made.preset.name,
+        "size": [run.width, run.height],
+        "seconds": geometry.seconds(frames),
+    }
+
+
+def _room(device) -> int:
+    """Bytes that a run can have on a device: what is free, and what ComfyUI has loaded there and can unload."""
+    loaded = [known.model_loaded_memory() for known in mm.current_loaded_models if known.device == device and known.model]
+    return int(mm.get_free_memory(device) + sum(loaded))
