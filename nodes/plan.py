@@ -37,18 +37,7 @@ def schedule(said: dict) -> dict[str, Any]:
         run = run_of(said["sampler"])
         frames = 0 if run.chunks is None else sampling.frames_of(run.chunks)
         seconds = geometry.seconds(frames) if frames else run.seconds
-    read = shown_in_seconds(text, sampling, geometry, seconds)
-    segments = read.schedule.segments
-    return {
-        "canonical": str(read.schedule),
-        "is_canonical": read.canonical,
-        "segments": [{"text": one.text, "time": one.at, "how": one.words.strip("[]")} for one in segments],
-        "end": read.schedule.end,
-        "notes": list(read.notes),
-        "grid": list(read.grid),
-        "seconds": read.seconds,
-        "preset": preset,
-    }
+    return {**shown_in_seconds(text, sampling, geometry, seconds).about(), "preset": preset}
 
 
 def plan(said: dict) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Editor {
     this.asked = asked
     const [said, wrong] = await call("schedule", body).then(read => [read, ""], error => [null, error.message])
     if (asked !== this.asked) return // something has changed meanwhile
-    if (said) this.timeline.show(said, this.notes(said))
+    if (said?.segments) this.timeline.show(said, this.notes(said))
     else if (body.model) await this.withoutModel(body, asked, wrong)
     else this.timeline.refuse(wrong)
   }
@@ -54,7 +54,7 @@ class Editor {
   async withoutModel(body, asked, wrong) {
     const [said, why] = await call("schedule", { ...body, model: null }).then(read => [read, ""], error => [null, error.message])
     if (asked !== this.asked) return
-    if (said) this.timeline.show(said, [wrong, ...this.notes(said)])
+    if (said?.segments) this.timeline.show(said, [wrong, ...this.notes(said)])
     else this.timeline.refuse(why)
   }
 

@@ -16,6 +16,8 @@ const WIDEST = 30000 // pixels that a browser can still lay out and scroll well
 const LEAST = 260 // pixels of a timeline that is not shown yet
 const BEHIND = 18 // pixels behind the end
 const CLICK = 3 // pixels that a hand may move in a click
+/** @type {Record<string, number>} chunks that a key moves a prompt by */
+const STEPS = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -10, PageUp: 10 }
 const HUES = [172, 28, 262, 205, 330, 88, 46, 230]
 
 const STYLE = `
@@ -65,37 +67,6 @@ export class Timeline {
     this.playhead = null
     /** @type {HTMLElement[]} */
     this.blocks = []
-    this._build()
-    new ResizeObserver(() => this._draw()).observe(this.view)
-  }
-
-  /** Pixels that it wants to be high. */
-  get height() {
-    return this.bar.offsetHeight + this.view.offsetHeight + (this.said.textContent ? this.said.offsetHeight + 3 : 0) + 4
-  }
-
-  /** Show what the server has read. @param {Reading} reading @param {string[]} [notes] what else is to be said */
-  show(reading, notes = []) {
-    this.reading = reading
-    this.chosen = Math.min(this.chosen, reading.segments.length - 1)
-    this._say([...notes, ...reading.notes].join(" "), false)
-    this._draw()
-  }
-
-  /** Show no schedule, but why there is none. @param {string} sentence @param {boolean} [wrong] */
-  refuse(sentence, wrong = true) {
-    this.reading = null
-    this._say(sentence, wrong)
-    this._draw()
-  }
-
-  /** Show how far a run is. @param {number | null} seconds */
-  play(seconds) {
-    this.playhead = seconds
-    this._drawPlayhead()
-  }
-
-  _build() {
     const button = (/** @type {string} */ key, /** @type {() => void} */ onclick) =>
       element("button", { type: "button", title: t(`schedule.${key}Tip`), onclick }, t(`schedule.${key}`))
     this.buttons = {
@@ -123,6 +94,33 @@ export class Timeline {
     this._grab(this.end, () => this.blocks.length)
     for (const type of ["pointerdown", "mousedown", "dblclick", "contextmenu"]) this.root.addEventListener(type, event => event.stopPropagation())
     for (const control of [this.way, this.over]) keepKeys(control)
+    new ResizeObserver(() => this._draw()).observe(this.view)
+  }
+
+  /** Pixels that it wants to be high. */
+  get height() {
+    return this.bar.offsetHeight + this.view.offsetHeight + (this.said.textContent ? this.said.offsetHeight + 3 : 0) + 4
+  }
+
+  /** Show what the server has read. @param {Reading} reading @param {string[]} [notes] what else is to be said */
+  show(reading, notes = []) {
+    this.reading = reading
+    this.chosen = Math.min(this.chosen, reading.segments.length - 1)
+    this._say([...notes, ...reading.notes].join(" "), false)
+    this._draw()
+  }
+
+  /** Show no schedule, but why there is none. @param {string} sentence @param {boolean} [wrong] */
+  refuse(sentence, wrong = true) {
+    this.reading = null
+    this._say(sentence, wrong)
+    this._draw()
+  }
+
+  /** Show how far a run is. @param {number | null} seconds */
+  play(seconds) {
+    this.playhead = seconds
+    this._drawPlayhead()
   }
 
   get _schedule() {
@@ -339,7 +337,7 @@ export class Timeline {
       handle.addEventListener("pointercancel", drop, { once: true })
     })
     handle.addEventListener("keydown", event => {
-      const step = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -10, PageUp: 10 }[event.key]
+      const step = STEPS[event.key]
       const index = number(), isEnd = handle === this.end
       if (!this.reading || event.ctrlKey || event.metaKey || event.altKey) return
       if (step) {

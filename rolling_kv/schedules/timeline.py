@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..config import SamplingConfig, check_real
 from ..geometry import LONGEST_SECONDS, WAN_21, Geometry
@@ -32,6 +32,19 @@ class Shown(NamedTuple):
     grid: tuple[float, ...]
     seconds: float
     notes: tuple[str, ...]
+
+    def about(self) -> dict[str, Any]:
+        """All of it as JSON: "canonical" is the text in this project's form, "how" what stands in the brackets."""
+        segments = self.schedule.segments
+        return {
+            "canonical": str(self.schedule),
+            "is_canonical": self.canonical,
+            "segments": [{"text": one.text, "time": one.at, "how": one.words.strip("[]")} for one in segments],
+            "end": self.schedule.end,
+            "notes": list(self.notes),
+            "grid": list(self.grid),
+            "seconds": self.seconds,
+        }
 
 
 def shown_in_seconds(

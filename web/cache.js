@@ -1,0 +1,128 @@
+/**
+ * The cache inspector: on Attach Rolling Cache the window that a run will have and what it will take, and while one runs, what it has;
+ * on Inspect State the window from which a video goes on.
+ *
+ * @import { ComfyNode } from "./comfy.d.ts"
+ */
+import { addView, call, extend, fit, nodeOf, onEvent, pathTo, t } from "./comfy.js"
+import { WindowStrip, size } from "./window.js"
+import { inputsOf, modelOf, samplersBehind } from "./wired.js"
+
+const CACHE = "RollingKVAttachCache", STATE = "RollingKVInspectState"
+const WAIT = 250 // milliseconds without a change before the server is asked
+
+/** The largest of the samplers that a model goes to; a graph may have several. @param {ComfyNode} node */
+function samplerOf(node) {
+  const area = (/** @type {any} */ inputs) => Number(inputs.width) * Number(inputs.height) || 0
+  return samplersBehind(node).map(inputsOf).sort((one, other) => area(other) - area(one))[0] ?? null
+}
+
+class Inspector {
+  /** @param {ComfyNode} node */
+  constructor(node) {
+    this.node = node
+    this.height = 0
+    this.asked = ""
+    this.strip = new WindowStrip(() => this.fit())
+    this.view = addView(node, "window", this.strip.root, () => this.strip.height)
+  }
+
+  fit() {
+    if (this.strip.height === this.height) return
+    this.height = this.strip.height
+    if (this.view) fit(this.node)
+  }
+
+  /** Ask the server what a run will take, once nothing has changed for a moment. */
+  ask() {
+    clearTimeout(this.waiting)
+    this.waiting = setTimeout(() => this.answer(), WAIT)
+  }
+
+  async answer() {
+    if (!this.node.graph) return
+    const model = modelOf(this.node), asked = JSON.stringify([model, samplerOf(this.node)])
+    if (asked === this.asked) return
+    this.asked = asked
+    if (!model) return this.strip.refuse(t("cache.unknown"))
+    const [plan, wrong] = await call("plan", { model, sampler: samplerOf(this.node) }).then(said => [said, ""], error => [null, error.message])
+    if (asked !== this.asked) return // something has changed meanwhile
+    if (!plan) this.strip.refuse(wrong, true)
+    else if (plan.window) this.plan(plan)
+  }
+
+  /** @param {any} plan see nodes/plan.py */
+  plan({ window, parts, device, needed, free, host_free, fits, remedies, preset, size: [width, height], seconds }) {
+    const names = ["weights", "cache", "prompts", "passes"]
+    const bytes = names.map(name => `${t(`cache.parts.${name}`)} ${size(parts[name])}`)
+    if (parts.host && host_free !== null) bytes.push(t("cache.beside", { bytes: size(parts.host) }))
+    const said = [t("cache.planned", { width, height, seconds, preset }), t("cache.needs", { needed: size(needed), free: size(free), device })]
+    this.strip.show(window, `${said.join(": ")} (${bytes.join(", ")})`, {
+      parts: names.map(name => [t(`cache.parts.${name}`), parts[name]]),
+      room: free,
+      warning: fits ? "" : t("cache.tooLarge"),
+      remedies,
+    })
+  }
+
+  /** @param {any} run as `rolling_kv.chunk` tells of it */
+  run({ window, status }) {
+    if (!window) return
+    const goes = status === "running" || status === "paused"
+    const values = { frames: window.frames, bytes: size(window.bytes), free: size(window.free) }
+    this.strip.show(window, goes ? t("cache.running", values) : t("cache.ended", values))
+    this.asked = "" // what it will take is shown again with the next change
+  }
+}
+
+/** @type {Map<ComfyNode, Inspector>} */
+const inspectors = new Map()
+
+function askAll() {
+  for (const [node, inspector] of inspectors) {
+    if (node.graph) inspector.ask()
+    else inspectors.delete(node)
+  }
+}
+
+/** Show what Inspect State has put out of the window, if it has. @param {ComfyNode} node @param {any} output */
+function state(node, output) {
+  const window = output?.window?.[0]
+  if (!window) return
+  const known = states.get(node) ?? new Inspector(node)
+  states.set(node, known)
+  known.strip.show(window, t("cache.state", { frames: window.frames, bytes: size(window.bytes), free: size(window.free) }))
+}
+
+/** @type {WeakMap<ComfyNode, Inspector>} */
+const states = new WeakMap()
+
+extend({
+  name: "RollingKV.Cache",
+  nodeCreated(node) {
+    if (node.comfyClass === CACHE) {
+      inspectors.set(node, new Inspector(node))
+      inspectors.get(node)?.ask()
+    } else if (node.comfyClass === STATE) {
+      const executed = node.onExecuted
+      node.onExecuted = function (output) {
+        executed?.call(this, output)
+        state(node, output)
+      }
+    }
+  },
+  afterConfigureGraph: askAll,
+  // Back from another tab, or opened from the history: the outputs are there again, and nothing has been executed.
+  onNodeOutputsUpdated(outputs) {
+    for (const [locator, output] of Object.entries(outputs)) {
+      const node = nodeOf(locator)
+      if (node?.comfyClass === STATE) state(node, output)
+    }
+  },
+})
+onEvent("graphChanged", askAll)
+for (const event of ["rolling_kv.chunk", "rolling_kv.run"])
+  onEvent(event, run => {
+    const sampler = pathTo(run.node).at(-1)
+    for (const [node, inspector] of inspectors) if (sampler && samplersBehind(node).includes(sampler)) inspector.run(run)
+  })
