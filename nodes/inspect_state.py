@@ -1,14 +1,18 @@
 from dataclasses import replace
 
+import comfy.model_management as mm
 import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from ..rolling_kv.planning import window_after
+from ..rolling_kv.sampling.memory import estimate
 from ..rolling_kv.sampling.state import CacheState
 from ..rolling_kv.sampling.summary import summarize
 from ..rolling_kv.vae import to_raw
 from . import borders, run
 from .guard import guarded
+from .live.runs import window_of
 from .types import CATEGORY, VAE, Model, ModelHandle, State
 
 SHOWN = 4
@@ -56,7 +60,7 @@ class RollingKVInspectState(io.ComfyNode):
         info = summarize(state)
         facts = info.facts() | ({} if model is None else {"rules": _rules(state, model)})
         text = "  \n".join(f"{name}: {said}" for name, said in facts.items()) + f"\n\n{info.markdown()}"
-        shown = {"text": (text,)}
+        shown = {"text": (text,), "window": () if model is None else _window(state, model)}
         if vae is None:
             nothing = ExecutionBlocker("Inspect State shows the last frames only where a VAE is connected to it.")
             return io.NodeOutput(text, nothing, ui=shown)
@@ -70,6 +74,22 @@ def _rules(state: CacheState, model: ModelHandle) -> str:
     if model.patcher.identity_with(model.loras) != state.model:
         said += "; another model, precision or set of LoRAs has made this video"
     return said
+
+
+def _window(state: CacheState, model: ModelHandle) -> tuple[dict, ...]:
+    """What a cache of the model has to see before it goes on; nothing where its window is too small for the state's chunks."""
+    try:
+        window = window_after(state.records, model.cache)
+    except ValueError:
+        return ()
+    about = {
+        "sampling": model.sampling,
+        "cache": model.cache,
+        "batch": state.chunks[0].shape[0],
+        "frames": state.frames,
+    }
+    needed = estimate(model.engine.transformer, *state.size, **about)
+    return (window_of(window, needed.cache + needed.host, mm.get_free_memory(model.patcher.load_device)),)
 
 
 def _strip(state: CacheState, vae, node_id: str) -> torch.Tensor:

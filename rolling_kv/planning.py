@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,9 @@ from .config import CacheConfig, ExecutionConfig, SamplingConfig
 from .geometry import Geometry
 from .inspection import read_shapes
 from .presets import ModelPreset
+from .sampling.history import RECOMPUTING
 from .sampling.memory import Estimate, estimate, what_fits
+from .sampling.state import ChunkRecord
 
 
 class Outline(NamedTuple):
@@ -134,4 +137,29 @@ def last_window(sampling: SamplingConfig, cache: CacheConfig, frames: int) -> Fr
     open_frames = sampling.chunk if frames >= sampling.chunk else frames
     window.end = frames - open_frames
     window.begin(open_frames)
+    return window
+
+
+def window_after(records: Sequence[ChunkRecord], cache: CacheConfig) -> FrameWindow:
+    """The window once a working cache has seen such a log, as `History` brings it there.
+
+    Raises ValueError where it cannot hold a chunk.
+    """
+    frames = sum(record.frames for record in records)
+    window = FrameWindow(cache.limit or max(frames, 1), cache.sink, cache.held - cache.sink, cache.unlimited)
+    at = 0
+    for record in records:
+        if record.switch == "flush" or (record.switch == "cut" and cache.cut_flush):
+            window.flush()
+        if record.switch in RECOMPUTING:
+            window.restart(at, cache.global_sink)
+            window.end = at
+        if record.switch == "cut" and cache.shot_clean:
+            window.drop_to_sink()
+        window.place_shot(record.frames)
+        window.begin(record.frames)
+        window.commit()
+        if record.switch == "cut" and cache.shot_sink:
+            window.keep_shot(at, record.frames)
+        at += record.frames
     return window

@@ -56,12 +56,11 @@ class Inspector {
     const names = ["weights", "cache", "prompts", "passes"]
     const bytes = names.map(name => `${t(`cache.parts.${name}`)} ${size(parts[name])}`)
     if (parts.host && host_free !== null) bytes.push(t("cache.beside", { bytes: size(parts.host) }))
-    const said = [t("cache.planned", { width, height, seconds, preset }), t("cache.needs", { needed: size(needed), free: size(free), device })]
+    const said = [t("cache.planned", { width, height, seconds: Number(seconds.toFixed(2)), preset }), t("cache.needs", { needed: size(needed), free: size(free), device })]
     this.strip.show(window, `${said.join(": ")} (${bytes.join(", ")})`, {
       parts: names.map(name => [t(`cache.parts.${name}`), parts[name]]),
       room: free,
-      warning: fits ? "" : t("cache.tooLarge"),
-      remedies,
+      warning: fits ? "" : t("cache.tooLarge", { remedies: remedies.join(", ") }),
     })
   }
 

@@ -147,7 +147,8 @@ export class Timeline {
 
   _draw() {
     const shown = this.reading !== null
-    for (const control of [...Object.values(this.buttons), this.way, this.over]) control.disabled = !shown
+    for (const control of this.bar.querySelectorAll("button, select, input")) control.toggleAttribute("disabled", !shown)
+    this.over.hidden = true
     this.track.style.visibility = shown ? "visible" : "hidden"
     this.end.hidden = !shown || this._schedule.end === null
     this.buttons.end.setAttribute("aria-pressed", String(!this.end.hidden))

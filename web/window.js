@@ -26,8 +26,7 @@ const STYLE = `
 .rkv-window .room div { border-right: 1px solid var(--comfy-menu-bg, #353535); min-width: 1px; background: hsl(205 42% 50%) }
 .rkv-window .room.over div { background: var(--error-text, #ff4444) }
 .rkv-window .said { color: var(--descrip-text, #999); line-height: 14px }
-.rkv-window .warn { color: var(--error-text, #ff4444); line-height: 14px }
-.rkv-window .warn ul { margin: 0; padding-left: 16px }`
+.rkv-window .warn { color: var(--error-text, #ff4444); line-height: 14px }`
 document.head.append(element("style", {}, STYLE))
 
 /** Bytes for people. @param {number} bytes */
@@ -71,15 +70,15 @@ export class WindowStrip {
   refuse(sentence, wrong = false) {
     for (const part of [this.strip, this.legend, this.room]) part.style.display = "none"
     this.said.textContent = wrong ? "" : sentence
-    this.warning.replaceChildren(wrong ? sentence : "")
+    this.warning.textContent = wrong ? sentence : ""
     this.onHeight()
   }
 
   /**
    * @param {Window} window
    * @param {string} said what it is the window of
-   * @param {{ parts: [string, number][], room: number, warning?: string, remedies?: string[] }} [needs] names and bytes of what is needed,
-   *   and how many there are
+   * @param {{ parts: [string, number][], room: number, warning: string }} [needs] names and bytes of what is needed, how many there
+   *   are, and what is wrong with that
    */
   show(window, said, needs) {
     const parts = partsOf(window).filter(([, count]) => count)
@@ -97,14 +96,14 @@ export class WindowStrip {
     this.onHeight()
   }
 
-  /** @param {{ parts: [string, number][], room: number, warning?: string, remedies?: string[] } | undefined} needs */
+  /** @param {{ parts: [string, number][], room: number, warning: string } | undefined} needs */
   _needs(needs) {
     this.room.style.display = needs ? "" : "none"
-    const { parts = [], room = 1, warning = "", remedies = [] } = needs ?? {}
+    const { parts, room, warning } = needs ?? { parts: [], room: 1, warning: "" }
     const all = Math.max(parts.reduce((sum, [, bytes]) => sum + bytes, 0), room)
     this.room.classList.toggle("over", warning !== "")
     this.room.replaceChildren(...parts.map(([name, bytes]) =>
       element("div", { style: `flex: 0 1 ${(100 * bytes) / all}%`, title: `${name} ${size(bytes)}` })))
-    this.warning.replaceChildren(...(warning ? [warning, element("ul", {}, ...remedies.map(remedy => element("li", {}, remedy)))] : []))
+    this.warning.textContent = warning
   }
 }

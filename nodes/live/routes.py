@@ -68,13 +68,13 @@ def add_routes(routes: web.RouteTableDef, runs: Runs) -> None:
         return web.json_response(run.about() | {"remark": remark})
 
 
-async def read_json(request: web.Request) -> dict[str, Any]:
+async def read_json(request: web.Request, largest: int = LARGEST) -> dict[str, Any]:
     """The object that a request has sent. Raises ValueError for anything else, and HTTPRequestEntityTooLarge."""
     read = bytearray()
     async for part in request.content.iter_any():
         read += part
-        if len(read) > LARGEST:
-            raise web.HTTPRequestEntityTooLarge(LARGEST, len(read))
+        if len(read) > largest:
+            raise web.HTTPRequestEntityTooLarge(largest, len(read))
     try:
         given = json.loads(read)
     except (ValueError, RecursionError):

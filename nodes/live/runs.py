@@ -336,7 +336,7 @@ def window_of(window: FrameWindow, nbytes: int, free: int) -> dict[str, Any]:
     """
     end, total = window.end, window.end + window.open
     held = list(window.sink_frames()) if window.unlimited else list(window.kept[: window.kept_until(total)])
-    sink = next((index for index, frame in enumerate(held) if frame != index), len(held))
+    sink = next((index for index, frame in enumerate(held) if frame != index), min(len(held), window.sink))
     behind = max(window.oldest, sink) if window.unlimited else max(window.oldest, total - window.ring)
     return {
         "limit": None if window.unlimited else window.capacity,

@@ -9,15 +9,17 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 from ..job import Job
+from . import planning
 from .routes import RUNS, add_routes
 from .runs import Preview, Run, Runs
 
 
 def set_up() -> None:
-    """Let the server tell of runs, and answer for them."""
+    """Let the server tell of runs, and answer for them and for what is not run yet."""
     server = PromptServer.instance
     server.app[RUNS] = runs = Runs(server.send_sync)
     add_routes(server.routes, runs)
+    planning.add_routes(server.routes)
 
 
 def fingerprint(hidden) -> str | None:

@@ -73,4 +73,3 @@ def shown_in_seconds(
     if whole is not schedule:
         snapped = replace(snapped, segments=snapped.segments[1:])
     return Shown(snapped, False, starts, length, plan.notes)
-

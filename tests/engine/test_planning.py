@@ -1,0 +1,133 @@
+"""What a run will take is told from a file's header, to the byte as the run itself has it; and which frames its window will hold."""
+
+import pytest
+import torch
+from builders import write_weights
+from videos import HEIGHT, SAMPLING, WIDTH, prompt, small_model
+
+from rolling_kv.bundled import BUNDLED
+from rolling_kv.checkpoints.model import load_model
+from rolling_kv.checkpoints.readers import CheckpointError
+from rolling_kv.config import CacheConfig, SamplingConfig
+from rolling_kv.planning import forecast, last_window, outline, window_after
+from rolling_kv.sampling.memory import estimate
+from rolling_kv.sampling.session import RollingSession
+
+ROOM = 2**40
+WINDOW, SAMPLING_3 = CacheConfig(21), SamplingConfig()
+
+
+def planned(cache=WINDOW, frames=21, room=ROOM, host_room=None, **options):
+    made = outline(BUNDLED)
+    return forecast(
+        made, 64, 64, sampling=SAMPLING_3, cache=cache, frames=frames, room=room, host_room=host_room, **options
+    )
+
+
+def test_the_outline_is_the_model_that_a_load_makes():
+    made, model = outline(BUNDLED), load_model(BUNDLED)
+    assert made.preset == model.preset and made.dtype == model.dtype and made.weight_sets == 1
+    assert made.transformer.config == model.config
+    loaded = sum(weight.numel() * weight.itemsize for weight in model.transformer.parameters())
+    assert made.weights == loaded
+    assert outline(BUNDLED, dtype="bfloat16").weights == loaded // 2
+    assert loaded / 4 < outline(BUNDLED, dtype="float32", storage="float8").weights < loaded / 2
+    assert outline(BUNDLED, preset="deep-sink").preset.name == "deep-sink"
+
+
+def test_no_weight_is_read(monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("a value was read")
+
+    monkeypatch.setattr("safetensors.safe_open.get_tensor", never, raising=False)
+    assert outline(BUNDLED).transformer.patch_embedding.weight.is_meta
+
+
+def test_a_file_that_is_no_model_is_refused_as_a_load_refuses_it(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_weights(path, {"a": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        outline(path)
+    with pytest.raises(CheckpointError, match="no such file"):
+        outline(tmp_path / "missing.safetensors")
+
+
+@pytest.mark.parametrize(
+    "cache", [CacheConfig(21), CacheConfig("all"), CacheConfig(9, sink=3, storage="int8", offload=True)]
+)
+def test_a_forecast_is_what_the_run_is_estimated_at(cache):
+    known, made = planned(cache, frames=30, batch=2), outline(BUNDLED)
+    run = estimate(made.transformer, 64, 64, sampling=SAMPLING_3, cache=cache, dtype=made.dtype, batch=2, frames=30)
+    assert known.run == run and known.fits and not known.remedies
+    assert known.latents == 2 * 16 * 8 * 8 * made.dtype.itemsize * 30
+    assert known.device == known.weights + run.device + run.host + known.latents and known.host == 0
+    split = planned(cache, frames=30, batch=2, host_room=ROOM)
+    assert split.device == known.weights + run.device and split.host == run.host + known.latents
+
+
+def test_it_fits_to_the_byte_on_either_side():
+    known = planned(host_room=ROOM)
+    assert planned(room=known.device, host_room=known.host).fits
+    for short in (planned(room=known.device - 1, host_room=ROOM), planned(room=ROOM, host_room=known.host - 1)):
+        assert not short.fits and "make the picture smaller" in short.remedies
+
+
+def test_what_is_said_to_fit_fits():
+    room = planned(CacheConfig(9)).device
+    known = planned(CacheConfig(21), room=room)
+    assert known.remedies[0] == "set the window to at most 9 latent frames"
+    assert planned(CacheConfig(9), room=room).fits and not planned(CacheConfig(10), room=room).fits
+
+
+def test_rules_that_do_not_go_together_are_refused():
+    with pytest.raises(ValueError, match="cannot hold the sink"):
+        planned(CacheConfig(4, sink=3))
+
+
+@pytest.mark.parametrize(
+    "cache, frames, kept, writing",
+    [
+        (CacheConfig(21, sink=3), 60, [0, 1, 2, *range(42, 60)], 3),
+        (CacheConfig(21, sink=3), 6, [*range(6)], 3),
+        (CacheConfig("all"), 30, [*range(30)], 3),
+        (CacheConfig(12, sink=3, positions="window", leaving="memory"), 30, [*range(5), *range(23, 30)], 3),
+    ],
+)
+def test_the_last_window(cache, frames, kept, writing):
+    window = last_window(SamplingConfig(), cache, frames)
+    assert sorted(window.frames()) == kept and window.open == writing
+
+
+SWITCHES = ["", "", "", "flush", "", "causal", "", "cut", "", "", "joint", "", ""]
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        CacheConfig(5, sink=1),
+        CacheConfig(6, sink=2, global_sink=False),
+        CacheConfig(8, sink=2, cut_flush=False, cut_offset=8, shot_sink=True),
+        CacheConfig(8, sink=2, cut_flush=False, shot_clean=True),
+        CacheConfig("all", sink=1),
+    ],
+)
+def test_the_window_that_a_log_leads_to_is_the_one_that_a_run_has(cache):
+    model = small_model()
+    with RollingSession(model, prompt(model), cache=cache, sampling=SAMPLING, height=HEIGHT, width=WIDTH) as session:
+        for words, switch in enumerate(SWITCHES):
+            if switch:
+                session.set_prompt(prompt(model, words), switch=switch)
+            list(session.generate(1, seed=7))
+            if cache.shot_clean and switch == "cut":
+                continue  # the cache is emptied only once the chunk is written to it
+            expected = window_after(session.state.records, cache)
+            assert sorted(expected.frames()) == sorted(session.window.frames()), words
+            assert list(expected.kept) == list(session.window.kept)
+
+
+def test_a_window_that_cannot_hold_a_chunk_of_the_log_is_refused():
+    model = small_model()
+    with RollingSession(model, prompt(model), height=HEIGHT, width=WIDTH) as session:
+        list(session.generate(3, seed=7))
+    with pytest.raises(ValueError, match="does not fit a window"):
+        window_after(session.state.records, CacheConfig(1))
