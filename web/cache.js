@@ -53,12 +53,12 @@ class Inspector {
 
   /** @param {any} plan see nodes/plan.py */
   plan({ window, parts, device, needed, free, host_free, fits, remedies, preset, size: [width, height], seconds }) {
-    const names = ["weights", "cache", "prompts", "passes"]
-    const bytes = names.map(name => `${t(`cache.parts.${name}`)} ${size(parts[name])}`)
-    if (parts.host && host_free !== null) bytes.push(t("cache.beside", { bytes: size(parts.host) }))
-    const said = [t("cache.planned", { width, height, seconds: Number(seconds.toFixed(2)), preset }), t("cache.needs", { needed: size(needed), free: size(free), device })]
-    this.strip.show(window, `${said.join(": ")} (${bytes.join(", ")})`, {
-      parts: names.map(name => [t(`cache.parts.${name}`), parts[name]]),
+    const named = ["weights", "cache", "prompts", "passes"].map(name => /** @type {[string, number]} */ ([t(`cache.parts.${name}`), parts[name]]))
+    const planned = t("cache.planned", { width, height, seconds: Number(seconds.toFixed(2)), preset })
+    const bytes = [t("cache.needs", { needed: size(needed), free: size(free), device })]
+    if (host_free !== null) bytes.push(t("cache.beside", { bytes: size(parts.host) }))
+    this.strip.show(window, `${planned}: ${bytes.join(", ")}`, {
+      parts: named,
       room: free,
       warning: fits ? "" : t("cache.tooLarge", { remedies: remedies.join(", ") }),
     })

@@ -52,7 +52,7 @@ export class WindowStrip {
     this.onHeight = onHeight
     this.strip = element("div", { class: "strip", role: "img" })
     this.legend = element("div", { class: "legend", "aria-hidden": "true" })
-    this.room = element("div", { class: "room", "aria-hidden": "true" })
+    this.room = element("div", { class: "room", role: "img" })
     this.said = element("div", { class: "said" })
     this.warning = element("div", { class: "warn", role: "alert" })
     this.body = element("div", { class: "rkv-window" }, this.strip, this.legend, this.room, this.said, this.warning)
@@ -102,8 +102,10 @@ export class WindowStrip {
     const { parts, room, warning } = needs ?? { parts: [], room: 1, warning: "" }
     const all = Math.max(parts.reduce((sum, [, bytes]) => sum + bytes, 0), room)
     this.room.classList.toggle("over", warning !== "")
-    this.room.replaceChildren(...parts.map(([name, bytes]) =>
-      element("div", { style: `flex: 0 1 ${(100 * bytes) / all}%`, title: `${name} ${size(bytes)}` })))
+    const names = parts.map(([name, bytes]) => `${name} ${size(bytes)}`)
+    this.room.setAttribute("aria-label", names.join(", "))
+    this.room.title = names.join("\n")
+    this.room.replaceChildren(...parts.map(([, bytes]) => element("div", { style: `flex: 0 1 ${(100 * bytes) / all}%` })))
     this.warning.textContent = warning
   }
 }

@@ -84,10 +84,10 @@ def test_the_plan_is_that_of_the_graph_and_of_its_largest_sampler(inspector):
     assert cells["kept"] == pytest.approx(5 * cells["writing"], rel=0.05) and cells["sink"] == pytest.approx(
         cells["writing"], rel=0.05
     )
-    said = inspector.said.inner_text()
-    assert said.startswith(
-        "Planned for 832x480, 12.56 s (self-forcing): 10 GiB of 22 GiB on cuda:0 (weights 3.0 GiB, cache 6.0 GiB"
-    )
+    said = "Planned for 832x480, 12.56 s (self-forcing): 10 GiB of 22 GiB on cuda:0, 30 MiB in main memory"
+    assert inspector.said.inner_text() == said
+    parts = "weights 3.0 GiB, cache 6.0 GiB, prompts 96 MiB, passes 1.0 GiB"
+    assert inspector.page.get_by_role("img", name=parts).count() == 1
     assert inspector.warning.inner_text() == ""
 
 

@@ -7,6 +7,7 @@ Without a URL it starts a ComfyUI of its own. It writes
   locales/en/nodeDefs.json       the texts in them
   web/docs/RollingKVBenchmark/   the lists of step caches
   web/docs/RollingKVLoadModel/   the tables of presets
+  web/docs/*/*.png               the pictures of the help pages
   workflows/, workflows/api/     the examples, built and saved by the real frontend, with their thumbnails
   README.md                      the tables of files and models
   docs/models.md                 the table of families
@@ -20,7 +21,7 @@ from pathlib import Path
 from ..comfyui.client import ComfyClient
 from ..comfyui.env import ComfyError, find_install, install_missing
 from ..comfyui.server import ComfyServer
-from . import help_pages, models, readme, schemas, workflows
+from . import help_pages, models, pictures, readme, schemas, workflows
 from .examples import WORKFLOWS
 
 
@@ -33,6 +34,7 @@ def generate(client: ComfyClient, names: list[str], models_folder: Path | None =
     if models_folder is not None:
         workflows.write_stand_ins(models_folder)
     workflows.generate(client.url, names)
+    pictures.generate(client.url)
 
 
 def main() -> None:

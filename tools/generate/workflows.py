@@ -10,10 +10,12 @@ import io
 import itertools
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
 from ..comfyui.env import PACK
 from .examples import WORKFLOWS
@@ -21,8 +23,8 @@ from .files import as_json, write
 
 WIDTH, GAP, TITLE = 340, 40, 30
 ROOM = {
-    "RollingKVLoadModel": 260, "RollingKVLoadTextEncoder": 136, "RollingKVLoadVAE": 136, "RollingKVEncodePrompt": 140, "RollingKVPromptSchedule": 330,
-    "RollingKVAttachCache": 324, "RollingKVLoadLoRA": 136, "RollingKVStepCache": 292, "RollingKVSample": 560, "RollingKVEncodeVideo": 300, "RollingKVStreamVideo": 640, "RollingKVSaveState": 130,
+    "RollingKVLoadModel": 260, "RollingKVLoadTextEncoder": 136, "RollingKVLoadVAE": 136, "RollingKVEncodePrompt": 140, "RollingKVPromptSchedule": 520,
+    "RollingKVAttachCache": 440, "RollingKVLoadLoRA": 136, "RollingKVStepCache": 292, "RollingKVSample": 560, "RollingKVEncodeVideo": 300, "RollingKVStreamVideo": 640, "RollingKVSaveState": 130,
     "RollingKVDecodeVideo": 160, "RollingKVBenchmark": 556, "SaveVideo": 148, "LoadImage": 340,
 }  # fmt: skip
 """Heights of the nodes where they are largest: in Nodes 2.0, with advanced inputs shown."""
@@ -114,19 +116,32 @@ def write_stand_ins(folder: Path) -> None:
                 (folder / file.directory / file.name).touch()
 
 
-def generate(url: str, names: list[str]) -> None:
+@contextmanager
+def opened(url: str) -> Iterator[Page]:
+    """A page of a browser, which has not gone to the server at `url` yet."""
     with sync_playwright() as playwright:
         chromium = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1920, "height": 1000})
         for setting, value in SETTINGS.items():
             page.request.post(f"{url}/settings/{setting}", data=value, headers=JSON)
+        yield page
+        browser.close()
+
+
+def build(page: Page, url: str, description: dict) -> None:
+    """Open the frontend, and put the nodes and notes of a workflow on its canvas."""
+    page.goto(url)  # anew: the page remembers pictures by node number
+    page.wait_for_function("() => window.app?.vueAppReady && window.app.graph", timeout=120_000)
+    page.wait_for_timeout(3000)  # the page then loads its last graph, or the default one
+    page.evaluate(BUILD, layout(description))
+
+
+def generate(url: str, names: list[str]) -> None:
+    with opened(url) as page:
         for name in names:
             description = WORKFLOWS[name]
-            page.goto(url)  # anew: the page remembers pictures by node number
-            page.wait_for_function("() => window.app?.vueAppReady && window.app.graph", timeout=120_000)
-            page.wait_for_timeout(3000)  # the page then loads its last graph, or the default one
-            page.evaluate(BUILD, layout(description))
+            build(page, url, description)
             saved = page.evaluate(EXPORT)
             write(PACK / "workflows" / "api" / f"{name.removeprefix('rolling_kv_')}.json", as_json(saved["prompt"]))
             if description.get("api_only"):
@@ -136,7 +151,6 @@ def generate(url: str, names: list[str]) -> None:
                 rectangle = page.evaluate(FRAME)
                 page.wait_for_timeout(1000)
                 save_thumbnail(page.screenshot(clip=rectangle), picture)
-        browser.close()
 
 
 def save_thumbnail(png: bytes, path: Path) -> None:
