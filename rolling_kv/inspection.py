@@ -85,7 +85,7 @@ def inspect_checkpoint(path: str | Path, height: int | None = None, width: int |
     height, width: pixels, by default those that its kind of model was trained at.
     """
     path = Path(path)
-    checkpoint, naming, sets, transformer = read_shapes(path)
+    checkpoint, naming, (weights, *context), transformer = read_shapes(path)
     with telling(path):
         preset, note = detect_preset(path, checkpoint), assumption(path, checkpoint)
     settings = preset or assumed_preset(checkpoint)
@@ -100,19 +100,19 @@ def inspect_checkpoint(path: str | Path, height: int | None = None, width: int |
                 (
                     naming,
                     checkpoint.wrapper and f"wrapper {checkpoint.wrapper}",
-                    "a second set of weights for context passes" if len(sets) > 1 else "",
+                    "a second set of weights for context passes" if context else "",
                 ),
             )
         ),
         file_bytes=sum(file.stat().st_size for file in checkpoint.files),
-        dtypes=(*packings, *map(dtype_name, stored_dtypes(checkpoint.tensors if packings else sets[0]))),
+        dtypes=(*packings, *map(dtype_name, stored_dtypes(checkpoint.tensors if packings else weights))),
         config={
             "layers": shape.layers,
             "dim": shape.heads * shape.head_dim,
             "heads": shape.heads,
             "ffn": transformer.config.ffn_dim,
         },
-        parameters=sum(weight.numel() for weights in sets for weight in weights.values()),
+        parameters=sum(weight.numel() for tensors in (weights, *context) for weight in tensors.values()),
         preset=preset and preset.name,
         note=note,
         height=height,
@@ -128,6 +128,6 @@ def inspect_checkpoint(path: str | Path, height: int | None = None, width: int |
             cache=settings.cache,
             dtype=torch.bfloat16,
             frames=settings.sampling.chunk,
-            weight_sets=len(sets),
+            weight_sets=1 + len(context),
         ),
     )

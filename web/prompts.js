@@ -92,7 +92,8 @@ export function appended({ segments, end }, text, grid) {
   const last = segments[segments.length - 1].time
   const time = end ?? snapped(grid, last + APPENDED)
   const begin = Math.max(beginning(grid, time), stepped(grid, last, 1))
-  return { segments: [...segments, { text, time: begin, how: "" }], end: end === null ? null : snapped(grid, begin + (begin - last)) }
+  const behind = Math.max(snapped(grid, begin + (begin - last)), stepped(grid, begin, 1))
+  return { segments: [...segments, { text, time: begin, how: "" }], end: end === null ? null : behind }
 }
 
 /**

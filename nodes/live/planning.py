@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management as mm
-from aiohttp import web
 
 from ...rolling_kv.config import SamplingConfig
 from ...rolling_kv.geometry import WAN_21, Geometry
@@ -15,30 +12,18 @@ from ...rolling_kv.messages import shown
 from ...rolling_kv.planning import forecast, last_window
 from ...rolling_kv.schedules.timeline import shown_in_seconds
 from .. import inputs
-from ..guard import told
 from ..wired import SECONDS, run_of, wired
-from .routes import read_json
-from .runs import ROUTE, window_of
+from .routes import answer_with
+from .runs import window_of
 
 LARGEST = 2**21
 """Most bytes of a request: a schedule may be long."""
 
 
-def add_routes(routes: web.RouteTableDef) -> None:
-    """Let a server answer with the functions below, each in a thread: a model's file is read for it."""
-
-    def answering(answer: Callable[[dict], dict]):
-        async def handle(request: web.Request) -> web.Response:
-            try:
-                said = await asyncio.to_thread(answer, await read_json(request, LARGEST))
-            except (ValueError, OSError) as error:
-                return web.json_response({"error": told(str(error))}, status=400)
-            return web.json_response(said)
-
-        return handle
-
-    routes.post(f"{ROUTE}/schedule")(answering(schedule))
-    routes.post(f"{ROUTE}/plan")(answering(plan))
+def add_routes(routes) -> None:
+    """Let a server answer with the functions below."""
+    answer_with(routes, "schedule", schedule, LARGEST)
+    answer_with(routes, "plan", plan, LARGEST)
 
 
 def schedule(said: dict) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
@@ -66,6 +67,21 @@ def add_routes(routes: web.RouteTableDef, runs: Runs) -> None:
         except LookupError:
             return web.json_response({"error": "there is no such run, or it has ended"}, status=404)
         return web.json_response(run.about() | {"remark": remark})
+
+
+def answer_with(routes: web.RouteTableDef, name: str, answer: Callable[[dict], dict], largest: int = LARGEST) -> None:
+    """Let a server answer POSTs with a function from one JSON object to another, which may raise ValueError or OSError.
+
+    It is called in a thread: it may read files. name: of the route. largest: most bytes of a request.
+    """
+
+    @routes.post(f"{ROUTE}/{name}")
+    async def handle(request: web.Request) -> web.Response:
+        try:
+            said = await asyncio.to_thread(answer, await read_json(request, largest))
+        except (ValueError, OSError) as error:
+            return web.json_response({"error": told(str(error))}, status=400)
+        return web.json_response(said)
 
 
 async def read_json(request: web.Request, largest: int = LARGEST) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def test_the_way_of_switching_is_chosen_for_each_prompt(editor):
     chunks.fill("7")
     chunks.press("Tab")
     assert editor.text.split("\n")[1] == "2.0625: a blue circle [slerp 7]"
-    assert len(editor.steps) == len(words)
+    assert len(editor.steps) == len(words) + 1
 
 
 def test_prompts_are_added_and_split_and_the_end_is_set(editor):
