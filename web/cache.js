@@ -4,9 +4,9 @@
  *
  * @import { ComfyNode } from "./comfy.d.ts"
  */
-import { addView, call, extend, fit, nodeOf, onEvent, pathTo, t } from "./comfy.js"
+import { addView, call, extend, fit, nodeOf, onEvent, t } from "./comfy.js"
 import { WindowStrip, size } from "./window.js"
-import { inputsOf, modelOf, samplersBehind } from "./wired.js"
+import { inputsOf, modelOf, samplerOfRun, samplersBehind } from "./wired.js"
 
 const CACHE = "RollingKVAttachCache", STATE = "RollingKVInspectState"
 const WAIT = 250 // milliseconds without a change before the server is asked
@@ -122,6 +122,6 @@ extend({
 onEvent("graphChanged", askAll)
 for (const event of ["rolling_kv.chunk", "rolling_kv.run"])
   onEvent(event, run => {
-    const sampler = pathTo(run.node).at(-1)
+    const sampler = samplerOfRun(run)
     for (const [node, inspector] of inspectors) if (sampler && samplersBehind(node).includes(sampler)) inspector.run(run)
   })

@@ -4,10 +4,10 @@
  *
  * @import { ComfyNode } from "./comfy.d.ts"
  */
-import { addView, call, extend, fit, onEvent, onValue, pathTo, setValue, source, t, widgetOf } from "./comfy.js"
+import { addView, call, extend, fit, onEvent, onValue, setValue, source, t, widgetOf } from "./comfy.js"
 import { numeral, write } from "./prompts.js"
 import { Timeline } from "./timeline.js"
-import { inputsOf, modelBefore, samplersOf } from "./wired.js"
+import { inputsOf, modelBefore, samplerOfRun, samplersOf } from "./wired.js"
 
 const NODE = "RollingKVPromptSchedule"
 const WAIT = 150 // milliseconds without a change before the server is asked
@@ -92,7 +92,7 @@ extend({
 })
 onEvent("graphChanged", askAll)
 onEvent("rolling_kv.chunk", run => {
-  const sampler = pathTo(run.node).at(-1)
+  const sampler = samplerOfRun(run)
   for (const [node, { timeline }] of editors) {
     if (!sampler || !samplersOf(node).includes(sampler)) continue
     const from = widgetOf(node, "count_from")?.value === "sampler" ? 0 : run.first_seconds
@@ -101,6 +101,6 @@ onEvent("rolling_kv.chunk", run => {
 })
 onEvent("rolling_kv.run", run => {
   if (run.status === "running" || run.status === "paused") return
-  const sampler = pathTo(run.node).at(-1)
+  const sampler = samplerOfRun(run)
   for (const [node, { timeline }] of editors) if (sampler && samplersOf(node).includes(sampler)) timeline.play(null)
 })

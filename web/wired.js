@@ -3,7 +3,7 @@
  *
  * @import { ComfyNode } from "./comfy.d.ts"
  */
-import { source, users } from "./comfy.js"
+import { pathTo, source, users, workflowId } from "./comfy.js"
 
 const LOADER = "RollingKVLoadModel", CACHE = "RollingKVAttachCache"
 const SAMPLERS = ["RollingKVSample", "RollingKVStreamVideo"]
@@ -46,3 +46,6 @@ export function samplersBehind(node) {
 
 /** The samplers that take their prompts from a schedule. @param {ComfyNode} node */
 export const samplersOf = node => users(node, "positive").filter(made => SAMPLERS.includes(String(made.comfyClass)))
+
+/** The sampler that a run is one of; undefined where it is not in the open workflow. @param {{ node: string, workflow?: string | null }} run */
+export const samplerOfRun = ({ node, workflow }) => (workflow && workflow !== workflowId() ? undefined : pathTo(node).at(-1))

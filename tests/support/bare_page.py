@@ -47,8 +47,10 @@ class BarePage:
             return route.fulfill(status=status, json=answer)
         if path == "/api/i18n":
             return route.fulfill(json=translations())
-        if path.startswith("/scripts/"):
+        if path == "/scripts/bare.js":
             return route.fulfill(path=PACK / "tests/support/web/bare.js", content_type="text/javascript")
+        if path.startswith("/scripts/"):  # both are one module: they share the page
+            return route.fulfill(body='export { api, app } from "./bare.js"', content_type="text/javascript")
         if path.startswith("/extensions/"):
             return route.fulfill(path=PACK / "web" / path.rsplit("/", 1)[1], content_type="text/javascript")
         return route.fulfill(body=self.shell, content_type="text/html")

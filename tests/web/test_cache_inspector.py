@@ -2,25 +2,11 @@
 
 import pytest
 from bare_page import BarePage
+from page_answers import PLAN, WINDOW, plan
 
 from rolling_kv.config import CacheConfig, SamplingConfig
 from rolling_kv.planning import last_window
 
-WINDOW = {
-    "limit": 21,
-    "sink": 3,
-    "memory": [],
-    "kept": [33, 48],
-    "writing": [48, 51],
-    "frames": 51,
-    "bytes": 6 << 30,
-    "free": 22 << 30,
-}
-PLAN = {
-    "parts": {"weights": 3 << 30, "cache": 6 << 30, "prompts": 96 << 20, "passes": 1 << 30, "host": 30 << 20}, "device": "cuda:0",
-    "needed": 10 << 30, "free": 22 << 30, "host_free": 60 << 30, "fits": True, "remedies": [], "window": WINDOW, "chunk": 3,
-    "preset": "self-forcing", "size": [832, 480], "seconds": 12.5625,
-}  # fmt: skip
 GRAPH = """() => {
   const load = bare.make("RollingKVLoadModel", { model_name: "tiny (bundled)" })
   window.attach = bare.make("RollingKVAttachCache", { window: "this many frames", "window.frames": 9 }, { model: load })
@@ -32,7 +18,7 @@ GRAPH = """() => {
 
 class Inspector(BarePage):
     def __init__(self, page):
-        super().__init__(page, ["cache.js"], {"plan": lambda body: (200, PLAN)})
+        super().__init__(page, ["cache.js"], {"plan": plan})
         self.strip, self.said, self.warning = (
             page.locator(f".rkv-window .{part}") for part in ("strip", "said", "warn")
         )

@@ -3,6 +3,7 @@
 import random
 import re
 
+import page_answers
 import pytest
 from bare_page import BarePage
 
@@ -13,19 +14,11 @@ from rolling_kv.schedules.timeline import shown_in_seconds
 TEXT = "0: a red circle\n2.0625: a blue circle [recache]\n5.0625: a green square [cut]\n10.3125: [end]"
 
 
-def answer(body):
-    try:
-        read = shown_in_seconds(body["text"], SamplingConfig(), seconds=(body["sampler"] or {}).get("length"))
-    except ValueError as error:
-        return 400, {"error": str(error)}
-    return 200, {**read.about(), "preset": "self-forcing" if body["model"] else None}
-
-
 class Editor(BarePage):
     """A page with one Prompt Schedule."""
 
     def __init__(self, page, theme="dark"):
-        super().__init__(page, ["schedule.js"], {"schedule": answer}, theme)
+        super().__init__(page, ["schedule.js"], {"schedule": page_answers.schedule}, theme)
         self.blocks = page.locator(".block")
         self.said = page.locator(".said")
         self.end = page.locator(".end")

@@ -1,0 +1,91 @@
+"""The schedule editor and the cache inspector on real nodes of the frontend: laid out, undone, and apart from the canvas's own keys."""
+
+import page_answers
+import pytest
+
+SCHEDULE = "rolling_kv_prompt_schedule"
+NODE = "() => window.app.graph.nodes.find(node => node.type === 'RollingKVPromptSchedule')"
+TEXT = f"() => ({NODE})().widgets.find(widget => widget.name === 'text').value"
+FIRST = "0: a red circle\n2.0625: a blue circle [cut]\n5.0625: a green square"
+
+
+@pytest.fixture
+def page(live):
+    live.stage.answers = {"schedule": page_answers.schedule, "plan": page_answers.plan}
+    live.open(SCHEDULE)
+    live.look_at(str(live.page.evaluate(f"() => ({NODE})().id")))
+    live.page.locator(".rkv-timeline .block").first.wait_for()
+    return live.page
+
+
+def write(page, text):
+    """Set the node's text as a user does, and wait until the timeline shows it."""
+    page.evaluate(
+        f"text => {{ const widget = ({NODE})().widgets.find(made => made.name === 'text'); widget.value = text; widget.callback?.(text) }}",
+        text,
+    )
+    page.wait_for_function(
+        "count => document.querySelectorAll('.rkv-timeline .block').length == count", arg=text.count("\n") + 1
+    )
+    page.mouse.click(5, 600)  # what was done is a step of undo
+
+
+def drag(page, block, pixels):
+    box = block.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + pixels / 2, y)
+    page.mouse.move(x + pixels, y)
+    page.mouse.up()
+
+
+def becomes(page, text):
+    page.wait_for_function(f"text => ({TEXT})() === text", arg=text)
+
+
+def test_a_drag_writes_the_text_moves_no_node_and_is_undone_in_one_step(page):
+    write(page, FIRST)
+    blocks = page.locator(".rkv-timeline .block")
+    place = page.evaluate(f"() => [...({NODE})().pos]")
+    chunk = (blocks.nth(1).bounding_box()["x"] - blocks.nth(0).bounding_box()["x"]) / 2.0625 * 0.75
+    drag(page, blocks.nth(1), chunk)
+    becomes(page, FIRST.replace("2.0625", "2.8125"))
+    assert page.evaluate(f"() => [...({NODE})().pos]") == place
+    blocks.nth(1).focus()
+    page.keyboard.press("ArrowRight")
+    becomes(page, FIRST.replace("2.0625", "3.5625"))
+    page.keyboard.press("Control+z")
+    becomes(page, FIRST.replace("2.0625", "2.8125"))
+    page.keyboard.press("Control+z")
+    becomes(page, FIRST)
+    page.wait_for_function("() => document.querySelectorAll('.rkv-timeline .block')[1]?.textContent.includes('2.0625')")
+
+
+def test_keys_on_a_block_are_none_of_the_canvas(page):
+    write(page, FIRST)
+    count = "() => window.app.graph.nodes.length"
+    before = page.evaluate(count)
+    page.evaluate(f"() => window.app.canvas.selectItems([({NODE})()])")
+    block = page.locator(".rkv-timeline .block").nth(1)
+    block.focus()
+    page.keyboard.press("Delete")
+    becomes(page, "0: a red circle\n5.0625: a green square")
+    page.locator(".rkv-timeline .block").nth(1).focus()
+    page.keyboard.press("Enter")
+    page.keyboard.type("a gray r")  # r, g and the like are shortcuts of the page
+    page.keyboard.press("Backspace")
+    page.keyboard.press("Enter")
+    becomes(page, "0: a red circle\n5.0625: a gray")
+    assert page.evaluate(count) == before
+
+
+def test_both_fit_their_nodes(page):
+    page.locator(".rkv-window .strip div").first.wait_for()
+    for part in (".rkv-timeline", ".rkv-window"):
+        inside = page.locator(part).first.evaluate(
+            """made => { const box = made.getBoundingClientRect()
+              const lowest = Math.max(...[...made.children].filter(part => part.offsetHeight).map(part => part.getBoundingClientRect().bottom))
+              return [lowest, box.bottom, box.width] }"""
+        )
+        assert inside[0] <= inside[1] + 1 and inside[2] > 200, part
