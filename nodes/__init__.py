@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .attach_cache import RollingKVAttachCache
 from .benchmark import RollingKVBenchmark
+from .compare import RollingKVCompareVideos
 from .decode import RollingKVDecodeImages, RollingKVDecodeVideo
 from .encode_prompt import RollingKVEncodePrompt
 from .encode_video import RollingKVEncodeVideo
@@ -44,4 +45,5 @@ class RollingKVExtension(ComfyExtension):
             RollingKVEncodeVideo,
             RollingKVDecodeVideo,
             RollingKVDecodeImages,
+            RollingKVCompareVideos,
         ]

@@ -29,7 +29,7 @@ def test_a_workflow_opens_and_runs(frontend, path, tmp_path):
     outputs = frontend.press_run(seconds=900)
     frontend.screenshot(tmp_path / f"{path.stem}.png")
     assert frontend.errors_from("RollingKV", "rolling-kv", "rolling_kv") == []
-    if any(node["type"] in ("SaveVideo", "RollingKVStreamVideo") for node in nodes):
+    if any(node["type"] in ("SaveVideo", "RollingKVStreamVideo", "RollingKVCompareVideos") for node in nodes):
         video = read_video(frontend.client.view(first_file(outputs, ".mp4")))
         assert len(video.frames) > 16
     else:
