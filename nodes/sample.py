@@ -67,8 +67,9 @@ class RollingKVSample(io.ComfyNode):
                 VAE.Input(
                     "vae",
                     optional=True,
-                    tooltip="From Load Streaming VAE. Only for models whose context is computed anew before every chunk (Krea "
-                    "Realtime), which see a frame that was decoded and encoded again; others do not read it.",
+                    tooltip="From Load Streaming VAE. Shows the live preview as the video will be; without one it is a quick "
+                    "approximation. Needed by models whose context is computed anew before every chunk (Krea Realtime), which "
+                    "see a frame that was decoded and encoded again.",
                 ),
                 inputs.batch_size(),
                 io.Latent.Input(

@@ -81,7 +81,7 @@ class StripThread:
             busy = [index for index, (_, make) in enumerate(self._waiting) if make is not None]
             if len(busy) > WAITING:
                 self._drop(busy[0])
-            self._changed.notify()
+            self._changed.notify_all()
 
     def settle(self) -> None:
         """Wait until nothing waits and nothing is being made."""
