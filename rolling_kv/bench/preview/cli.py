@@ -13,7 +13,7 @@ from ...checkpoints.model import load_model
 from ...previews import LinearPreview, load_fitted
 from ...text import load_text_encoder
 from .. import options
-from ..figures import hardware, machine, markdown, number, size, write_json
+from ..figures import hardware, machine, markdown, number, write_json
 from ..random_model import SIZES, random_model, random_prompt
 from .experiment import PreviewExperiment
 from .run import PreviewResult, measure
@@ -87,7 +87,7 @@ def table(results: list[PreviewResult]) -> str:
     for row in summary(results):
         spread = f"{row['least']:.3f} to {row['most']:.3f}" if rows else ""
         numbers = [number(row["seconds"], ".2f"), number(row["times_the_first"], ".3f"), spread]
-        rows.append([row["way"], *numbers, number(row["cpu_times_the_first"], ".3f"), size(row["strip_bytes"])])
+        rows.append([row["way"], *numbers, number(row["cpu_times_the_first"], ".3f"), _kilobytes(row["strip_bytes"])])
     head = ["pictures", "s", "times the first", "from least to most", "in CPU time", "a chunk's file"]
     return "\n".join(
         [
@@ -108,3 +108,7 @@ def as_json(experiment: PreviewExperiment, results: list[PreviewResult]) -> dict
         "summary": summary(results),
         "ways": [asdict(result) for result in results],
     }
+
+
+def _kilobytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1000:.1f} kB"
