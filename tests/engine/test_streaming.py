@@ -165,7 +165,7 @@ def test_a_growing_video_is_not_extended_into_itself(pipeline, tmp_path):
 
 def test_the_frames_of_a_part_are_those_of_the_whole(pipeline, tmp_path):
     """The decoder needs no more of what comes before than `reach` says."""
-    generator, written = torch.Generator().manual_seed(0), []
+    generator, written, shown = torch.Generator().manual_seed(0), [], []
     frames = pipeline.vae.reach + 9
     latents = torch.randn(1, 16, frames, 4, 4, generator=generator)
     with torch.inference_mode():
@@ -174,10 +174,13 @@ def test_the_frames_of_a_part_are_those_of_the_whole(pipeline, tmp_path):
     session.prefill(latents[:, :, : frames - 3])
     before = session.state
     session.prefill(latents[:, :, frames - 3 :])
-    stream = VideoStream(tmp_path / "a.mp4", pipeline.vae, 32, 32, before=before, new_only=True)
+    settings = {"before": before, "new_only": True, "on_frames": lambda *given: shown.append(given)}
+    stream = VideoStream(tmp_path / "a.mp4", pipeline.vae, 32, 32, **settings)
     stream._growing.write = written.append
     with stream:
         stream.add(session.state)
+    assert [number for number, _ in shown] == [frames - 3, frames - 2, frames - 1]
+    assert all(torch.equal(seen, put) for (_, seen), put in zip(shown, written))
     own = torch.cat(written)
     assert torch.equal(own, ((expected[0, :, -12:] + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0))
 
