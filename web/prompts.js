@@ -27,7 +27,7 @@ export const inOneLine = text => text.split(/\s+/).filter(Boolean).join(" ")
 function at(grid, number) {
   const last = grid.length - 1
   if (number <= last) return grid[Math.max(number, 0)]
-  return Math.floor((grid[last] + (number - last) * (grid[last] - grid[last - 1])) * 1e4 - 1e-3) / 1e4
+  return Math.floor((grid[last] + (number - last) * (grid[last] - grid[last - 1])) * 1e4 + 1e-6) / 1e4
 }
 
 /** The number of the chunk that begins nearest to a time. @param {Grid} grid @param {number} time */

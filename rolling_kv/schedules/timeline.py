@@ -13,8 +13,8 @@ from .schedule import PromptSchedule
 
 LAST_SECONDS = 5.0
 """What the last prompt of a schedule without an end gets in what is shown."""
-MOST_GRID = 2000
-"""Chunks that are listed; all later ones last as long as the last of these."""
+MOST_GRID, AHEAD = 2000, 32
+"""Chunks that are listed at most, and how many beyond what is shown; all later ones last as long as the last of these."""
 
 
 class Shown(NamedTuple):
@@ -22,7 +22,7 @@ class Shown(NamedTuple):
 
     schedule: in seconds. One that was in seconds already has the times that are written there.
     canonical: whether the text is in the canonical form.
-    grid: seconds at which chunks begin, as many as there are in what is shown, and two at least.
+    grid: seconds at which chunks begin, of those that are shown and of some behind them.
     seconds: how long what is shown is.
     notes: what people should know about how it was read, as sentences.
     """
@@ -65,7 +65,7 @@ def shown_in_seconds(
         run = sampling.chunks_for_seconds(seconds, geometry=geometry)
         chunks = run if schedule.unit == "shares" else max(run, chunks)
     plan = whole.plan(sampling, geometry, chunks=chunks)
-    starts = tuple(plan.grid.seconds(number) for number in range(min(chunks, MOST_GRID) + 1))
+    starts = tuple(plan.grid.seconds(number) for number in range(min(chunks + AHEAD, MOST_GRID)))
     length = plan.grid.seconds(chunks)
     if schedule.unit == "seconds":
         return Shown(schedule, is_canonical(text.removeprefix("\ufeff").strip()), starts, length, plan.notes)

@@ -22,7 +22,7 @@ def test_a_text_in_seconds_keeps_the_times_that_are_written_in_it():
     text = "0: a\n2.5: b [cut]\n6: c [blend 3]\n10: [end]"
     read = shown(text)
     assert read.canonical and str(read.schedule) == text
-    assert read.grid[:4] == (0, 0.5625, 1.3125, 2.0625) and read.grid[-1] == read.seconds == 10.3125
+    assert read.grid[:4] == (0, 0.5625, 1.3125, 2.0625) and read.grid[14] == read.seconds == 10.3125
     assert [part["how"] for part in read.about()["segments"]] == ["", "cut", "blend 3"]
     assert not shown("a red circle").canonical
 
@@ -76,7 +76,7 @@ def test_the_grid_is_where_the_model_begins_its_chunks(sampling, geometry, secon
 
 def test_a_year_is_shown_with_a_bounded_grid():
     read = shown("0: a\n31000000: b")
-    assert len(read.grid) == MOST_GRID + 1 and read.seconds > 31_000_000
+    assert len(read.grid) == MOST_GRID and read.seconds > 31_000_000
 
 
 def test_prompts_that_share_a_chunk_are_told_of_and_kept():
