@@ -21,9 +21,11 @@ const STEPS = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDow
 const HUES = [172, 28, 262, 205, 330, 88, 46, 230]
 
 const STYLE = `
-.rkv-timeline { display: flex; flex-direction: column; gap: 3px; font: 11px sans-serif; color: var(--input-text, #ddd); height: 100%; user-select: none }
-.rkv-timeline .bar { display: flex; gap: 4px; align-items: center; flex-wrap: wrap }
-.rkv-timeline .gap { flex: 1 }
+.rkv-timeline { display: flex; flex-direction: column; gap: 3px; font: 11px sans-serif; color: var(--input-text, #ddd); user-select: none }
+.rkv-timeline .bar, .rkv-timeline .group { display: flex; gap: 4px; align-items: center }
+.rkv-timeline .bar { flex-wrap: wrap; flex: none }
+.rkv-timeline .group { margin-left: auto }
+.rkv-timeline select { max-width: 110px }
 .rkv-timeline button, .rkv-timeline select, .rkv-timeline input { font: inherit; color: inherit; background: var(--comfy-input-bg, #222);
   border: 1px solid var(--border-color, #4e4e4e); border-radius: 4px; padding: 1px 6px; height: 20px; box-sizing: border-box }
 .rkv-timeline button { cursor: pointer }
@@ -47,7 +49,7 @@ const STYLE = `
 .rkv-timeline .end::before { content: ""; position: absolute; left: 1px; top: 0; border: 5px solid transparent; border-top-color: var(--input-text, #ddd) }
 .rkv-timeline .playhead { position: absolute; top: 0; bottom: 0; border-left: 2px solid var(--p-primary-color, #4aa39c); pointer-events: none }
 .rkv-timeline input.text { position: absolute; top: 15px; height: 40px; z-index: 2; padding: 2px 6px; user-select: text }
-.rkv-timeline .said { color: var(--descrip-text, #999); line-height: 14px; user-select: text; overflow: hidden auto; max-height: 70px }
+.rkv-timeline .said { color: var(--descrip-text, #999); line-height: 14px; user-select: text; overflow: hidden auto; max-height: 70px; flex: none }
 .rkv-timeline .said.wrong { color: var(--error-text, #ff4444) }`
 document.head.append(element("style", {}, STYLE))
 
@@ -82,7 +84,8 @@ export class Timeline {
     const zoom = (/** @type {string} */ key, /** @type {string} */ sign, /** @type {number} */ times) =>
       element("button", { type: "button", title: t(`schedule.${key}`), "aria-label": t(`schedule.${key}`), onclick: () => this._zoom(times) }, sign)
     this.bar = element("div", { class: "bar", role: "toolbar", "aria-label": t("schedule.tools") }, this.buttons.add, this.buttons.split,
-      this.buttons.remove, this.way, this.over, element("span", { class: "gap" }), this.buttons.end, zoom("closer", "+", 2), zoom("farther", "−", 0.5), zoom("fit", "⤢", 0))
+      this.buttons.remove, this.way, this.over,
+      element("div", { class: "group" }, this.buttons.end, zoom("closer", "+", 2), zoom("farther", "−", 0.5), zoom("fit", "⤢", 0)))
     this.ruler = element("div", { class: "ruler", "aria-hidden": "true" })
     this.lines = element("div", { class: "chunks-of" })
     this.mark = element("div", { class: "playhead" })
@@ -95,6 +98,8 @@ export class Timeline {
     for (const type of ["pointerdown", "mousedown", "dblclick", "contextmenu"]) this.root.addEventListener(type, event => event.stopPropagation())
     for (const control of [this.way, this.over]) keepKeys(control)
     new ResizeObserver(() => this._draw()).observe(this.view)
+    const wrapped = new ResizeObserver(() => this.onHeight())
+    for (const part of [this.bar, this.said]) wrapped.observe(part)
   }
 
   /** Pixels that it wants to be high. */
