@@ -8,7 +8,7 @@ from . import borders, inputs, run
 from .guard import guarded
 from .job import Job
 from .live.previewing import preview_of
-from .live.watching import fingerprint, watched
+from .live.watching import are_watched, fingerprint, watched
 from .types import CATEGORY, VAE, EncodedSchedule, Model, State
 
 SIZE = "Ignored when a state, an initial latent or a source sets the size."
@@ -118,7 +118,8 @@ class RollingKVSample(io.ComfyNode):
             guidance=guidance, negative=negative, initial_latent=initial_latent, state=state, switch=switch, vae=vae,
             batch_size=batch_size, source=source, strength=strength,
         )  # fmt: skip
-        decoder = vae if vae is not None and vae.model.geometry.channels == model.geometry.channels else None
+        fits = vae is not None and vae.model.geometry.channels == model.geometry.channels
+        decoder = vae if fits and are_watched() else None
         job.make_room(decoder)
         if job.notes:
             run.say("\n".join(job.notes), cls.hidden.unique_id)

@@ -27,6 +27,11 @@ def fingerprint(hidden) -> str | None:
     return PromptServer.instance.app[RUNS].steered.get(hidden.unique_id)
 
 
+def are_watched() -> bool:
+    """Whether pictures of runs are made at all."""
+    return PromptServer.instance.app[RUNS].settings.on
+
+
 def watched(
     hidden, job: Job, *, fps: float | None = None, endless: bool = False, preview: Preview | None = None
 ) -> Run:
