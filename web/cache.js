@@ -6,7 +6,7 @@
  */
 import { addView, call, extend, fit, nodeOf, onEvent, t } from "./comfy.js"
 import { WindowStrip, size } from "./window.js"
-import { inputsOf, modelOf, samplerOfRun, samplersBehind } from "./wired.js"
+import { inputsOf, isThere, modelOf, samplerOfRun, samplersBehind } from "./wired.js"
 
 const CACHE = "RollingKVAttachCache", STATE = "RollingKVInspectState"
 const WAIT = 250 // milliseconds without a change before the server is asked
@@ -40,7 +40,7 @@ class Inspector {
   }
 
   async answer() {
-    if (!this.node.graph) return
+    if (!isThere(this.node)) return
     const model = modelOf(this.node), asked = JSON.stringify([model, samplerOf(this.node)])
     if (asked === this.asked) return
     this.asked = asked
@@ -79,7 +79,7 @@ const inspectors = new Map()
 
 function askAll() {
   for (const [node, inspector] of inspectors) {
-    if (node.graph) inspector.ask()
+    if (isThere(node)) inspector.ask()
     else inspectors.delete(node)
   }
 }

@@ -7,7 +7,7 @@
 import { addView, call, extend, fit, onEvent, onValue, setValue, source, t, widgetOf } from "./comfy.js"
 import { numeral, write } from "./prompts.js"
 import { Timeline } from "./timeline.js"
-import { inputsOf, modelBefore, samplerOfRun, samplersOf } from "./wired.js"
+import { inputsOf, isThere, modelBefore, samplerOfRun, samplersOf } from "./wired.js"
 
 const NODE = "RollingKVPromptSchedule"
 const WAIT = 150 // milliseconds without a change before the server is asked
@@ -38,7 +38,7 @@ class Editor {
   }
 
   async answer() {
-    if (!this.node.graph) return
+    if (!isThere(this.node)) return
     if (source(this.node, "text")) return this.timeline.refuse(t("schedule.linked"), false)
     const body = question(this.node), asked = JSON.stringify(body)
     if (asked === this.asked) return
@@ -78,7 +78,7 @@ const editors = new Map()
 
 function askAll() {
   for (const [node, editor] of editors) {
-    if (node.graph) editor.ask()
+    if (isThere(node)) editor.ask()
     else editors.delete(node)
   }
 }
