@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.live)
         # Where tests run in several processes, all that share servers or a page stay in one, and so does each other file.
         item.add_marker(pytest.mark.xdist_group(folder if folder in ("live", "web") else item.path.stem))
-        if "frontend" in item.fixturenames:
+        if {"frontend", "every_frontend"} & set(item.fixturenames):
             item.add_marker(pytest.mark.browser)
 
 

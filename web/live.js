@@ -14,6 +14,7 @@
  * @property {string | null} [workflow] the id of the workflow that it belongs to
  * @property {Status} status
  * @property {string} steerable why no prompt can be typed in, or ""
+ * @property {string} [failure] why the last prompt did not come into the video, or ""
  * @property {string[]} switches how a prompt may come
  * @property {number} chunk how many are made
  * @property {number | null} chunks how many it makes; null until somebody stops it

@@ -59,6 +59,7 @@ export class Steering {
       this.say("")
       this.stopping = false
     }
+    if (run.failure && run.failure !== this.run?.failure) this.say(run.failure, true)
     this.run = run
     this.root.hidden = !going
     this.offer(run)
@@ -113,11 +114,10 @@ export class Steering {
     }
   }
 
-  /** @param {string} prompt that was sent @param {{ from?: number, notes?: string[] }} said */
-  heard(prompt, { from, notes = [] }) {
+  /** @param {string} prompt that was sent @param {{ remark?: string }} said remark: about the prompt's words */
+  heard(prompt, { remark = "" }) {
     if (this.prompt.value.trim() === prompt) this.prompt.value = "" // else the next one is being typed
-    const when = from === undefined ? t("live.heard", { prompt }) : t("live.heardFrom", { prompt, time: from.toFixed(2) })
-    this.say([when, ...notes].join(" "))
+    this.say(`${t("live.heard", { prompt })} ${remark}`.trim())
   }
 
   /** @param {string} text @param {boolean} [wrong] */

@@ -1,10 +1,12 @@
 """Real ComfyUI servers and a real browser, each started once and only when a test asks for it."""
 
 import signal
+from contextlib import contextmanager
 
 import pytest
 from browser import Frontend
 from servers import start
+from stage import newest_frontend
 
 from tools.comfyui.env import find_install, install_missing
 
@@ -40,6 +42,13 @@ def default_server(install):
 def cacheless_server(install):
     with start(install, "--cache-none") as server:
         assert not complaints(server.log), server.log
+        yield server
+
+
+@pytest.fixture(scope="session")
+def newest_server(install):
+    """With the newest frontend that the tests know, where ComfyUI pins an older one."""
+    with start(install, "--front-end-root", newest_frontend()) as server:
         yield server
 
 
@@ -98,10 +107,28 @@ def every_client(every_server):
     return every_server.client
 
 
+@contextmanager
+def opened(chromium, client, in_vue: bool):
+    """The frontend of a server in a fresh browser profile."""
+    client.post("/settings/Comfy.VueNodes.Enabled", in_vue)
+    context = chromium.new_context(viewport={"width": 1600, "height": 1000})
+    try:
+        yield Frontend(context.new_page(), client)
+    finally:
+        context.close()
+
+
 @pytest.fixture(params=[False, True], ids=["classic-nodes", "nodes-2"])
 def frontend(request, chromium, client):
-    """The frontend in a fresh browser profile, drawing nodes on the canvas, then as Vue components (Nodes 2.0)."""
-    client.post("/settings/Comfy.VueNodes.Enabled", request.param)
-    context = chromium.new_context(viewport={"width": 1600, "height": 1000})
-    yield Frontend(context.new_page(), client)
-    context.close()
+    """ComfyUI's own frontend, drawing nodes on the canvas, then as Vue components (Nodes 2.0)."""
+    with opened(chromium, client, request.param) as page:
+        yield page
+
+
+@pytest.fixture(params=[("default", False), ("default", True), ("newest", False), ("newest", True)],
+                ids=["pinned-classic", "pinned-nodes-2", "newest-classic", "newest-nodes-2"])  # fmt: skip
+def every_frontend(request, chromium, watch_log):
+    """ComfyUI's own frontend and the newest one, each with both ways to draw nodes."""
+    name, in_vue = request.param
+    with opened(chromium, watch_log(request.getfixturevalue(f"{name}_server")).client, in_vue) as page:
+        yield page

@@ -43,11 +43,11 @@ def test_a_prompt_is_sent_as_it_is_to_come_and_the_answer_is_shown(live):
     live.begin(node)
     prompt, how = live.page.get_by_label("What shall happen next"), live.page.get_by_label("How the prompt comes")
     answer = live.page.locator(".rkv-steering .answer")
-    live.stage.answers["steer"] = lambda body: (200, told(node) | {"from": 2.8125, "notes": ["Unknown words: plaid."]})
+    live.stage.answers["steer"] = lambda body: (200, told(node) | {"remark": "Unknown words: plaid."})
     prompt.fill("a plaid circle")
     prompt.press("Enter")
     answer.wait_for()
-    assert answer.inner_text() == "From 2.81 s on: a plaid circle Unknown words: plaid."
+    assert answer.inner_text() == "From the next chunk on: a plaid circle Unknown words: plaid."
     assert prompt.input_value() == ""
     assert how.locator("option").all_inner_texts() == ["the model's own way", "hold", "recache", "cut", "blend"]
     how.select_option("blend")
@@ -75,6 +75,8 @@ def test_what_the_server_refuses_is_said_and_the_prompt_stays(live):
     live.page.get_by_text("The prompt has 300 tokens, more than 226.").wait_for()
     assert prompt.input_value() == "too long"
     live.errors.clear()  # the browser itself logs every answer of 400
+    live.begin(node, failure="The graphics card has no room for the text encoder.")
+    live.page.get_by_text("The graphics card has no room for the text encoder.").wait_for()
 
 
 def test_keys_typed_into_the_prompt_line_do_not_reach_the_canvas(live):

@@ -1,0 +1,125 @@
+"""The live view on a real server: it grows with the video, comes back after a reload, and what is said there is done."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from graphs import loaders, node, prompt, read_video
+from live_page import CENTRE, NODE
+from test_browser import with_numbers
+
+from tools.comfyui.client import first_file
+
+OURS = ("RollingKV", "rolling-kv", "rolling_kv")
+PIXELS = """canvas => {
+  const { data, width, height } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height)
+  return [canvas.dataset.frame, width, height, [...data]]
+}"""
+CENTRE_OPEN = "() => { const { canvas } = window.app; canvas.ds.scale = 1; canvas.centerOnNode(canvas.graph.nodes[0]) }"
+OUT = "() => window.app.canvas.setGraph(window.app.rootGraph ?? window.app.graph)"
+
+
+def streaming(seconds: float, name: str, size: int = 64) -> dict:
+    """A prompt whose node "stream" makes a video of so many seconds; 0: until it is stopped."""
+    values = {"model": ["model", 0], "positive": ["positive", 0], "vae": ["vae", 0], "seconds": seconds, "seed": 1}
+    values |= {"width": size, "height": size, "filename_prefix": f"live/{name}"}
+    return loaders() | {
+        "positive": prompt("a red circle moving right"),
+        "stream": node("RollingKVStreamVideo", **values),
+    }
+
+
+def opened(frontend, graph, path) -> str:
+    """Open a prompt in the page and look at its node "stream"; returns its id."""
+    frontend.open_workflow(with_numbers(graph, path / "stream.json"))
+    number = str(list(graph).index("stream") + 1)
+    frontend.page.evaluate(CENTRE, number)
+    return number
+
+
+def newest_run(client) -> dict:
+    return json.loads(client.get("/rolling_kv/runs"))["runs"][-1]
+
+
+def wait_for(condition, seconds=120):
+    """What it gives once that is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+    return found
+
+
+def shown_frames(frontend, run, until):
+    """Frames that the canvas shows, by their number in the run, until one of the numbers is among them."""
+    canvas = frontend.page.locator(".rkv-live:visible canvas")
+    begins = dict(
+        zip((s["chunk"] for s in run["strips"]), np.cumsum([0, *(s["frames"] for s in run["strips"])]).tolist())
+    )
+    seen = {}
+    while not seen.keys() & set(until):
+        frame, width, height, data = canvas.evaluate(PIXELS)
+        chunk, index = map(int, frame.split(":"))
+        seen[begins[chunk] + index] = np.array(data, dtype=int).reshape(height, width, 4)[..., :3]
+        frontend.page.wait_for_timeout(40)
+    return seen
+
+
+def test_what_it_plays_is_the_video(every_frontend, tmp_path):
+    frontend, page = every_frontend, every_frontend.page
+    opened(frontend, streaming(2.0, "smoke"), tmp_path)
+    outputs = frontend.press_run(seconds=300)
+    page.locator(".rkv-live:visible canvas").wait_for()
+    run = newest_run(frontend.client)
+    assert run["status"] == "ended" and run["chunk"] == run["chunks"] == 3
+    video = read_video(frontend.client.view(first_file(outputs, ".mp4"))).frames.astype(int)
+    assert len(video) == run["frames"] == sum(strip["frames"] for strip in run["strips"])
+    for number, picture in shown_frames(frontend, run, range(len(video) - 12, len(video))).items():
+        assert np.abs(picture - video[number]).mean() < 8, number
+    assert page.locator(".rkv-live:visible .numbers").inner_text().startswith("done · chunk 3 of 3")
+    frontend.screenshot(tmp_path / "smoke.png")
+    assert frontend.errors_from(*OURS) == []
+
+
+@pytest.fixture
+def classic(chromium, client):
+    from conftest import opened as page_of
+
+    with page_of(chromium, client, False) as page:
+        yield page
+
+
+def test_it_grows_and_is_there_again_after_a_reload_and_in_another_tab(classic, tmp_path):
+    frontend, page, client = classic, classic.page, classic.client
+    number = opened(frontend, streaming(0, "reload"), tmp_path)
+    page.locator("[data-testid='queue-button']").click()
+    chunk = "() => Number(document.querySelector('.rkv-live canvas')?.dataset.frame?.split(':')[0] ?? 0)"
+    page.wait_for_function(f"() => ({chunk})() >= 1", timeout=120_000)
+    page.wait_for_function(f"() => ({chunk})() >= 2", timeout=60_000)
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.reload()
+    page.wait_for_function("() => window.app?.vueAppReady && window.app.graph?.nodes.length", timeout=120_000)
+    page.wait_for_function(f"id => ({NODE})(id)", arg=number, timeout=30_000)
+    page.evaluate(CENTRE, number)
+    page.locator(".rkv-live:visible canvas").wait_for()
+    before = newest_run(client)["chunk"]
+    page.wait_for_function(f"chunk => ({chunk})() > chunk", arg=before, timeout=120_000)
+    client.interrupt()
+    wait_for(lambda: newest_run(client)["status"] == "cancelled")
+    page.locator(".rkv-live:visible .numbers", has_text="cancelled").wait_for()
+    assert page.locator(".rkv-steering").is_hidden()
+    assert frontend.errors_from(*OURS) == []
+
+
+def test_inside_a_subgraph_of_a_real_prompt(classic, tmp_path):
+    frontend, page = classic, classic.page
+    number = opened(frontend, streaming(1.2, "subgraph"), tmp_path)
+    outer = page.evaluate(f"id => String(window.app.graph.convertToSubgraph(new Set([({NODE})(id)])).node.id)", number)
+    page.evaluate(f"id => window.app.canvas.setGraph(({NODE})(id).subgraph)", outer)
+    page.evaluate(CENTRE_OPEN)
+    frontend.press_run(seconds=300)
+    page.locator(".rkv-live:visible canvas").wait_for()
+    assert newest_run(frontend.client)["node"].startswith(f"{outer}:")
+    page.evaluate(OUT)
+    assert frontend.errors_from(*OURS) == []
