@@ -29,7 +29,7 @@
  * @property {Strip[]} strips
  */
 import {
-  addView, call, describeSetting, extend, fit, onEvent, pathTo, setting, widgetOf, withholdPreviews, workflowId,
+  addView, call, describeSetting, extend, fit, isOpen, onEvent, pathTo, setting, widgetOf, withholdPreviews, workflowId,
 } from "./comfy.js"
 import { Panel } from "./panel.js"
 
@@ -89,10 +89,11 @@ function tellSettings() {
   if (on !== undefined && size !== undefined) call("preview", { on, size }).catch(() => {}) // it says so when it is asked for runs
 }
 
-// A node that plays its own video does not show ComfyUI's picture of it beside that.
+// A node that plays its own video does not show ComfyUI's picture of it beside that. In Nodes 2.0 of older frontends a subgraph's
+// node takes no view: there ComfyUI's picture is what is seen.
 withholdPreviews(id => {
-  const nodes = pathTo(id)
-  return nodes.length > 0 && nodes.every(node => panels.get(node)?.plays && widgetOf(node, VIEW))
+  const seen = pathTo(id).filter(isOpen)
+  return seen.length > 0 && seen.every(node => panels.get(node)?.plays && widgetOf(node, VIEW))
 })
 
 extend({
