@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from browser import RUN_BUTTON
 from graphs import loaders, node, prompt, read_video
 from live_page import CENTRE, NODE
 from test_browser import with_numbers
@@ -93,7 +94,7 @@ def classic(chromium, client):
 def test_it_grows_and_is_there_again_after_a_reload_and_in_another_tab(classic, tmp_path):
     frontend, page, client = classic, classic.page, classic.client
     number = opened(frontend, streaming(0, "reload"), tmp_path)
-    page.locator("[data-testid='queue-button']").click()
+    page.locator(RUN_BUTTON).click()
     chunk = "() => Number(document.querySelector('.rkv-live canvas')?.dataset.frame?.split(':')[0] ?? 0)"
     page.wait_for_function(f"() => ({chunk})() >= 1", timeout=120_000)
     page.wait_for_function(f"() => ({chunk})() >= 2", timeout=60_000)
@@ -109,6 +110,42 @@ def test_it_grows_and_is_there_again_after_a_reload_and_in_another_tab(classic, 
     wait_for(lambda: newest_run(client)["status"] == "cancelled")
     page.locator(".rkv-live:visible .numbers", has_text="cancelled").wait_for()
     assert page.locator(".rkv-steering").is_hidden()
+    assert frontend.errors_from(*OURS) == []
+
+
+def redness(picture) -> float:
+    """Above 0 where what stands out in a picture is red, below where it is blue."""
+    picture = np.asarray(picture, dtype=int)
+    vivid = picture.max(-1) - picture.min(-1) > 60
+    return float((picture[..., 0] - picture[..., 2])[vivid].mean())
+
+
+def test_what_is_typed_while_it_runs_is_made(classic, tmp_path):
+    frontend, page, client = classic, classic.page, classic.client
+    opened(frontend, streaming(0, "steered"), tmp_path)
+    page.locator(RUN_BUTTON).click()
+    page.wait_for_function("() => document.querySelector('.rkv-live canvas')?.dataset.frame", timeout=120_000)
+    page.get_by_role("button", name="Pause").click()
+    wait_for(lambda: newest_run(client)["waiting"])
+    paused = newest_run(client)
+    page.get_by_label("How the prompt comes").select_option("cut")
+    prompt_line = page.get_by_label("What shall happen next")
+    prompt_line.fill("a blue circle moving right")
+    prompt_line.press("Enter")
+    page.locator(".rkv-steering .answer", has_text="From the next chunk on: a blue circle moving right").wait_for()
+    assert newest_run(client)["chunk"] == paused["chunk"]
+    page.get_by_role("button", name="Resume").click()
+    wait_for(lambda: newest_run(client)["chunk"] >= paused["chunk"] + 2)
+    page.get_by_role("button", name="Stop here").click()
+    page.wait_for_function("() => window.finishedRun", timeout=120_000)
+    finished = page.evaluate("() => window.finishedRun")
+    assert finished["kind"] == "execution_success"
+    run = newest_run(client)
+    assert run["status"] == "ended" and "a blue circle moving right [cut]" in run["schedule"]
+    video = read_video(client.view(first_file(client.outputs(finished["prompt_id"]), ".mp4"))).frames
+    assert redness(video[0]) > 30 and redness(video[-1]) < -30
+    shown = shown_frames(frontend, run, range(run["frames"] - 12, run["frames"]))
+    assert redness(shown[max(shown)]) < -30
     assert frontend.errors_from(*OURS) == []
 
 
