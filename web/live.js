@@ -38,7 +38,7 @@ const NODES = new Set(["RollingKVSample", "RollingKVStreamVideo"])
 const VIEW = "live"
 const SIZES = [128, 192, 256, 384, 512, 768]
 
-const KNOWN = 32 // runs
+const KNOWN = 32, STRIPS = 512 // runs, and strips of each
 
 /** The newest run of each node, by workflow and node, in the order in which something was last heard of them. @type {Map<string, Run>} */
 const runs = new Map()
@@ -71,7 +71,7 @@ function hear(told, strips) {
   const key = `${told.workflow} ${told.node}`, known = runs.get(key)
   const before = known?.run === told.run ? known.strips : []
   const fresh = strips.filter(strip => strip && !before.some(other => other.chunk === strip.chunk))
-  const run = /** @type {Run} */ ({ ...told, strips: [...before, ...fresh] })
+  const run = /** @type {Run} */ ({ ...told, strips: [...before, ...fresh].slice(-STRIPS) })
   runs.delete(key)
   runs.set(key, run)
   if (runs.size > KNOWN) runs.delete(runs.keys().next().value ?? "")

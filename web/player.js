@@ -18,6 +18,8 @@ export class Player {
     this.canvas.setAttribute("role", "img")
     /** @type {(Strip & { image: HTMLImageElement, ready: boolean })[]} */
     this.strips = [] // in the order of their chunks
+    /** Chunks whose strip was taken, those that were let go again too. @type {Set<number>} */
+    this.taken = new Set()
     this.fps = 16
     this.position = 0 // in frames, from the first one that is held
     this.seen = false
@@ -41,9 +43,10 @@ export class Player {
     return first < 0 ? this.strips : this.strips.slice(0, first)
   }
 
-  /** Append the picture of a chunk, unless it is there. The oldest ones go when there are too many. @param {Strip} strip */
+  /** Append the picture of a chunk, once. The oldest ones go when there are too many. @param {Strip} strip */
   append(strip) {
-    if (this.strips.some(known => known.chunk === strip.chunk)) return
+    if (this.taken.has(strip.chunk)) return
+    this.taken.add(strip.chunk)
     const image = new Image(), held = { ...strip, image, ready: false }
     this.strips.push(held)
     this.strips.sort((one, other) => one.chunk - other.chunk)
@@ -76,6 +79,7 @@ export class Player {
   /** Begin anew, with nothing. @param {number} fps frames per second @param {[number, number]} size of the video, whose shape the canvas gets */
   reset(fps, [width, height]) {
     this.strips.forEach(strip => this.drop(strip))
+    this.taken.clear()
     this.fps = fps
     this.position = 0
     this.canvas.width = width
@@ -112,12 +116,5 @@ export class Player {
     this.canvas.getContext("2d")?.drawImage(image, number % columns * width, Math.floor(number / columns) * height,
       width, height, 0, 0, width, height)
     this.canvas.dataset.frame = shown
-  }
-
-  /** Nothing of it is left behind. */
-  close() {
-    cancelAnimationFrame(this.request)
-    this.watcher.disconnect()
-    this.strips.forEach(strip => this.drop(strip))
   }
 }
