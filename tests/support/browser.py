@@ -66,7 +66,7 @@ class Frontend:
         self.messages: list[tuple[str, str, str]] = []
         page.on("console", lambda m: self.messages.append((m.type, m.text, m.location.get("url", ""))))
         page.on("pageerror", lambda error: self.messages.append(("pageerror", error.message, error.stack or "")))
-        page.goto(client.url)
+        page.goto(client.url, timeout=120_000)
         page.wait_for_function("() => window.app?.vueAppReady && window.app.graph?.nodes.length", timeout=120_000)
         page.evaluate(RECORD_RUN)
 

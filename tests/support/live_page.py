@@ -70,7 +70,7 @@ class LivePage:
         page.on("console", lambda m: self._heard(m.type, m.text, m.location.get("url", "")))
         page.on("pageerror", lambda error: self._heard("error", error.message, error.stack or ""))
         stage.watch(page)
-        page.goto(stage.url)
+        page.goto(stage.url, timeout=120_000)
         page.wait_for_function(READY, timeout=120_000)
 
     def _heard(self, kind, text, script):

@@ -109,7 +109,7 @@ def opened(url: str) -> Iterator[Page]:
         page = browser.new_page(viewport=VIEW)
         for setting, value in SETTINGS.items():
             page.request.post(f"{url}/settings/{setting}", data=value, headers={"Content-Type": "application/json"})
-        page.goto(url, timeout=120_000)
+        page.goto(url, timeout=240_000)
         page.wait_for_function("() => window.app?.vueAppReady && window.app.graph?.nodes.length", timeout=120_000)
         yield page
         browser.close()
