@@ -24,7 +24,7 @@ class Inspector {
     this.height = 0
     this.asked = ""
     this.strip = new WindowStrip(() => this.fit())
-    this.view = addView(node, "window", this.strip.root, () => this.strip.height)
+    this.view = addView(node, "cache", this.strip.root, () => this.strip.height)
   }
 
   fit() {

@@ -203,7 +203,7 @@ function display(node, output) {
   removeView(node, WIDGET)
   const named = films.map((film, index) => ({ ...film, name: film.name || (index ? t("compare.second") : t("compare.first")) }))
   const shown = comparison(named, () => redraw(node))
-  const widget = addView(node, WIDGET, shown.root, () => shown.height(shown.root.clientWidth || node.size[0] - 20))
+  const widget = addView(node, WIDGET, shown.root, () => shown.height(node.size[0] - 20))
   if (!widget) return
   const removed = widget.onRemove
   widget.onRemove = function () {
