@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -30,9 +31,11 @@ def add_routes(routes: web.RouteTableDef, runs: Runs) -> None:
     async def listed(request: web.Request) -> web.Response:
         return web.json_response({"runs": runs.listed()}, headers={"Cache-Control": "no-store"})
 
-    @routes.get(ROUTE + "/runs/{run}/chunks/{chunk:[1-9][0-9]{0,8}}.webp")
+    # Any name is taken here: ComfyUI would look for a file of one that is not.
+    @routes.get(ROUTE + "/runs/{run}/chunks/{name}")
     async def strip(request: web.Request) -> web.Response:
-        strip = runs.strip(request.match_info["run"], int(request.match_info["chunk"]))
+        named = re.fullmatch(r"([1-9][0-9]{0,8})\.webp", request.match_info["name"], re.ASCII)
+        strip = named and runs.strip(request.match_info["run"], int(named[1]))
         if strip is None:
             raise web.HTTPNotFound(headers={"Cache-Control": "no-store"})
         return web.Response(body=strip.data, content_type="image/webp", headers=FOREVER)
