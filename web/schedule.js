@@ -3,6 +3,7 @@
  * shows what the server reads in it, and writes it anew when the user changes something there.
  *
  * @import { ComfyNode } from "./comfy.d.ts"
+ * @import { Schedule } from "./prompts.js"
  */
 import { addView, call, extend, fit, onEvent, onValue, setValue, source, t, widgetOf } from "./comfy.js"
 import { numeral, write } from "./prompts.js"
@@ -23,12 +24,23 @@ class Editor {
   /** @param {ComfyNode} node */
   constructor(node) {
     this.node = node
-    this.timeline = new Timeline(schedule => setValue(node, "text", write(schedule)), () => this.fit())
+    this.timeline = new Timeline(schedule => this.write(schedule), () => this.fit())
     this.asked = "" // what the timeline shows the answer to, or is about to
+    this.shown = "" // the text that the timeline shows
     this.height = 0
     addView(node, "timeline", this.timeline.root, () => this.timeline.height)
-    onValue(node, "text", () => this.ask())
+    onValue(node, "text", () => {
+      this.asked = "" // an answer that is on its way is about an older text
+      this.ask()
+    })
     this.ask()
+  }
+
+  /** Write what the user has made of the text that is shown. One that has been typed since stays, and is shown next. @param {Schedule} schedule */
+  write(schedule) {
+    if (widgetOf(this.node, "text")?.value !== this.shown) return this.ask()
+    this.shown = write(schedule)
+    setValue(this.node, "text", this.shown)
   }
 
   /** Ask the server what the text says, once nothing has changed for a moment. */
@@ -45,17 +57,23 @@ class Editor {
     this.asked = asked
     const [said, wrong] = await call("schedule", body).then(read => [read, ""], error => [null, error.message])
     if (asked !== this.asked) return // something has changed meanwhile
-    if (said?.segments) this.timeline.show(said, this.notes(said))
+    if (said?.segments) this.show(body.text, said)
     else if (body.model) await this.withoutModel(body, asked, wrong)
     else this.timeline.refuse(wrong)
   }
 
-  /** A model that cannot be read says nothing about the text: show it with the chunks of most models. @param {object} body @param {string} asked @param {string} wrong */
+  /** A model that cannot be read says nothing about the text: show it with the chunks of most models. @param {any} body @param {string} asked @param {string} wrong */
   async withoutModel(body, asked, wrong) {
     const [said, why] = await call("schedule", { ...body, model: null }).then(read => [read, ""], error => [null, error.message])
     if (asked !== this.asked) return
-    if (said?.segments) this.timeline.show(said, [wrong, ...this.notes(said)])
+    if (said?.segments) this.show(body.text, said, [wrong])
     else this.timeline.refuse(why)
+  }
+
+  /** @param {string} text @param {any} said what the server has read in it @param {string[]} [notes] */
+  show(text, said, notes = []) {
+    this.shown = text
+    this.timeline.show(said, [...notes, ...this.notes(said)])
   }
 
   /** @param {any} said @returns {string[]} */

@@ -6,7 +6,7 @@
  * @typedef {Schedule & { grid: Grid, seconds: number, notes: string[] }} Reading what the server has read; see nodes/plan.py
  */
 import { element, keepKeys, t } from "./comfy.js"
-import { appended, beginning, changed, inOneLine, moved, numeral, removed, snapped, split, stepped } from "./prompts.js"
+import { appended, beginning, changed, inOneLine, moved, numeral, removed, snapped, split, stepped, write } from "./prompts.js"
 
 const WAYS = ["", "hold", "recache", "flush", "cut", "blend", "slerp"] // of switching; the last two over a number of chunks
 const BLEND = 3
@@ -318,29 +318,36 @@ export class Timeline {
   _grab(handle, number) {
     handle.addEventListener("pointerdown", event => {
       if (event.button || !this.reading) return
-      const index = number(), before = this._schedule, time = before.segments[index]?.time ?? before.end
+      this.track.querySelector("input")?.blur() // what is being written there comes first
+      const index = number(), before = write(this._schedule), time = this._schedule.segments[index]?.time ?? this._schedule.end
       const scale = this._scale * (this.track.getBoundingClientRect().width / this.track.offsetWidth) // the canvas may be zoomed
+      const drag = new AbortController()
       handle.setPointerCapture(event.pointerId)
+      /** The schedule as the pointer has it: the one that is shown, which the server may have read anew meanwhile. @param {PointerEvent} now */
+      const dragged = now => {
+        const way = now.clientX - event.clientX
+        if (Math.abs(way) < CLICK || write(this._schedule) !== before) return this._schedule
+        return moved(this._schedule, index, Number(time) + way / scale, this._grid)
+      }
       /** @param {PointerEvent} move */
       const follow = move => {
-        const way = move.clientX - event.clientX
-        if (this.reading !== before && this.reading?.grid !== before.grid) return
-        const there = Math.abs(way) < CLICK ? before : moved(before, index, Number(time) + way / scale, before.grid)
-        this.reading = { ...before, ...there }
-        this.blocks.forEach((_, at) => this._drawBlock(at, this._scale))
-        if (there.end !== null) this.end.style.left = `${there.end * this._scale}px`
+        if (!this.reading) return
+        const shown = this.reading, now = this._scale, there = dragged(move)
+        this.reading = { ...shown, ...there }
+        this.blocks.forEach((_, at) => this._drawBlock(at, now))
+        if (there.end !== null) this.end.style.left = `${there.end * now}px`
+        this.reading = shown
       }
       /** @param {PointerEvent} up */
       const drop = up => {
-        handle.removeEventListener("pointermove", follow)
-        const there = this._schedule
-        this.reading = before
-        if (up.type === "pointerup") this._edit(moved(before, index, there.segments[index]?.time ?? Number(there.end), before.grid))
+        drag.abort()
+        if (this.reading && up.type === "pointerup") this._edit(dragged(up))
         this._draw()
       }
-      handle.addEventListener("pointermove", follow)
-      handle.addEventListener("pointerup", drop, { once: true })
-      handle.addEventListener("pointercancel", drop, { once: true })
+      const { signal } = drag
+      handle.addEventListener("pointermove", follow, { signal })
+      handle.addEventListener("pointerup", drop, { signal })
+      handle.addEventListener("pointercancel", drop, { signal })
     })
     handle.addEventListener("keydown", event => {
       const step = STEPS[event.key]

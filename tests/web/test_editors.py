@@ -3,6 +3,8 @@
 import page_answers
 import pytest
 
+from rolling_kv.schedules.reading import read_schedule
+
 SCHEDULE = "rolling_kv_prompt_schedule"
 NODE = "() => window.app.graph.nodes.find(node => node.type === 'RollingKVPromptSchedule')"
 TEXT = f"() => ({NODE})().widgets.find(widget => widget.name === 'text').value"
@@ -25,7 +27,8 @@ def write(page, text):
         text,
     )
     page.wait_for_function(
-        "count => document.querySelectorAll('.rkv-timeline .block').length == count", arg=text.count("\n") + 1
+        "prompts => [...document.querySelectorAll('.rkv-timeline .block .words')].map(made => made.textContent).join() == prompts",
+        arg=",".join(segment.text for segment in read_schedule(text).segments),
     )
     page.mouse.click(5, 600)  # what was done is a step of undo
 

@@ -114,6 +114,54 @@ def test_a_drag_counts_in_the_pixels_of_a_canvas_that_is_zoomed(editor):
     assert editor.times() == [0, 3.5625, 5.0625]
 
 
+def test_an_answer_that_comes_during_a_drag_does_not_end_it(editor):
+    editor.open()
+    editor.page.evaluate(
+        """() => { const ask = fetch
+          window.fetch = (...all) => new Promise(go => { window.answer = go }).then(() => ask(...all)) }"""
+    )
+    editor.blocks.nth(1).focus()
+    editor.page.keyboard.press("ArrowRight")
+    editor.page.wait_for_function("() => window.answer")
+    box, chunk = editor.blocks.nth(1).bounding_box(), editor.pixels(0.75)
+    x, y = box["x"] + 20, box["y"] + 10
+    editor.page.mouse.move(x, y)
+    editor.page.mouse.down()
+    editor.page.mouse.move(x + chunk / 2 + 4, y)
+    assert editor.blocks.nth(1).inner_text().endswith("3.5625 s · recache")
+    editor.page.evaluate("() => window.answer()")
+    editor.page.wait_for_function("() => document.querySelectorAll('.block')[1].textContent.includes('2.8125')")
+    editor.page.mouse.move(x + chunk, y)
+    assert editor.blocks.nth(1).inner_text().endswith("3.5625 s · recache")
+    editor.page.mouse.up()
+    assert editor.text == TEXT.replace("2.0625", "3.5625") and len(editor.steps) == 2
+
+
+def test_an_edit_of_an_older_text_does_not_replace_what_is_typed(editor):
+    editor.open()
+    editor.page.evaluate(
+        """() => { const [text] = schedule.widgets; text.value = "0: one\\n2.0625: two"; text.callback(text.value)
+          document.querySelectorAll(".block")[1].dispatchEvent(new KeyboardEvent("keydown", { key: "Delete" })) }"""
+    )
+    editor.page.wait_for_function("() => document.querySelectorAll('.block')[1]?.textContent.includes('two')")
+    assert editor.text == "0: one\n2.0625: two" and editor.steps == []
+    editor.blocks.nth(1).focus()
+    editor.page.keyboard.press("ArrowRight")
+    assert editor.text == "0: one\n2.8125: two"
+
+
+def test_a_drag_of_the_end_follows_the_pointer(editor):
+    editor.open()
+    before = editor.end.bounding_box()
+    x, y = before["x"] + 6, before["y"] + 20
+    editor.page.mouse.move(x, y)
+    editor.page.mouse.down()
+    editor.page.mouse.move(x - editor.pixels(3), y)
+    assert editor.end.bounding_box()["x"] == pytest.approx(before["x"] - editor.pixels(3), abs=2)
+    editor.page.mouse.up()
+    assert editor.text == TEXT.replace("10.3125", "7.3125")
+
+
 def test_keys_move_edit_and_remove(editor):
     editor.open()
     block = editor.blocks.nth(1)
