@@ -371,6 +371,41 @@ WORKFLOWS = {
         "and the prompt decides what moves. **strength** (an advanced input) says how far it may go. The first "
         "sampler stands for a video of your own: connect **Load Video** to Encode Video instead.",
     ),
+    "rolling_kv_compare": {
+        "nodes": LOADERS
+        | {
+            "prompt": prompt(CIRCLE),
+            "first": sample("prompt.0", 5.0, 1),
+            "second": sample("prompt.0", 5.0, 2),
+            "first_decode": ("RollingKVDecodeVideo", {"vae": "vae.0", "latent": "first.0", "enlarge": 6}),
+            "second_decode": ("RollingKVDecodeVideo", {"vae": "vae.0", "latent": "second.0", "enlarge": 6}),
+            "compare": (
+                "RollingKVCompareVideos",
+                {
+                    "first": "first_decode.0",
+                    "second": "second_decode.0",
+                    "first_name": "seed 1",
+                    "second_name": "seed 2",
+                },
+            ),
+        },
+        "columns": [
+            "model text_encoder vae",
+            "cache prompt",
+            "first second",
+            "first_decode second_decode",
+            "compare",
+        ],
+        "notes": [
+            (
+                0,
+                (340, 270),
+                "## Compare\nOne prompt, two seeds. After a run **Compare Videos** plays both in step: drag the wipe, or set them side by "
+                "side. Compare schedules or two settings of the cache in the same way.",
+            ),
+            (1, (720, 270), REAL_MODELS),
+        ],
+    },
     "rolling_kv_batch": {
         "nodes": LOADERS
         | {"prompt": prompt(CIRCLE), "sample": sample("prompt.0", 3.0, 1, batch_size=3)}

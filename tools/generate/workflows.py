@@ -25,7 +25,7 @@ WIDTH, GAP, TITLE = 340, 40, 30
 ROOM = {
     "RollingKVLoadModel": 260, "RollingKVLoadTextEncoder": 136, "RollingKVLoadVAE": 136, "RollingKVEncodePrompt": 140, "RollingKVPromptSchedule": 520,
     "RollingKVAttachCache": 440, "RollingKVLoadLoRA": 136, "RollingKVStepCache": 292, "RollingKVSample": 560, "RollingKVEncodeVideo": 300, "RollingKVStreamVideo": 640, "RollingKVSaveState": 130,
-    "RollingKVDecodeVideo": 160, "RollingKVBenchmark": 556, "SaveVideo": 148, "LoadImage": 340,
+    "RollingKVDecodeVideo": 160, "RollingKVBenchmark": 556, "RollingKVCompareVideos": 620, "SaveVideo": 148, "LoadImage": 340,
 }  # fmt: skip
 """Heights of the nodes where they are largest: in Nodes 2.0, with advanced inputs shown."""
 
