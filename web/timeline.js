@@ -25,7 +25,7 @@ const STYLE = `
 .rkv-timeline .bar, .rkv-timeline .group { display: flex; gap: 4px; align-items: center }
 .rkv-timeline .bar { flex-wrap: wrap; flex: none }
 .rkv-timeline .group { margin-left: auto }
-.rkv-timeline select { max-width: 110px }
+.rkv-timeline select { max-width: 118px }
 .rkv-timeline button, .rkv-timeline select, .rkv-timeline input { font: inherit; color: inherit; background: var(--comfy-input-bg, #222);
   border: 1px solid var(--border-color, #4e4e4e); border-radius: 4px; padding: 1px 6px; height: 20px; box-sizing: border-box }
 .rkv-timeline button { cursor: pointer }
