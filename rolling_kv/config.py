@@ -578,12 +578,21 @@ class ExecutionConfig:
         weight_storage: str = "model",
         packings: Collection[str] = (),
         step_cache: bool = False,
+        ranks: int = 1,
     ) -> None:
         """Raise ValueError unless these settings go together, and with what they are going to run on.
 
         device: where the model computes; None: not known yet. weight_storage: one of WEIGHT_STORAGES. packings: of
-        weights from a GGUF file, as `checkpoints.gguf.gguf_types` names them. step_cache: whether there is one.
+        weights from a GGUF file, as `checkpoints.gguf.gguf_types` names them. step_cache: whether there is one. ranks:
+        processes that share a video.
         """
+        if ranks > 1 and step_cache:
+            raise ValueError(
+                "a step cache judges by what one process sees, and those that share a video have to do the same: leave the "
+                "step cache out, or make the video in one process"
+            )
+        if ranks > 1 and self.cuda_graphs:
+            raise ValueError("CUDA graphs are for passes of one process: turn them off where several share a video")
         check_choice("the weight storage", weight_storage, WEIGHT_STORAGES)
         if self.backend is not None:
             check_choice("the attention backend", self.backend, ATTENTION_BACKENDS)

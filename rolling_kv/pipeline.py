@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -32,8 +32,9 @@ from .sampling.steering import Shot, Steering
 from .schedules.reading import read_schedule
 from .schedules.schedule import Plan, PromptSchedule
 from .streaming import ENDLESS_SECONDS, VideoStream
-from .text import TextEncoder, load_text_encoder
+from .text import load_text_encoder
 from .vae import WanVAE, load_vae, to_model
+from .wan.shards import HeadShards
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +54,20 @@ class Interrupted(KeyboardInterrupt):
         self.video, self.state, self.seconds, self.left = video, state, seconds, left
 
 
+class Texts(Protocol):
+    """What a pipeline asks of a `TextEncoder`."""
+
+    def encode(self, prompts: list[str]) -> torch.Tensor: ...
+    def encode_shot(self, prompt: str, marker: str) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+    def remark(self, prompts: Iterable[str]) -> str: ...
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """A causal model with its text encoder and VAE."""
 
     model: CausalModel
-    text_encoder: TextEncoder
+    text_encoder: Texts
     vae: WanVAE
 
     @classmethod
@@ -66,7 +75,7 @@ class Pipeline:
         cls,
         model: str | Path,
         *,
-        text_encoder: str | Path | None = None,
+        text_encoder: str | Path | Texts | None = None,
         vae: str | Path | None = None,
         preset: str = "auto",
         dtype: str = "auto",
@@ -76,7 +85,7 @@ class Pipeline:
     ) -> Pipeline:
         """Load all three. A diffusers folder holds the text encoder and the VAE too; give them for single files.
 
-        The VAE has to be that of the model's latents.
+        text_encoder: a file or folder, or what does its work. The VAE has to be that of the model's latents.
 
         storage: how the model's weights are kept, see `load_model`. loras: files, each with its strength; they add up,
         and stay for good (`lora.stack` has the way back).
@@ -84,7 +93,7 @@ class Pipeline:
         """
         device = usable_device(device)
         check_model(Path(model))
-        parts = {"text_encoder": text_encoder or model, "vae": vae or model}
+        parts: dict[str, Any] = {"text_encoder": text_encoder or model, "vae": vae or model}
         for name, path in parts.items():
             if path is model and not (Path(model) / name).is_dir():
                 option = name.replace("_", "-")
@@ -92,9 +101,11 @@ class Pipeline:
         opened = [(load_lora(path), strength) for path, strength in loras]
         causal = load_model(model, preset=preset, dtype=dtype, storage=storage, device=device)
         LoraStack(causal).set(opened)
+        if text_encoder is None or isinstance(text_encoder, (str, Path)):
+            text_encoder = load_text_encoder(parts["text_encoder"], dtype=dtype, device=device)
         return cls(
             causal,
-            load_text_encoder(parts["text_encoder"], dtype=dtype, device=device),
+            text_encoder,
             load_vae(parts["vae"], dtype=dtype, device=device, geometry=causal.geometry),
         )
 
@@ -122,6 +133,7 @@ class Pipeline:
         state_in: str | Path | None = None,
         state_out: str | Path | None = None,
         new_only: bool = False,
+        shards: HeadShards | None = None,
         on_pass: Callable[[int, int], None] | None = None,
         steer: Callable[[Steering], None] | None = None,
     ) -> Path:
@@ -145,6 +157,7 @@ class Pipeline:
         state_in: file or journal of a state to continue (see `sampling.state_file`), by `seconds` more. The video is all
             of it, from its beginning on; with `new_only` what is made now.
         state_out: file for the state at the end, .safetensors; it may be the same.
+        shards: the processes that make the video together, each by calling this in the same way; the first one writes it.
         steer: called once before the run begins with what other threads may say to it while it goes on.
         Raises ValueError, before anything is sampled, for settings that cannot work or take more memory than there is.
         Raises FileExistsError where an earlier run of that name did not end, and Interrupted after Ctrl-C, where at least
@@ -181,18 +194,20 @@ class Pipeline:
             metadata["schedule"] = str(plan.snapped())
             for note in plan.notes:
                 logger.info("%s", note)
-        stream = VideoStream(
-            output,
-            self.vae,
-            height,
-            width,
-            before=state,
-            journal_in=state_in,
-            new_only=new_only,
-            state_out=state_out,
-            scale=scale,
-            metadata=metadata,
-        )
+        stream: VideoStream | _Unwritten = _Unwritten(output, state)
+        if shards is None or shards.first:
+            stream = VideoStream(
+                output,
+                self.vae,
+                height,
+                width,
+                before=state,
+                journal_in=state_in,
+                new_only=new_only,
+                state_out=state_out,
+                scale=scale,
+                metadata=metadata,
+            )
         frames = start + sampling.frames_of(plan.chunks, start)
         sampling.check_length(plan.chunks, start, self.model.geometry)
         if endless and cache.unlimited:
@@ -213,6 +228,7 @@ class Pipeline:
             + (0 if clip is None else self.vae.encode_bytes(height, width)),
             weight_sets=len(self.model.transformers),
             joint_switch="joint" in switches_of(plan, cache, marker),
+            ranks=1 if shards is None else shards.ranks,
         )
         if note := long_sink_note(sampling, cache, frames):
             logger.warning("%s", note)
@@ -230,6 +246,8 @@ class Pipeline:
 
         steering = Steering(plan, encode, sampling, cache, marker)
         if steer is not None:
+            if shards is not None:
+                raise ValueError("a video that several processes share cannot be steered yet: leave one of the two out")
             steer(steering)
         session = RollingSession(
             self.model,
@@ -242,6 +260,7 @@ class Pipeline:
             vae=self.vae,
             execution=execution,
             state=state,
+            shards=shards,
             on_pass=on_pass,
         )
         try:
@@ -291,6 +310,25 @@ class Pipeline:
         if state.chunks[0].shape[0] != 1:
             raise ValueError(f"{state_in} holds {state.chunks[0].shape[0]} videos; one at a time can be continued here")
         return state
+
+
+class _Unwritten:
+    """In the place of a `VideoStream` in a process that shares a video and does not write it."""
+
+    kept = ""
+    state_file = None
+
+    def __init__(self, video: str | Path, state: CacheState):
+        self.video, self.state = Path(video), state
+
+    def add(self, state: CacheState) -> CacheState:
+        self.state = state
+        return state
+
+    def __enter__(self) -> _Unwritten:
+        return self
+
+    def __exit__(self, *_) -> None: ...
 
 
 def clip_of(

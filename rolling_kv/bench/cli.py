@@ -5,9 +5,11 @@ from __future__ import annotations
 from . import options
 from .chunks import cli as chunks
 from .preview import cli as preview
+from .ranks import cli as ranks
 from .states import cli as states
 from .step_caches import cli as step_caches
 from .storage import cli as storage
+from .streams import cli as streams
 
 
 def add_command(commands) -> None:
@@ -21,7 +23,7 @@ def add_command(commands) -> None:
     parser.set_defaults(run=chunks.main)
     chunks.add_arguments(parser)
     more = parser.add_subparsers(
-        metavar="[caching | storage | states | preview]", required=False, action=options.Subcommands
+        metavar="[caching | storage | states | preview | ranks | streams]", required=False, action=options.Subcommands
     )
     steps = more.add_parser("caching", help="measure every step cache at several strengths, in time and quality")
     steps.set_defaults(run=step_caches.main)
@@ -35,3 +37,9 @@ def add_command(commands) -> None:
     shown = more.add_parser("preview", help="measure what the pictures of the live preview cost beside the sampling")
     shown.set_defaults(run=preview.main)
     preview.add_arguments(shown)
+    several = more.add_parser("ranks", help="measure one video on several processes: time, bytes sent, cache of each")
+    several.set_defaults(run=ranks.main)
+    ranks.add_arguments(several)
+    side = more.add_parser("streams", help="measure several videos whose passes run as one batch")
+    side.set_defaults(run=streams.main)
+    streams.add_arguments(side)

@@ -18,7 +18,7 @@ class CacheShape:
     layers: transformer blocks.
     batch: videos side by side.
     tokens_per_frame: tokens of one latent frame.
-    heads, head_dim: of the attention.
+    heads, head_dim: of the attention; where processes share the heads, those of one of them.
     dtype: that the model computes in.
     grid: tokens along height and width of one latent frame; needed where frames are averaged over their tokens.
     """
@@ -32,15 +32,18 @@ class CacheShape:
     grid: tuple[int, int] = (1, 1)
 
     @classmethod
-    def of(cls, transformer, batch: int, latent_height: int, latent_width: int, dtype: torch.dtype) -> CacheShape:
-        """The shape for a diffusers `WanTransformer3DModel` at a latent size."""
+    def of(
+        cls, transformer, batch: int, latent_height: int, latent_width: int, dtype: torch.dtype, ranks: int = 1
+    ) -> CacheShape:
+        """The shape for a diffusers `WanTransformer3DModel` at a latent size. ranks: processes that share the heads."""
         config = transformer.config
         geometry = Geometry.of(transformer)
         tokens, grid = (
             geometry.tokens_per_frame(latent_height, latent_width),
             geometry.grid(latent_height, latent_width),
         )
-        return cls(config.num_layers, batch, tokens, config.num_attention_heads, config.attention_head_dim, dtype, grid)
+        heads = config.num_attention_heads // ranks
+        return cls(config.num_layers, batch, tokens, heads, config.attention_head_dim, dtype, grid)
 
     def bytes_per_frame(self, storage: str = "model") -> int:
         """Bytes that the keys and values of one latent frame take over all layers and the whole batch."""

@@ -56,6 +56,7 @@ def estimate(
     step_cache=None,
     weight_sets: int = 1,
     joint_switch: bool = False,
+    ranks: int = 1,
 ) -> Estimate:
     """What a session with these settings will take.
 
@@ -67,17 +68,19 @@ def estimate(
     step_cache: a method of `step_cache.METHODS`, or None.
     weight_sets: 2 for a model that has weights of its own for context passes, and so two sets of a prompt's keys.
     joint_switch: whether a prompt is switched on the way that takes the whole window through the model at once.
+    ranks: processes that share the video; the bytes are those of one of them.
     """
     dtype = dtype or transformer.patch_embedding.weight.dtype
     shape = CacheShape.of(transformer, batch, *Geometry.of(transformer).latent_size(height, width), dtype)
     kind = JointKVCache if sampling.joint else RollingKVCache
-    kept = kind.bytes_needed(shape, cache, cache.limit or frames)
+    own = replace(shape, heads=shape.heads // ranks)
+    kept = kind.bytes_needed(own, cache, cache.limit or frames)
     at_once = sampling.frames_at_once
-    gathered = JointKVCache.bytes_gathered(shape, cache, at_once) if sampling.joint else 0
+    gathered = JointKVCache.bytes_gathered(own, cache, at_once) if sampling.joint else 0
     tokens = batch * at_once * shape.tokens_per_frame
     if joint_switch:
         at_once = max(at_once, min(cache.limit or frames, frames))
-    largest = batch * at_once * shape.tokens_per_frame
+    largest = batch * at_once * shape.tokens_per_frame // ranks
     held = 0
     if step_cache is not None and not sampling.few_step:  # few-step sampling has none, see `start_step_cache`
         held = step_cache.bytes_held(_step_shape(transformer, shape, sampling, tokens))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from ..checkpoints.model import CausalModel
 from ..config import CacheConfig, ExecutionConfig, SamplingConfig
 from ..step_cache import StepCache, StepCacheReport, StepProbe, start_step_cache
 from ..wan.attachment import RollingAttachment, apply_rolling_kv_cache
+from ..wan.shards import HeadShards
 from .branches import GuidanceBranches
 from .checks import check_latents, check_source_length, checked_seeds, fitted_embeds
 from .denoiser import noise_dtype, with_given
@@ -51,6 +53,8 @@ class RollingSession:
     vae: a `vae.WanVAE`. Only a recomputed context asks for it, once the video's first frame is out of view.
     step_cache: a method of `step_cache.METHODS`, which skips work between denoising steps, never in a pass that writes
         the cache; `step_report` tells what it did, once the session is closed.
+    shards: the processes that make this video together, each with a session like this one.
+    attach: what gives a transformer its caches, in the place of `apply_rolling_kv_cache`: see `together.Together`.
     on_pass: called as on_pass(done, total) before every model pass; whatever it raises cancels the run, and the working
         cache is dropped.
 
@@ -75,6 +79,8 @@ class RollingSession:
         after: torch.Tensor | None = None,
         vae: Reencoding | None = None,
         step_cache=None,
+        shards: HeadShards | None = None,
+        attach: Callable[[Any], Any] | None = None,
         on_pass: Callable[[int, int], None] | None = None,
     ):
         self.model = model
@@ -89,12 +95,17 @@ class RollingSession:
         self.step_cache = step_cache
         self.step_report: StepCacheReport | None = None
         self._workspace = workspace
+        self._shards = shards
+        self._attach = attach or partial(apply_rolling_kv_cache, execution=self.execution, shards=shards)
         self._vae = vae
         self._given: torch.Tensor | None = None  # the frame that the first chunk will begin with
         self._open: Running | None = None
         self._passes_done = 0
         self.sampling.check_cache(self.cache_config)
-        self.execution.check(step_cache=step_cache is not None)
+        self.execution.check(step_cache=step_cache is not None, ranks=1 if shards is None else shards.ranks)
+        if shards is not None:
+            geometry, heads = model.geometry, model.transformer.config.num_attention_heads
+            shards.check(heads, geometry.tokens_per_frame(*self.latent_size))
         if self.state.chunks:
             check_latents(model, batch, self.latent_size, self.state.chunks[-1], "the cache state's latents")
         if self.sampling.joint:
@@ -307,13 +318,14 @@ class RollingSession:
             self.execution,
             sampling.branches,
             sampling.joint,
+            1 if self._shards is None else self._shards.ranks,
         )
         self._passes_done = 0
         with ExitStack() as ending:  # last in, first out, whatever fails
             ending.push(self._leave_caches)
             attachments = []
             for weights in self.model.transformers:
-                attachments.append(apply_rolling_kv_cache(weights, self.execution))
+                attachments.append(self._attach(weights))
                 ending.callback(attachments[-1].detach)
             capacity = max(self.state.frames, sampling.chunk)
             branches = GuidanceBranches.open(spec, self._workspace or Workspace(), self.state.key, capacity)

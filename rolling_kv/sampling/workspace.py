@@ -52,9 +52,13 @@ class CacheSpec(NamedTuple):
         execution: ExecutionConfig,
         branches: int,
         joint: bool = False,
+        ranks: int = 1,
     ) -> CacheSpec:
-        """What a run of `branches` guidance branches on `batch` videos of that latent size needs."""
-        shape = CacheShape.of(model.transformer, batch, *latent_size, model.dtype)
+        """What a run of `branches` guidance branches on `batch` videos of that latent size needs.
+
+        ranks: processes that share the heads.
+        """
+        shape = CacheShape.of(model.transformer, batch, *latent_size, model.dtype, ranks)
         execution = replace(execution, cuda_graphs=False)  # whether passes are recorded changes no key
         return cls(model.identity, shape, config, BRANCHES[:branches], execution, model.compute_device(), joint)
 

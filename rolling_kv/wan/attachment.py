@@ -23,15 +23,17 @@ from .fused import fused_forwards, is_plain, last_block_forward
 from .graphs import CudaRecorder, PassGraphs, PassKey
 from .inputs import PassInputs, condition_forward, video_by_video
 from .processors import PromptCrossAttention, RollingSelfAttention
+from .shards import HeadShards, output_forward, patches_forward
 
 
 class RollingAttachment:
     """A transformer with rolling caches attached. Made by `apply_rolling_kv_cache`; one per transformer."""
 
-    def __init__(self, transformer, execution: ExecutionConfig):
+    def __init__(self, transformer, execution: ExecutionConfig, shards: HeadShards | None = None):
         self.transformer = transformer
         self.execution = execution
-        self.context = PassContext(execution, self.detach)
+        self.shards = shards
+        self.context = PassContext(execution, self.detach, shards)
         self.inputs = PassInputs(transformer, execution)
         device = transformer.patch_embedding.weight.device
         self.graphs = PassGraphs(CudaRecorder(device)) if execution.cuda_graphs else None
@@ -57,24 +59,59 @@ class RollingAttachment:
         Returns the predicted flow, [B, C, f, h, w]. Raises ValueError unless frames and batch are those of the cache, and
         timesteps are one or as many as frames.
         """
+        return self._pass(latents, timestep, (branch,), time_rows, keys_only)
+
+    def forward_together(
+        self,
+        latents: Sequence[torch.Tensor],
+        timestep: float | Sequence[float],
+        branches: Sequence[Branch],
+        *,
+        time_rows: int | None = None,
+        keys_only: bool = False,
+    ) -> Sequence[torch.Tensor | None]:
+        """Run the open chunks of several branches through the model as one batch; see `forward`.
+
+        latents: [B, C, f, h, w] of each, of one shape but for B. Prompts have one length.
+        Returns the predicted flow of each.
+        """
+        flows = self._pass(torch.cat(list(latents)), timestep, tuple(branches), time_rows, keys_only)
+        return [None] * len(branches) if flows is None else flows.split([len(one) for one in latents])
+
+    def _pass(
+        self, latents: torch.Tensor, timestep, branches: tuple[Branch, ...], time_rows: int | None, keys_only: bool
+    ) -> torch.Tensor | None:
         batch, _, frames = latents.shape[:3]
-        cache, context = branch.cache, self.context
-        if cache.window.open != frames or cache.shape.batch != batch:
+        caches, context = [branch.cache for branch in branches], self.context
+        held = sum(cache.shape.batch for cache in caches)
+        if any(cache.window.open != frames for cache in caches) or held != batch:
             raise ValueError(
-                f"the cache has an open chunk of {cache.window.open} frames at batch {cache.shape.batch}, "
+                f"the cache has an open chunk of {caches[0].window.open} frames at batch {held}, "
                 f"the latents are {frames} frames at batch {batch}"
             )
+        check_no_parallelism(self.transformer)
         framewise = isinstance(timestep, Sequence)
         if framewise and len(timestep) != frames:
             raise ValueError(f"a chunk of {frames} frames takes 1 timestep or {frames}, got {len(timestep)}")
-        context.current = Pass(branch, time_rows or frames, keys_only)
+        context.current = Pass(branches, time_rows or frames, keys_only)
         try:
             timesteps = self.inputs.timesteps(timestep, batch, latents.device)
-            rotation = self.inputs.rotation(cache.position, latents)
+            self.inputs.together = len(caches)
+            rotations = [self.inputs.rotation(cache.position, latents) for cache in caches]
+            if len(rotations) > 1:
+                rotation = torch.cat(
+                    [turn.expand(c.shape.batch, *turn.shape[1:]) for turn, c in zip(rotations, caches)]
+                )
+            else:
+                (rotation,) = rotations
+            if self.shards is not None:
+                rotation = self.shards.own(rotation, frames)
             inputs = latents, timesteps, rotation, self.inputs.sinusoid(timestep, latents.device)
-            if self.graphs is None or (layout := cache.layout) is None:
+            if self.graphs is None or len(branches) > 1 or (layout := caches[0].layout) is None:
                 return self._run(*inputs)
-            key = PassKey(cache, branch.prompt, layout, latents.shape, context.current.time_rows, framewise, keys_only)
+            key = PassKey(
+                caches[0], branches[0].prompt, layout, latents.shape, context.current.time_rows, framewise, keys_only
+            )
             return self.graphs.run(key, self._run, *inputs)
         finally:
             context.current = None
@@ -90,7 +127,8 @@ class RollingAttachment:
         context.rotation, context.sinusoid = rotation, sinusoid
         try:
             with compiled_code(self.execution):
-                embeds = context.running.branch.prompt.embeds
+                texts = [branch.prompt.embeds for branch in context.running.branches]
+                embeds = torch.cat(texts) if len(texts) > 1 else texts[0]
                 sample = self.transformer(latents, timesteps, embeds, return_dict=False)[0]
         finally:
             context.rotation = context.sinusoid = None
@@ -119,6 +157,10 @@ class RollingAttachment:
         self._set_forward(self.transformer.rope, lambda hidden_states: context.rotation)
         patches, embedder = self.transformer.patch_embedding, self.transformer.condition_embedder
         self._set_forward(patches, video_by_video(patches.forward))
+        if self.shards is not None:
+            project_out = self.transformer.proj_out
+            self._set_forward(patches, patches_forward(patches.forward, self.shards))
+            self._set_forward(project_out, output_forward(project_out.forward, self.shards, context))
         self._set_forward(embedder, condition_forward(embedder, context))
         if not self.execution.exact and not self.execution.compile:
             for module, forward in fused_forwards(blocks):
@@ -146,10 +188,13 @@ class RollingAttachment:
         module.forward = forward
 
 
-def apply_rolling_kv_cache(transformer, execution: ExecutionConfig | None = None) -> RollingAttachment:
+def apply_rolling_kv_cache(
+    transformer, execution: ExecutionConfig | None = None, shards: HeadShards | None = None
+) -> RollingAttachment:
     """Attach to a stock `WanTransformer3DModel`. Use as a context manager, or call `detach` on what is returned.
 
     execution: how passes are computed; the defaults where it is left out.
+    shards: the processes that share the passes, each with a cache of its part of the heads.
 
     Raises ValueError if a rolling cache or one of diffusers' own is attached already, if the model is conditioned on
     images, or if `ExecutionConfig.check` finds that the settings cannot go with these weights on their device.
@@ -169,13 +214,23 @@ def apply_rolling_kv_cache(transformer, execution: ExecutionConfig | None = None
         raise ValueError("this transformer has the hooks of rolling_kv.hooks; remove them first")
     if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
         raise ValueError("this is an image-conditioned Wan model; causal models are text-conditioned (T2V) ones")
-    attachment = RollingAttachment(transformer, execution)
+    check_no_parallelism(transformer)
+    attachment = RollingAttachment(transformer, execution, shards)
     try:
         attachment._attach()
     except BaseException:
         attachment.detach()
         raise
     return attachment
+
+
+def check_no_parallelism(transformer) -> None:
+    """Raise ValueError where diffusers shares the passes out by itself: its plan knows no cache, and gives other values."""
+    if getattr(transformer, "_parallel_config", None) is not None:
+        raise ValueError(
+            "this transformer has diffusers' own parallelism enabled, which knows nothing of the rolling cache: leave "
+            "enable_parallelism out, and give the session `shards` instead"
+        )
 
 
 def is_attached(transformer) -> bool:

@@ -109,7 +109,7 @@ def last_block_forward(block, block_forward, context: PassContext):
             normed = modulated_norm(hidden_states.float(), block.norm1, scale, shift)
         processor = block.attn1.processor
         key, value = processor.key_value(block.attn1, normed.type_as(hidden_states), rotary_emb)
-        context.running.branch.cache.write(processor.layer, key, value)
+        processor.write(key, value)
 
     return forward
 

@@ -19,6 +19,7 @@ class PassInputs:
     def __init__(self, transformer, execution: ExecutionConfig):
         self.transformer = transformer
         self.execution = execution
+        self.together = 1  # videos that pass as one batch, each at a position of its own
         self._rotations: dict[tuple, torch.Tensor] = {}
         self._sinusoids: dict[tuple, torch.Tensor] = {}
 
@@ -29,7 +30,8 @@ class PassInputs:
         key = (start_frame, *grid, latents.device)
         if key not in self._rotations:
             # Every step of a chunk uses the same one; another chunk's will not be needed again.
-            self._rotations.clear()
+            while len(self._rotations) >= self.together:
+                del self._rotations[next(iter(self._rotations))]
             dtype = torch.complex128 if self.execution.exact else torch.complex64
             head_dim = self.transformer.config.attention_head_dim
             rotation = rotary_rotations(head_dim, start_frame, *grid, dtype)[None, :, None]
@@ -75,9 +77,12 @@ def condition_forward(embedder, context: PassContext):
     """A `forward` for the condition embedder: the sinusoid comes from the context, the prompt is projected once."""
 
     def forward(timestep, encoder_hidden_states, encoder_hidden_states_image=None, **_):
-        prompt = context.running.branch.prompt
-        if prompt.projected is None:
-            prompt.projected = embedder.text_embedder(encoder_hidden_states)
+        projected = []
+        for branch, (text,) in context.running.apart(encoder_hidden_states):
+            if branch.prompt.projected is None:
+                branch.prompt.projected = embedder.text_embedder(text)
+            projected.append(branch.prompt.projected)
+        prompts = torch.cat(projected) if len(projected) > 1 else projected[0]
         assert context.sinusoid is not None
         framewise = context.sinusoid.ndim == 2
         # One matrix row per frame, as the original computes it: the row count changes the rounding of the product. What comes
@@ -87,12 +92,12 @@ def condition_forward(embedder, context: PassContext):
         time = embedder.time_embedder(sinusoid).type_as(encoder_hidden_states)
         modulation = embedder.time_proj(embedder.act_fn(time))
         if not framewise:
-            return time[:1], modulation[:1], prompt.projected, None
+            return time[:1], modulation[:1], prompts, None
         assert context.rotation is not None
         tokens, batch = context.rotation.shape[1] // rows, len(timestep) // rows
         # The output norm wants a row for each token; the blocks, see `framewise`, one for each frame.
         time = time.repeat_interleave(tokens, dim=0).expand(batch, -1, -1)
-        return time, modulation.expand(batch, -1, -1), prompt.projected, None
+        return time, modulation.expand(batch, -1, -1), prompts, None
 
     return forward
 

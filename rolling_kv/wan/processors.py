@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -31,8 +32,22 @@ class RollingSelfAttention:
 
     @eager
     def _attend(self, query, key, value):
-        key, value = self.context.running.branch.cache.update(self.layer, key, value)
-        return attend(self, query, key, value)
+        shards, context = self.context.shards, self.context
+        if shards is not None:
+            query, key, value = shards.to_heads(context.frames, query, key, value)
+        heads = joined(
+            attend(self, query, *branch.cache.update(self.layer, key, value))
+            for branch, (query, key, value) in context.running.apart(query, key, value)
+        )
+        return heads if shards is None else shards.to_tokens(context.frames, heads)
+
+    @eager
+    def write(self, key, value) -> None:
+        """Write the chunk's keys and values of this block, [B, S, H, D] each, and attend to nothing."""
+        if (shards := self.context.shards) is not None:
+            key, value = shards.to_heads(self.context.frames, key, value)
+        for branch, own in self.context.running.apart(key, value):
+            branch.cache.write(self.layer, *own)
 
     def key_value(self, attn, hidden_states, rotary_emb) -> tuple[torch.Tensor, torch.Tensor]:
         """The chunk's own keys, after RoPE, and values, [B, S, H, D] each."""
@@ -60,12 +75,16 @@ class PromptCrossAttention:
 
     @eager
     def _attend(self, attn, query, encoder_hidden_states):
-        layers = self.context.running.branch.prompt.layers
-        if self.layer not in layers:
-            key = normalise(attn.to_k(encoder_hidden_states), attn.norm_k, self.context.execution.exact)
-            value = attn.to_v(encoder_hidden_states)
-            layers[self.layer] = key.unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1))
-        return attend(self, query, *layers[self.layer])
+        together = self.context.running.apart(query, encoder_hidden_states)
+        return joined(attend(self, query, *self._seen(attn, branch.prompt, text)) for branch, (query, text) in together)
+
+    def _seen(self, attn, prompt, text) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a prompt in this block. text: the projected prompt, [B, L, dim]."""
+        if self.layer not in prompt.layers:
+            key = normalise(attn.to_k(text), attn.norm_k, self.context.execution.exact)
+            value = attn.to_v(text)
+            prompt.layers[self.layer] = key.unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1))
+        return prompt.layers[self.layer]
 
 
 def attend(processor, query, key, value) -> torch.Tensor:
@@ -73,6 +92,12 @@ def attend(processor, query, key, value) -> torch.Tensor:
     return dispatch_attention_fn(
         query.to(key.dtype), key, value, backend=processor._attention_backend, parallel_config=None
     )
+
+
+def joined(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The videos of a pass as one batch again."""
+    first, *others = parts
+    return torch.cat([first, *others]) if others else first
 
 
 def project(attn, heads) -> torch.Tensor:

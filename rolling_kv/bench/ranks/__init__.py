@@ -1,0 +1,1 @@
+"""What it costs and brings to make one video on several processes."""

@@ -1,0 +1,103 @@
+"""Videos that several processes make together, and the same ones by one process: run as a script, by each process of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rolling_kv.checkpoints.model import CausalModel
+from rolling_kv.config import CacheConfig, ExecutionConfig, SamplingConfig
+from rolling_kv.presets import ModelPreset
+from rolling_kv.sampling.session import RollingSession
+from rolling_kv.wan.shards import HeadShards
+
+SIDE = 64  # pixels: 16 tokens a frame
+FEW = SamplingConfig(denoising_steps=(1000, 500))
+WINDOW = CacheConfig(window=6)
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "all frames": {"cache": CacheConfig(window="all")},
+    "sink": {"cache": CacheConfig(window=7, sink=1)},
+    "positions of the window": {"cache": CacheConfig(window=7, sink=1, positions="window")},
+    "average of the sink": {"cache": CacheConfig(window=9, sink=3, leaving="ema")},
+    "memory": {"cache": CacheConfig(window=9, sink=1, leaving="memory", positions="window", span=12)},
+    "guidance": {"sampling": replace(FEW, guidance_scale=2.0)},
+    "exact": {"execution": ExecutionConfig(exact=True)},
+    "int8": {"cache": replace(WINDOW, storage="int8")},
+    "float8": {"cache": replace(WINDOW, storage="float8")},
+    "offload": {"cache": replace(WINDOW, offload=True)},
+    "recached": {"switch": "causal"},
+    "recached at once": {"switch": "joint"},
+    "flush": {"switch": "flush"},
+    "cut": {"switch": "cut"},
+    "given frame": {"given": 1},
+    "timestep a frame": {"given": 1, "sampling": replace(FEW, given_frame="in chunk")},
+    "two videos": {"batch": 2},
+    "rolling sampler": {"sampling": replace(FEW, sampler="rolling"), "cache": CacheConfig(window=9, sink=3)},
+}
+
+
+def prompts(transformer) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(1, 8, transformer.config.text_dim, generator=generator) for _ in range(3)]
+
+
+def made(transformer, shards: HeadShards | None, case: dict[str, Any]) -> tuple[torch.Tensor, int, int]:
+    """The latents of a case, the bytes of the cache, and those that were sent."""
+    case = dict(case)
+    sampling, cache, switch = case.pop("sampling", FEW), case.pop("cache", WINDOW), case.pop("switch", None)
+    given, batch = case.pop("given", 0), case.get("batch", 1)
+    model = CausalModel(transformer, ModelPreset("cases", sampling=sampling, cache=cache))
+    first, second, negative = prompts(transformer)
+    before = shards.sent if shards else 0
+    session = RollingSession(model, first, height=SIDE, width=SIDE, negative=negative, shards=shards, **case)
+    with session:
+        if given:
+            generator = torch.Generator().manual_seed(5)
+            session.prefill(torch.randn(batch, 16, given, SIDE // 8, SIDE // 8, generator=generator))
+        for _ in session.generate(3, seed=1):
+            pass
+        if switch:
+            session.set_prompt(second, negative, switch=switch)
+        for _ in session.generate(3, seed=1):
+            pass
+        held = sum(session.cache_bytes)
+    return session.state.latents(), held, (shards.sent - before if shards else 0)
+
+
+def main(weights: str, out: str) -> None:
+    """Make every case with the processes of this group, and in the first one alone; tell what came of it."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    shards = HeadShards()
+    transformer = torch.load(weights, weights_only=False)
+    told: dict[str, dict[str, Any]] = {}
+    for name, case in CASES.items():
+        shared, held, sent = made(transformer, shards, case)
+        everywhere = [torch.empty_like(shared) for _ in range(shards.ranks)]
+        dist.all_gather(everywhere, shared)
+        alone, whole, _ = made(transformer, None, case) if shards.first else (shared, held, 0)
+        told[name] = {
+            "error": float((shared - alone).abs().max()),
+            "size": float(alone.abs().max()),
+            "same": all(torch.equal(shared, other) for other in everywhere),
+            "held": held,
+            "whole": whole,
+            "sent": sent,
+        }
+    if shards.first:
+        Path(out).write_text(json.dumps(told))
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
