@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -16,10 +16,10 @@ from diffusers.utils import logging
 from tqdm import tqdm
 
 from . import options
+from .batch.cli import add_command as add_batch
 from .bench.cli import add_command as add_bench
 from .bench.figures import BenchError
-from .bundled import BUNDLED, BUNDLED_SIZE, check_model, default_size
-from .config import WEIGHT_STORAGES
+from .bundled import BUNDLED_SIZE, check_model, default_size
 from .fitting import FITS, Fitting, read_colour
 from .footage import Footage
 from .geometry import GEOMETRIES, WAN_21, WAN_22
@@ -36,6 +36,7 @@ from .schedules.schedule import PromptSchedule
 from .streaming import check_ended
 from .tiny import make_tiny
 from .video import VideoWriter, read_video_info
+from .wan.shards import HeadShards, shared_by_torchrun
 
 LONGEST_MESSAGE = 1000
 """Characters of an error that are shown; a file can put any number into one."""
@@ -83,9 +84,10 @@ def _what_stays(args: argparse.Namespace, stopped: Interrupted) -> str:
 
 
 @contextmanager
-def _asking_first() -> Iterator[Callable[[], None]]:
+def _asking_first(shards: HeadShards | None = None) -> Iterator[Callable[[], None]]:
     """Let Ctrl-C wait until the chunk under way can be left, so that no frame is lost; a second one ends at once.
 
+    shards: processes that end at the same pass, whichever of them is asked.
     Yields what to call between model passes: it raises KeyboardInterrupt if somebody has asked.
     """
     asked = False
@@ -97,7 +99,7 @@ def _asking_first() -> Iterator[Callable[[], None]]:
         asked = True
 
     def heed() -> None:
-        if asked:
+        if asked if shards is None else shards.any(asked):
             raise KeyboardInterrupt
 
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # somebody else's, or ignored
@@ -187,22 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         f"{LAST_PROMPT_SECONDS:g}, after the beginning of its last prompt)",
     )
     generate.add_argument("--seed", type=int, default=0, help="same seed, same video (default: 0)")
-    generate.add_argument(
-        "--model", type=Path, default=BUNDLED, help="a causal Wan model: a diffusers folder, .safetensors, .gguf or .pt"
-    )
-    generate.add_argument("--text-encoder", type=Path, help="UMT5, where the model is a single file")
-    generate.add_argument(
-        "--vae", type=Path, help="the Wan VAE of the model's latents, where the model is a single file"
-    )
-    generate.add_argument(
-        "--lora",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar=("FILE", "STRENGTH"),
-        help="a LoRA for the model, and how much of it (1 where left out); give it again for each further one",
-    )
-    generate.add_argument("--preset", choices=["auto", *PRESETS], default="auto", help="what the model was trained for")
+    options.add_model(generate)
     multiple = f"a multiple of {WAN_21.multiple} ({WAN_22.name}: {WAN_22.multiple})"
     for axis, side in enumerate(("height", "width")):
         generate.add_argument(
@@ -214,12 +201,6 @@ def _parser() -> argparse.ArgumentParser:
     options.add_cache(generate, "the preset's")
     generate.add_argument("--guidance", type=float, help="classifier-free guidance, 1 is off (default: the preset's)")
     generate.add_argument("--negative-prompt", default="", help="what to avoid; only read with guidance")
-    generate.add_argument(
-        "--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto", help="precision"
-    )
-    generate.add_argument(
-        "--weight-storage", choices=WEIGHT_STORAGES, default="model", help="how the model's weights are kept in memory"
-    )
     options.add_execution(generate)
     options.add_device(generate, "where to compute")
     generate.add_argument(
@@ -248,11 +229,25 @@ def _parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )  # fmt: skip
 
+    add_batch(commands)
     add_bench(commands)
     return parser
 
 
 def _generate(args: argparse.Namespace) -> None:
+    """Make a video: alone, or together with the other processes that torchrun has started."""
+    with shared_by_torchrun(args.device) as (shards, args.device):
+        if shards is None or shards.first:
+            _generate_on(args, shards)
+            return
+        with redirect_stdout(None):  # the first one says all
+            try:
+                _generate_on(args, shards)
+            except KeyboardInterrupt:
+                sys.exit(1)
+
+
+def _generate_on(args: argparse.Namespace, shards: HeadShards | None) -> None:
     check_model(args.model)
     schedule = None if args.schedule is None else _schedule(args.schedule)
     if args.prompt is None and schedule is None:
@@ -268,7 +263,7 @@ def _generate(args: argparse.Namespace) -> None:
     if rules := options.rules_of(args):  # what does not go together is told before anything is loaded
         preset = PRESETS.get(args.preset) or inspect_checkpoint(args.model).settings
         preset.sampling.check_cache(preset.cache.with_rules(**rules))
-    loras = [_lora(*values) for values in args.lora]
+    loras = options.loras_of(args)
     height, width = size or default_size(args.model)
     # Both raise for what no video can be, before anything is loaded.
     check_ended(args.output, args.state_in, args.new_only)
@@ -301,7 +296,8 @@ def _generate(args: argparse.Namespace) -> None:
     if schedule is not None:
         plan = plan_prompts(args.prompt, schedule, sampling, geometry, seconds, start)
         print(*plan.notes, plan.snapped(), sep="\n")
-    with _asking_first() as heed, tqdm(total=1, unit="pass", desc="sampling") as bar:
+    quiet = shards is not None and not shards.first
+    with _asking_first(shards) as heed, tqdm(total=1, unit="pass", desc="sampling", disable=quiet) as bar:
 
         def on_pass(done: int, total: int) -> None:
             heed()
@@ -337,10 +333,13 @@ def _generate(args: argparse.Namespace) -> None:
             state_in=args.state_in,
             state_out=args.state_out,
             new_only=args.new_only,
+            shards=shards,
             on_pass=on_pass,
             steer=steer if args.steer else None,
         )
         bar.update((bar.total or bar.n) - bar.n)
+    if quiet:
+        return
     info = read_video_info(args.output)
     print(f"{args.output}: {info.frames} frames, {info.width}x{info.height}, {info.fps:g} frames per second")
     for steering in told:
@@ -371,16 +370,6 @@ def _schedule(given: str) -> PromptSchedule:
         if Path(given).suffix.lower() in (".txt", ".json", ".jsonl"):
             raise ValueError(f"there is no schedule file {printable(given)}")
     return read_schedule(given)
-
-
-def _lora(file: str, *strength: str) -> tuple[Path, float]:
-    try:
-        return Path(file), float(*strength or ("1",))
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"--lora takes a file and a number, its strength; got {' '.join([file, *strength])}. Give --lora again for "
-            "each further file."
-        ) from None
 
 
 def _inspect(args: argparse.Namespace) -> None:

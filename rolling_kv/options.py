@@ -4,12 +4,52 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from .config import ALL_FRAMES, CACHE_STORAGES, CacheConfig, ExecutionConfig
+from .bundled import BUNDLED
+from .config import ALL_FRAMES, CACHE_STORAGES, WEIGHT_STORAGES, CacheConfig, ExecutionConfig
 from .devices import usable_device
+from .presets import PRESETS
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Options for the model: its files, its LoRAs, and how its weights are kept."""
+    parser.add_argument(
+        "--model", type=Path, default=BUNDLED, help="a causal Wan model: a diffusers folder, .safetensors, .gguf or .pt"
+    )
+    parser.add_argument("--text-encoder", type=Path, help="UMT5, where the model is a single file")
+    parser.add_argument("--vae", type=Path, help="the Wan VAE of the model's latents, where the model is a single file")
+    parser.add_argument(
+        "--lora",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("FILE", "STRENGTH"),
+        help="a LoRA for the model, and how much of it (1 where left out); give it again for each further one",
+    )
+    parser.add_argument("--preset", choices=["auto", *PRESETS], default="auto", help="what the model was trained for")
+    parser.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto", help="precision")
+    parser.add_argument(
+        "--weight-storage", choices=WEIGHT_STORAGES, default="model", help="how the model's weights are kept in memory"
+    )
+
+
+def loras_of(args: argparse.Namespace) -> list[tuple[Path, float]]:
+    """The LoRA files that `add_model` has read, each with its strength. Raises ValueError for what is no strength."""
+    return [_lora(*values) for values in args.lora]
+
+
+def _lora(file: str, *strength: str) -> tuple[Path, float]:
+    try:
+        return Path(file), float(*strength or ("1",))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"--lora takes a file and a number, its strength; got {' '.join([file, *strength])}. Give --lora again for "
+            "each further file."
+        ) from None
 
 
 def frames_or_all(text: str) -> int | Literal["all"]:

@@ -1,0 +1,226 @@
+"""A batch in one process: each video is that of a single run, nothing is made twice, and what was begun goes on."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from rolling_kv.batch import Job, Settings, generate
+from rolling_kv.batch import making as making_module
+from rolling_kv.cli import main
+from rolling_kv.pipeline import Pipeline
+from rolling_kv.streaming import journal_place
+from rolling_kv.tiny import make_tiny
+from tools.comfyui.env import PACK
+
+SIZE = {"width": 32, "height": 32}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    return Settings(model=str(make_tiny(tmp_path_factory.mktemp("models") / "tiny")), **SIZE)
+
+
+@pytest.fixture(scope="module")
+def pipeline(settings):
+    return settings.load()
+
+
+@pytest.fixture(autouse=True)
+def loaded(monkeypatch, pipeline):
+    """The model is loaded once for all tests."""
+    monkeypatch.setattr(Settings, "load", lambda *_: pipeline)
+
+
+def jobs(count, **given):
+    return [Job(prompt="a red circle", seed=seed, seconds=0.5, name=f"video {seed}", **given) for seed in range(count)]
+
+
+def alone(pipeline, job, place):
+    return pipeline.generate(job.prompt, place, height=32, width=32, seconds=job.seconds, seed=job.seed).read_bytes()
+
+
+def test_videos_are_those_of_single_runs_and_are_made_once(settings, pipeline, tmp_path, monkeypatch):
+    made = jobs(2)
+    records = generate(made, tmp_path / "out", settings)
+    assert [(record.name, record.status, record.found) for record in records] == [
+        ("video 0", "done", False),
+        ("video 1", "done", False),
+    ]
+    for job in made:
+        assert (tmp_path / f"out/{job.name}.mp4").read_bytes() == alone(pipeline, job, tmp_path / "alone.mp4")
+    index = [json.loads(line) for line in (tmp_path / "out/index.jsonl").read_text().splitlines()]
+    assert [line["job"]["seed"] if "seed" in line["job"] else 0 for line in index] == [0, 1]
+    monkeypatch.setattr(Settings, "load", lambda *_: pytest.fail("there was nothing to be made"))
+    assert all(record.found for record in generate(made, tmp_path / "out", settings))
+
+
+def test_what_fails_stops_nobody_is_told_and_is_tried_again(settings, tmp_path):
+    good, bad = jobs(2)
+    bad = replace(bad, image=str(tmp_path / "none.png"))
+    records = generate([bad, good, {"prompt": ""} | {"seed": "x"}], tmp_path / "out", settings)
+    assert [record.status for record in records] == ["failed", "done", "refused"]
+    assert "none.png" in records[0].error and records[2].line == 3
+    from PIL import Image
+
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "none.png")
+    again = generate([bad, good], tmp_path / "out", settings)
+    assert [(record.status, record.found) for record in again] == [("done", False), ("done", True)]
+
+
+def test_a_name_is_of_one_job_with_its_settings_alone(settings, tmp_path):
+    (job,) = jobs(1)
+    generate([job], tmp_path, settings)
+    before = (tmp_path / "video 0.mp4").read_bytes()
+    for other in (replace(job, seed=9), job):
+        (record,) = generate([other], tmp_path, settings if other is not job else replace(settings, guidance=2.0))
+        assert record.status == "failed" and "another job" in record.error
+    (tmp_path / "mine.mp4").write_bytes(b"mine")
+    (record,) = generate([replace(job, name="mine")], tmp_path, settings)
+    assert record.status == "failed" and "no mine.json beside it" in record.error
+    assert (tmp_path / "mine.mp4").read_bytes() == b"mine" and (tmp_path / "video 0.mp4").read_bytes() == before
+    (found,) = generate([job], tmp_path, settings)
+    assert found.found
+
+
+def test_a_deleted_or_cut_video_is_made_again(settings, tmp_path):
+    (job,) = jobs(1)
+    generate([job], tmp_path, settings)
+    video = tmp_path / "video 0.mp4"
+    whole = video.read_bytes()
+    for damage in (video.unlink, lambda: video.write_bytes(whole[:100])):
+        damage()
+        (record,) = generate([job], tmp_path, settings)
+        assert (record.status, record.found) == ("done", False) and video.read_bytes() == whole
+
+
+def interrupted(after):
+    """An on_pass that fails before model pass number `after`."""
+
+    def on_pass(done, total):
+        if done == after:
+            raise RuntimeError("the machine is gone")
+
+    return on_pass
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("after", [3, 6, 11])
+def test_what_failed_on_the_way_goes_on_and_becomes_the_same_video(
+    settings, pipeline, tmp_path, monkeypatch, after, kept
+):
+    job = replace(jobs(1)[0], seconds=1.5, save_state=kept)
+    whole = alone(pipeline, job, tmp_path / "alone.mp4")
+    real = Pipeline.generate
+    monkeypatch.setattr(Pipeline, "generate", lambda *a, **k: real(*a, **k, on_pass=interrupted(after)))
+    (record,) = generate([job], tmp_path / "out", settings)
+    assert record.status == "failed" and "the machine is gone" in record.error
+    monkeypatch.setattr(Pipeline, "generate", real)
+    (record,) = generate([job], tmp_path / "out", settings)
+    assert record.status == "done" and bool(record.continued_at) == (after > 4)
+    assert (tmp_path / "out/video 0.mp4").read_bytes() == whole
+    left = {file.name for file in (tmp_path / "out").iterdir()}
+    assert left == {"video 0.mp4", "video 0.json", "index.jsonl"} | ({"video 0.safetensors"} if kept else set())
+
+
+def test_a_run_that_was_killed_is_gone_on_with(settings, pipeline, tmp_path):
+    """Also where all chunks were made, and only the file was not finished."""
+    job = replace(jobs(1)[0], seconds=1.5)
+    whole, out = alone(pipeline, job, tmp_path / "alone.mp4"), tmp_path / "out"
+    (tmp_path / "jobs.jsonl").write_text(json.dumps(job.said()))
+    command = ["-m", "rolling_kv", "batch", tmp_path / "jobs.jsonl", "--out", out, "--model", settings.model]
+    command += ["--width", "32", "--height", "32", "--device", "cpu"]
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=PACK, stderr=subprocess.DEVNULL)
+    while not journal_place(out / "video 0.mp4").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert journal_place(out / "video 0.mp4").exists()
+    (record,) = generate([job], out, settings)
+    assert record.continued_at > 0 and (out / "video 0.mp4").read_bytes() == whole
+
+
+def test_a_video_whose_chunks_are_all_there_is_finished(settings, pipeline, tmp_path, monkeypatch):
+    job, out = replace(jobs(1)[0], seconds=1.5), tmp_path / "out"
+    whole = alone(pipeline, job, tmp_path / "alone.mp4")
+
+    class Full(OSError):
+        pass
+
+    def full(*_):
+        raise Full("the disk is full")
+
+    monkeypatch.setattr("rolling_kv.growing.GrowingVideo.finish", full)
+    (record,) = generate([job], out, settings)
+    assert record.status == "failed" and "the disk is full" in record.error
+    monkeypatch.undo()
+    monkeypatch.setattr(Settings, "load", lambda *_: pipeline)
+    (record,) = generate([job], out, settings)
+    assert record.status == "done" and 0 < record.continued_at < record.seconds
+    assert (out / "video 0.mp4").read_bytes() == whole
+
+
+def test_states_go_from_job_to_job(settings, pipeline, tmp_path):
+    first = replace(jobs(1)[0], save_state=True)
+    generate([first], tmp_path, settings)
+    second = Job(prompt="a blue square", state_in=str(tmp_path / "video 0.safetensors"), seconds=0.5, name="second")
+    (record,) = generate([second], tmp_path, settings)
+    assert record.seconds > 1
+    expected = pipeline.generate(
+        "a blue square", tmp_path / "x.mp4", height=32, width=32, seconds=0.5, state_in=second.state_in
+    )
+    assert (tmp_path / "second.mp4").read_bytes() == expected.read_bytes()
+
+
+def test_shards_write_one_index(settings, tmp_path):
+    for number in range(2):
+        generate(jobs(3), tmp_path, settings, shard=(number, 2))
+        names = [json.loads(line)["name"] for line in (tmp_path / "index.jsonl").read_text().splitlines()]
+        assert names == [["video 0", "video 2"], ["video 0", "video 1", "video 2"]][number]
+
+
+def test_the_command_says_what_became_of_each(settings, tmp_path, capsys):
+    lines = [json.dumps(jobs(1)[0].said()), "x", json.dumps({"prompt": "x", "image": "none.png", "name": "bad"})]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
+    command = ["batch", str(tmp_path / "jobs.jsonl"), "--out", str(tmp_path / "out"), "--model", settings.model]
+    command += ["--width", "32", "--height", "32"]
+    with pytest.raises(SystemExit, match="1"):
+        main(command)
+    out, err = capsys.readouterr()
+    assert out.startswith("1 made, 0 there already, 2 failed: ")
+    assert "line 2: the line is no JSON" in err and "bad: " in err and "none.png" in err
+    (tmp_path / "jobs.jsonl").write_text(lines[0])
+    main([*command, "--shard", "0/1"])
+    assert capsys.readouterr().out.startswith("0 made, 1 there already, 0 failed: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--shard", "2/2"], "from 0 to n - 1"),
+        (["--shard", "x"], "--shard takes i/n"),
+        (["--workers", "2"], "are Ray's"),
+        (["--window", "1", "--sink", "3"], "window"),
+    ],
+)
+def test_options_that_do_not_go_together_are_told_before_anything_is_loaded(
+    settings, tmp_path, monkeypatch, options, said
+):
+    monkeypatch.setattr(Settings, "load", lambda *_: pytest.fail("loaded"))
+    (tmp_path / "jobs.jsonl").write_text('{"prompt": "x"}')
+    with pytest.raises(SystemExit, match=said):
+        main(
+            ["batch", str(tmp_path / "jobs.jsonl"), "--out", str(tmp_path / "out"), "--model", settings.model, *options]
+        )
+    assert not list(tmp_path.glob("out/*.mp4"))
+
+
+def test_a_record_that_is_damaged_counts_as_none(settings, tmp_path):
+    (job,) = jobs(1)
+    generate([job], tmp_path, settings)
+    (tmp_path / "video 0.json").write_text("{")
+    assert making_module.read_record(tmp_path, "video 0") is None

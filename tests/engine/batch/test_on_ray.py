@@ -1,0 +1,74 @@
+"""A batch on a real Ray: two actors, one of which is killed halfway, and jobs that cannot be made."""
+
+import json
+import threading
+import time
+
+import psutil
+import pytest
+
+from rolling_kv.batch import Job, RayMaker, Settings, generate
+from rolling_kv.batch.running import LocalMaker
+from rolling_kv.batch.texts import KnownTexts
+from rolling_kv.text import load_text_encoder
+from rolling_kv.tiny import make_tiny
+
+WORKER = "_Videos"
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = make_tiny(tmp_path_factory.mktemp("models") / "tiny")
+    return Settings(model=str(folder), width=32, height=32)
+
+
+def kill_one_halfway(folder, killed):
+    """Kill an actor as soon as a video of it is begun."""
+    until = time.monotonic() + 240
+    while time.monotonic() < until and not killed:
+        for journal in folder.glob("*.journal"):
+            for process in psutil.process_iter(["cmdline"]):
+                if WORKER in " ".join(process.info["cmdline"] or []) and any(
+                    file.path == str(journal) for file in process.open_files()
+                ):
+                    process.kill()
+                    killed.append(journal.stem)
+                    return
+        time.sleep(0.005)
+
+
+def test_twelve_jobs_on_two_actors_of_which_one_is_killed(settings, tmp_path):
+    jobs = [{"prompt": "a red circle", "seed": seed, "seconds": 2, "name": f"video {seed}"} for seed in range(10)]
+    jobs.append({"prompt": "x", "image": "none.png", "name": "bad"})
+    jobs.append({"prompt": "other", "name": "video 3"})
+    out, killed = tmp_path / "out", []
+    out.mkdir()
+    killer = threading.Thread(target=kill_one_halfway, args=(out, killed), daemon=True)
+    killer.start()
+    maker = RayMaker(settings, out, workers=2, cpus=1, text_workers=1)
+    records = generate(jobs, out, settings, maker=maker)
+    killer.join(1)
+    assert killed, "no actor was killed: nothing was tested"
+    status = {record.name if not record.line else "line": record.status for record in records}
+    assert status == {**{f"video {seed}": "done" for seed in range(10)}, "bad": "failed", "line": "refused"}
+    (gone_on,) = [record for record in records if record.name == killed[0]]
+    assert gone_on.continued_at > 0 and not list(out.glob("*.journal"))
+
+    again = generate(jobs[:10], out, settings, maker=lambda _: pytest.fail("made twice"))
+    assert all(record.found for record in again)
+    for name in (killed[0], "video 7"):
+        job = Job.read(next(job for job in jobs if job["name"] == name))
+        (record,) = LocalMaker(settings, tmp_path)([job])
+        assert (out / record.file).read_bytes() == (tmp_path / record.file).read_bytes()
+    index = [json.loads(line) for line in (out / "index.jsonl").read_text().splitlines()]
+    assert len(index) == 12 and [line["error"] for line in index if line["status"] != "done"]
+
+
+def test_prompts_that_were_encoded_elsewhere_are_the_same(settings):
+    encoder = load_text_encoder(settings.model)
+    known = KnownTexts.of(encoder, ["[cut] a", "b"], ["grey"], "[cut]")
+    there = KnownTexts.unpacked(known.packed())
+    for text in ("[cut] a", "b"):
+        for mine, own in zip(there.encode_shot(text), encoder.encode_shot(text, "[cut]")):
+            assert (mine is None and own is None) or mine.equal(own)
+    assert there.encode(["grey"]).equal(encoder.encode(["grey"]))
