@@ -140,7 +140,7 @@ def _made(job: Job, settings: Settings, folder: Path, pipeline: Pipeline) -> tup
     usual = default_size(Path(settings.model), model.geometry)
     height, width = job.height or settings.height or usual[0], job.width or settings.width or usual[1]
     if job.state_in is not None:
-        height, width = read_state(job.state_in).state.size
+        height, width = read_state(job.state_in).size
     clip = clip_of(
         job.image,
         job.video,
@@ -148,7 +148,7 @@ def _made(job: Job, settings: Settings, folder: Path, pipeline: Pipeline) -> tup
         model.geometry,
         job.last_seconds,
     )
-    first = 0 if job.state_in is None else read_state(job.state_in).state.frames
+    first = 0 if job.state_in is None else read_state(job.state_in).frames
     start = start_of(clip if job.strength is None else None, first, sampling, model.geometry)
     seconds = job.seconds
     if job.strength is not None:
@@ -164,7 +164,7 @@ def _made(job: Job, settings: Settings, folder: Path, pipeline: Pipeline) -> tup
         "state_in": job.state_in,
     }
     if begun is not None:
-        frames = read_state(begun).state.frames
+        frames = read_state(begun).frames
         done = model.geometry.seconds(frames)
         seconds = model.geometry.seconds(whole) - done
         given = {"state_in": begun} | (
@@ -190,7 +190,7 @@ def _begun(video: Path, state_out: Path | None, whole: int, pipeline: Pipeline, 
     for file in filter(None, (journal_place(video), state_out, _failed_state(video))):
         if not file.exists():
             continue
-        if read_state(file).state.frames < whole:
+        if read_state(file).frames < whole:
             return file
         save_state(load_state(file, pipeline.model, size).first(frames=whole - 1), _failed_state(video))
         for left in (journal_place(video), growing_place(video)):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..atomic import replacing
 from .jobs import Job, Refused, checked_jobs, shard_of
-from .making import FAILED, REFUSED, Record, digest_of, found_record, make, read_record
+from .making import FAILED, RECORD_SUFFIX, REFUSED, Record, digest_of, found_record, make, read_record
 from .settings import Settings
 
 INDEX = "index.jsonl"
@@ -88,7 +88,7 @@ def _known(job: Job, settings: Settings, folder: Path) -> Record | None:
 
 
 def write_index(folder: Path, jobs: Sequence[Job], settings: Settings, refused: Sequence[Record]) -> None:
-    """Tell in one file what became of all jobs, those of other shards too, as far as it is known by now."""
+    """Tell in one file what became of all jobs, of other shards and earlier runs too, as far as it is known by now."""
     with replacing(folder / INDEX, what="index") as part, part.open("w", encoding="utf-8") as file:
         for job in jobs:
             record = read_record(folder, job.name)
@@ -96,5 +96,11 @@ def write_index(folder: Path, jobs: Sequence[Job], settings: Settings, refused: 
                 record = _known(job, settings, folder)
             if record is not None:
                 file.write(json.dumps(record.said()) + "\n")
-        for record in refused:
+        names = {job.name for job in jobs}
+        others = (
+            read_record(folder, path.stem)
+            for path in sorted(folder.glob(f"*{RECORD_SUFFIX}"))
+            if path.stem not in names
+        )
+        for record in (*filter(None, others), *refused):
             file.write(json.dumps(record.said()) + "\n")

@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -201,6 +203,8 @@ def test_the_example_of_the_documentation_runs(server, client):
     code = re.search(r"```python\n(import json.*?)```", page, re.DOTALL)[1]
     with Going(client, streamed(20.0, "example/video")) as going:
         steer(client, going.run, "resume")
-        exec(code.replace("http://127.0.0.1:8188", client.url), {})
+        subprocess.run(
+            [sys.executable, "-c", code.replace("http://127.0.0.1:8188", client.url)], check=True, timeout=120
+        )
     assert going.error is None
     assert read_state(saved(server, going.outputs)).texts[-1] == "a blue circle moving right"

@@ -13,6 +13,7 @@ from tools.comfyui.env import PACK
 GROUND = ["geometry", "rope", "devices", "atomic", "messages", "installed"]
 SETTINGS = ["config", "presets"]
 ABOVE = [
+    "batch",
     "streaming",
     "listening",
     "pipeline",

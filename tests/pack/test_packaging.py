@@ -34,7 +34,7 @@ def test_project_metadata_and_requirements_file_agree():
 
 def test_what_is_optional_is_tested_in_the_same_versions():
     extras = project()["project"]["optional-dependencies"]
-    assert extras.keys() == {"bench"}
+    assert extras.keys() == {"bench", "ray"}
     tested = {str(requirement) for requirement in requirements("requirements-test.txt")}
     assert {str(Requirement(line)) for lines in extras.values() for line in lines} <= tested
 

@@ -87,6 +87,16 @@ def test_a_name_is_of_one_job_with_its_settings_alone(settings, tmp_path):
     assert found.found
 
 
+def test_the_index_tells_of_earlier_runs_too(settings, tmp_path):
+    first, second = jobs(2)
+    generate([second], tmp_path, settings)
+    generate([first], tmp_path, settings)
+    assert [json.loads(line)["name"] for line in (tmp_path / "index.jsonl").read_text().splitlines()] == [
+        "video 0",
+        "video 1",
+    ]
+
+
 def test_a_deleted_or_cut_video_is_made_again(settings, tmp_path):
     (job,) = jobs(1)
     generate([job], tmp_path, settings)

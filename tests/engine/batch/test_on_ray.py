@@ -54,14 +54,15 @@ def test_twelve_jobs_on_two_actors_of_which_one_is_killed(settings, tmp_path):
     (gone_on,) = [record for record in records if record.name == killed[0]]
     assert gone_on.continued_at > 0 and not list(out.glob("*.journal"))
 
+    index = [json.loads(line) for line in (out / "index.jsonl").read_text().splitlines()]
+    assert len(index) == 12 and [line["error"] for line in index if line["status"] != "done"]
+
     again = generate(jobs[:10], out, settings, maker=lambda _: pytest.fail("made twice"))
     assert all(record.found for record in again)
     for name in (killed[0], "video 7"):
         job = Job.read(next(job for job in jobs if job["name"] == name))
         (record,) = LocalMaker(settings, tmp_path)([job])
         assert (out / record.file).read_bytes() == (tmp_path / record.file).read_bytes()
-    index = [json.loads(line) for line in (out / "index.jsonl").read_text().splitlines()]
-    assert len(index) == 12 and [line["error"] for line in index if line["status"] != "done"]
 
 
 def test_prompts_that_were_encoded_elsewhere_are_the_same(settings):
