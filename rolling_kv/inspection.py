@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import WanTransformer3DModel
 
 from .cache.sizes import CacheShape
 from .checkpoints.detect import assumed_preset, assumption, detect_preset
@@ -66,7 +65,7 @@ class Shapes(NamedTuple):
     checkpoint: Checkpoint
     naming: str
     sets: tuple[dict[str, torch.Tensor], ...]
-    transformer: WanTransformer3DModel
+    transformer: Any
 
 
 def read_shapes(path: Path) -> Shapes:

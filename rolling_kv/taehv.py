@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,8 @@ class TaehvStream:
 
         The first latent frame of a video gives a single frame, as the VAE has it, and every other one four.
         """
-        weight = self._model.decoder[1].weight
+        first_layer: Any = self._model.decoder[1]
+        weight: Tensor = first_layer.weight
         for latent in latents.to(weight.device, weight.dtype).unbind(2):
             first, x = not self._before, latent
             for index, layer in enumerate(self._model.decoder):

@@ -104,7 +104,7 @@ class RollingSession:
         self.sampling.check_cache(self.cache_config)
         self.execution.check(step_cache=step_cache is not None, ranks=1 if shards is None else shards.ranks)
         if shards is not None:
-            geometry, heads = model.geometry, model.transformer.config.num_attention_heads
+            geometry, heads = model.geometry, model.config.num_attention_heads
             shards.check(heads, geometry.tokens_per_frame(*self.latent_size))
         if self.state.chunks:
             check_latents(model, batch, self.latent_size, self.state.chunks[-1], "the cache state's latents")

@@ -110,7 +110,13 @@ class RollingAttachment:
             if self.graphs is None or len(branches) > 1 or (layout := caches[0].layout) is None:
                 return self._run(*inputs)
             key = PassKey(
-                caches[0], branches[0].prompt, layout, latents.shape, context.current.time_rows, framewise, keys_only
+                caches[0],
+                context.current.branch.prompt,
+                layout,
+                latents.shape,
+                context.current.time_rows,
+                framewise,
+                keys_only,
             )
             return self.graphs.run(key, self._run, *inputs)
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from queue import Queue
 
@@ -54,7 +54,7 @@ def measure(experiment: PreviewExperiment, *, say: Callable[[str], None] = print
 
 def _video(
     experiment: PreviewExperiment, model: CausalModel, pictures: Pictures | None, result: PreviewResult
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """Yields after each chunk, whose pictures are there then."""
     told: Queue[Strip | None] = Queue()
     thread = StripThread(lambda chunk, strip: told.put(strip))

@@ -59,14 +59,16 @@ def measure(experiment: StreamsExperiment, say: Callable[[str], None]) -> list[M
             pairs = list(zip(apart, together))
             error = max(float((one - other).abs().max() / one.abs().max()) for one, other in pairs)
             say(f"{count} videos, turn {turn + 1} of {experiment.repeats}")
-        best = [min(column) for column in zip(*times)]
-        results.append(Measured(count, *best, held, error))
+        apart_best, together_best = min(turn[0] for turn in times), min(turn[1] for turn in times)
+        results.append(Measured(count, apart_best, together_best, held, error))
     return results
 
 
 def _one(experiment: StreamsExperiment, number: int) -> torch.Tensor:
-    size = {"height": experiment.height, "width": experiment.width}
-    with RollingSession(experiment.model, experiment.prompt(number), **size) as session:
+    session = RollingSession(
+        experiment.model, experiment.prompt(number), height=experiment.height, width=experiment.width
+    )
+    with session:
         for _ in session.generate(experiment.chunks, number):
             pass
     return session.state.latents().float()
