@@ -135,8 +135,14 @@ export function pathTo(executionId) {
   return nodes
 }
 
-/** The id of the open workflow, which prompts that are queued from it carry along. */
-export const workflowId = () => root()?.id
+/** What the page takes for the id of a workflow without one, as an API prompt is; opened again, it has another. */
+const NO_ID = "00000000-0000-0000-0000-000000000000"
+
+/**
+ * Whether a prompt was queued from another workflow than the open one. Without an id it may be of any.
+ * @param {string | null} [workflow] the id that the prompt carries along
+ */
+export const isElsewhere = workflow => Boolean(workflow) && workflow !== NO_ID && workflow !== root()?.id
 
 /** Every node of the open workflow, those in subgraphs too. @returns {ComfyNode[]} */
 export function allNodes() {

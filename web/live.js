@@ -29,7 +29,7 @@
  * @property {Strip[]} strips
  */
 import {
-  addView, call, describeSetting, extend, fit, isOpen, onEvent, pathTo, setting, widgetOf, withholdPreviews, workflowId,
+  addView, call, describeSetting, extend, fit, isElsewhere, isOpen, onEvent, pathTo, setting, widgetOf, withholdPreviews,
 } from "./comfy.js"
 import { Panel } from "./panel.js"
 
@@ -47,7 +47,7 @@ const panels = new WeakMap()
 
 /** Where a run is shown: its node, and the subgraph nodes around it. @param {Run} run @returns {ComfyNode[]} */
 function nodesOf(run) {
-  if (run.workflow && run.workflow !== workflowId()) return []
+  if (isElsewhere(run.workflow)) return []
   const path = pathTo(run.node)
   if (path.length) return NODES.has(path[path.length - 1].comfyClass ?? "") ? path : []
   return pathTo(run.display_node) // what makes nodes while it runs shows what they do

@@ -3,7 +3,7 @@
  *
  * @import { ComfyNode } from "./comfy.d.ts"
  */
-import { pathTo, source, users, workflowId } from "./comfy.js"
+import { isElsewhere, pathTo, source, users } from "./comfy.js"
 
 const LOADER = "RollingKVLoadModel", CACHE = "RollingKVAttachCache"
 const SAMPLERS = ["RollingKVSample", "RollingKVStreamVideo"]
@@ -51,4 +51,4 @@ export function samplersBehind(node) {
 export const samplersOf = node => users(node, "positive").filter(made => SAMPLERS.includes(String(made.comfyClass)))
 
 /** The sampler that a run is one of; undefined where it is not in the open workflow. @param {{ node: string, workflow?: string | null }} run */
-export const samplerOfRun = ({ node, workflow }) => (workflow && workflow !== workflowId() ? undefined : pathTo(node).at(-1))
+export const samplerOfRun = ({ node, workflow }) => (isElsewhere(workflow) ? undefined : pathTo(node).at(-1))

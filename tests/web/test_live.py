@@ -228,6 +228,9 @@ def test_another_open_workflow_with_a_node_of_that_number_does_not_play_it(live)
     live.panels.wait_for()
     live.begin(node, run="b" * 16, workflow=None, chunk=5)  # of a script: whoever has such a node shows it
     live.panels.get_by_text("chunk 5 of 8").wait_for()
+    # Of an API prompt that was opened in a page: it gets an id only when it is opened again.
+    live.begin(node, run="c" * 16, workflow="00000000-0000-0000-0000-000000000000", chunk=6)
+    live.panels.get_by_text("chunk 6 of 8").wait_for()
 
 
 def preview_event(node: str, picture: bytes) -> bytes:
