@@ -133,9 +133,10 @@ def redness(picture) -> float:
 
 def test_what_is_typed_while_it_runs_is_made(classic, tmp_path):
     frontend, page, client = classic, classic.page, classic.client
-    opened(frontend, streaming(0, "steered"), tmp_path)
+    number = opened(frontend, streaming(0, "steered"), tmp_path)
     begin(frontend)
     page.wait_for_function("() => document.querySelector('.rkv-live canvas')?.dataset.frame", timeout=120_000)
+    page.evaluate(CENTRE, number)  # it has grown
     page.get_by_role("button", name="Pause").click()
     wait_for(lambda: newest_run(client)["waiting"])
     paused = newest_run(client)
