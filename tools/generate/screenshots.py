@@ -17,7 +17,7 @@ from ..comfyui.env import PACK, ComfyError, find_install, install_missing
 from ..comfyui.server import ComfyServer
 
 IMAGES = PACK / "web" / "docs"
-VIEW = {"width": 1500, "height": 1060}
+VIEW = {"width": 1500, "height": 1500}
 SETTINGS = {"Comfy.TutorialCompleted": "true", "Comfy.VueNodes.Enabled": "true", "Comfy.Minimap.Visible": "false"}
 PACE = 8
 """Frames of an animation per second."""
@@ -36,6 +36,8 @@ LOOK = """type => {
 CHANGE = """([type, name, value]) => {
   window.app.graph.nodes.find(node => node.type === type).widgets.find(widget => widget.name === name).value = value
 }"""
+CHUNK = "() => Number(document.querySelector('.rkv-live .numbers').textContent.match(/\\d+/)[0])"
+"""How many chunks are made."""
 MADE = "chunk => Number(document.querySelector('.rkv-live canvas')?.dataset.frame?.split(':')[0] ?? 0) >= chunk"
 
 
@@ -54,16 +56,15 @@ def picture(page: Page, number: str) -> Image.Image:
 
 
 def animate(frames: list[Image.Image], path) -> None:
-    """Write an animation whose frames are as large as the largest."""
+    """Write an animation whose frames are as large as the largest, and whose last one stays for two seconds."""
     width, height = (max(frame.size[side] for frame in frames) for side in (0, 1))
     even = []
     for frame in frames:
         sheet = Image.new("RGB", (width, height), frame.getpixel((2, 2)))
         sheet.paste(frame, (0, 0))
         even.append(sheet)
-    even[0].save(
-        path, "WEBP", save_all=True, append_images=even[1:], duration=1000 // PACE, loop=0, quality=70, method=6
-    )
+    shown = [1000 // PACE] * (len(even) - 1) + [2000]
+    even[0].save(path, "WEBP", save_all=True, append_images=even[1:], duration=shown, loop=0, quality=70, method=6)
 
 
 def live(page: Page) -> None:
@@ -76,9 +77,10 @@ def live(page: Page) -> None:
     page.wait_for_function(MADE, arg=2, timeout=120_000)
     frames = []
 
-    def film(seconds: float) -> None:
+    def film(seconds: float, chunk: int = 0) -> None:
+        """So long, and for at most half a minute more until that chunk is played."""
         until = time.monotonic() + seconds
-        while time.monotonic() < until:
+        while (now := time.monotonic()) < until or (now < until + 30 and not page.evaluate(MADE, chunk)):
             began = time.monotonic()
             frames.append(picture(page, number))
             page.wait_for_timeout(max(1000 / PACE - 1000 * (time.monotonic() - began), 1))
@@ -88,12 +90,13 @@ def live(page: Page) -> None:
     for word in ("a ", "blue ", "square ", "moving ", "left"):
         prompt.press_sequentially(word)
         frames.append(picture(page, number))
+    page.locator(".rkv-steering select").select_option("cut")  # so that it is seen at once
     prompt.press("Enter")
     page.locator(".rkv-steering .answer").wait_for()
+    film(3, chunk=page.evaluate(CHUNK) + 2)
+    frames.append(picture(page, number))
     frames[-1].save(IMAGES / "live.png", optimize=True)
-    film(5)
     page.get_by_role("button", name="Stop here").click()
-    film(1)
     animate(frames, IMAGES / "live.webp")
 
 
