@@ -22,7 +22,7 @@ def generate(folder, output, *arguments):
         ["generate", "--model", str(folder), "--output", str(output), "--width", "32", "--height", "32", *arguments,
          "--state-out", str(output.with_suffix(".safetensors"))]
     )  # fmt: skip
-    return read_state(output.with_suffix(".safetensors")).state
+    return read_state(output.with_suffix(".safetensors"))
 
 
 def test_what_is_typed_comes_into_the_video_and_the_printed_schedule_makes_it_again(

@@ -116,7 +116,7 @@ def test_a_prompt_comes_into_the_video_with_the_next_chunk_and_its_schedule_make
     video = read_video(client.view(first_file({"stream": going.outputs["stream"]}, ".mp4"))).frames
     border = round(at * 16)
     assert redness(video)[:border].min() > 5 and redness(video)[border + 4 :].max() < -5
-    state = read_state(saved(server, going.outputs)).state
+    state = read_state(saved(server, going.outputs))
     assert state.texts == (RED, BLUE)
 
     again = streamed(6.0, "steered/again", positive="words") | {"words": schedule(ended["schedule"])}
@@ -137,7 +137,7 @@ def test_a_stream_without_an_end_is_stopped_while_it_is_paused(server, client):
         steer(client, going.run, "stop")
     assert going.error is None and going.about()["chunk"] == chunk
     assert beside(server, "stopped") == ["video state_00001_.safetensors", "video_00001_.mp4"]
-    state = read_state(saved(server, going.outputs)).state
+    state = read_state(saved(server, going.outputs))
     assert going.about()["schedule"] == f"0: {RED}\n{int(state.seconds * 1e4) / 1e4:g}: [end]"
 
 
