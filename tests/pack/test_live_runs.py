@@ -269,7 +269,7 @@ def test_memory_is_bounded_the_oldest_strips_and_runs_go_first(live, runs, told,
     ("window", "expected"),
     [
         (FrameWindow(9, sink=3), {"limit": 9, "sink": 3, "memory": [], "kept": [6, 12], "writing": [12, 12]}),
-        (FrameWindow(5, sink=0, memory=1), {"sink": 1, "memory": [], "kept": [8, 12], "writing": [12, 12]}),
+        (FrameWindow(5, sink=0, memory=1), {"sink": 0, "memory": [0], "kept": [8, 12], "writing": [12, 12]}),
         (FrameWindow(99, sink=1, unlimited=True), {"limit": None, "sink": 1, "memory": [], "kept": [1, 12]}),
     ],
 )

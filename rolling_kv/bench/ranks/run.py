@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -64,25 +62,26 @@ def measure(experiment: RanksExperiment) -> list[Measured]:
     results = []
     with TemporaryDirectory() as folder:
         for ranks in experiment.ranks:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            processes.spawn(_work, (experiment, ranks, port, folder), nprocs=ranks)
+            processes.spawn(_work, (experiment, ranks, folder), nprocs=ranks)
             told: dict[str, Any] = json.loads(Path(folder, f"{ranks}.json").read_text())
-            first, own = (torch.load(Path(folder, f"{count}.pt")) for count in (experiment.ranks[0], ranks))
+            first, own = (
+                torch.load(Path(folder, f"{count}.pt"), weights_only=True) for count in (experiment.ranks[0], ranks)
+            )
             error = float((first - own).abs().max() / first.abs().max())
             results.append(Measured(ranks, told["seconds"], told["sent"], told["cache"], error))
     return results
 
 
-def _work(rank: int, experiment: RanksExperiment, ranks: int, port: int, folder: str) -> None:
+def _work(rank: int, experiment: RanksExperiment, ranks: int, folder: str) -> None:
     torch.set_num_threads(experiment.threads)
     device, dtype = torch.device(experiment.device), getattr(torch, experiment.dtype)
     if device.type == "cuda":
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=ranks)
+    meeting = Path(folder, f"{ranks}.meeting").as_uri()  # they find each other by a file
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", init_method=meeting, rank=rank, world_size=ranks
+    )
     try:
         shards = HeadShards() if ranks > 1 else None
         weights = random_weights(SIZES[experiment.size], dtype, device)
