@@ -1,0 +1,120 @@
+"""How passes are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
+
+from ..devices import has_float64
+from .checks import check_choice
+
+WEIGHT_STORAGES = ("model", "float8")
+"""How weights are stored: in the dtype that the model computes in, or the blocks' Linear layers in float8_e4m3fn."""
+ATTENTION_BACKENDS = ("native", "_native_cudnn", "flash", "_flash_3", "sage", "xformers")
+"""Those of diffusers' attention backends that attend without a mask and download nothing."""
+ANY_DEVICE_BACKEND = "native"
+"""The one of them that is not for CUDA alone."""
+RECORDABLE_PACKINGS = ("Q8_0", "BF16")
+"""GGUF packings that diffusers unpacks on the device alone; for all others the CPU waits in every layer."""
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """How passes are computed: what changes their speed and their rounding, but not what a model was trained for.
+
+    exact: rotate in float64, and keep the original code's order of operations: bit-equal to it in float32. Off: float32
+        rotation and fused operations, which agree to rounding and are faster.
+    backend: attention backend of diffusers' dispatcher, one of ATTENTION_BACKENDS; None: its default, SDPA.
+    compile: run the blocks through torch.compile. What changes from chunk to chunk (the cache's indices, the number of
+        keys) stays outside the compiled parts, so a session compiles once per chunk size.
+    cuda_graphs: once the window is full, record passes as CUDA graphs and repeat them; see `wan.graphs`.
+    """
+
+    exact: bool = field(
+        default=False, metadata={"help": "rotate in float64 and keep the original code's order of operations; slower"}
+    )
+    backend: str | None = field(
+        default=None,
+        metadata={"help": "attention kernel (default: PyTorch's own choice)", "choices": ATTENTION_BACKENDS},
+    )
+    compile: bool = field(default=False, metadata={"help": "run the blocks through torch.compile"})
+    cuda_graphs: bool = field(
+        default=False, metadata={"help": "record passes as CUDA graphs and repeat them (not tried on a GPU yet)"}
+    )
+
+    def describe(self) -> list[str]:
+        """What is not the default, as phrases for people."""
+        phrases = {"exact": "exact", "compile": "compiled", "cuda_graphs": "CUDA graphs"}
+        chosen = [phrase for name, phrase in phrases.items() if getattr(self, name)]
+        return chosen + ([f"attention by {self.backend}"] if self.backend else [])
+
+    def check(
+        self,
+        device: torch.device | str | None = None,
+        *,
+        weight_storage: str = "model",
+        packings: Collection[str] = (),
+        step_cache: bool = False,
+        ranks: int = 1,
+    ) -> None:
+        """Raise ValueError unless these settings go together, and with what they are going to run on.
+
+        device: where the model computes; None: not known yet. weight_storage: one of WEIGHT_STORAGES. packings: of
+        weights from a GGUF file, as `checkpoints.gguf.gguf_types` names them. step_cache: whether there is one. ranks:
+        processes that share a video.
+        """
+        if ranks > 1 and step_cache:
+            raise ValueError(
+                "a step cache judges by what one process sees, and those that share a video have to do the same: leave the "
+                "step cache out, or make the video in one process"
+            )
+        if ranks > 1 and self.cuda_graphs:
+            raise ValueError("CUDA graphs are for passes of one process: turn them off where several share a video")
+        check_choice("the weight storage", weight_storage, WEIGHT_STORAGES)
+        if self.backend is not None:
+            check_choice("the attention backend", self.backend, ATTENTION_BACKENDS)
+            try:
+                _check_attention_backend_requirements(AttentionBackendName(self.backend))
+            except RuntimeError as error:
+                raise ValueError(f"the attention backend {self.backend} is not installed here: {error}") from error
+            if self.backend != ANY_DEVICE_BACKEND and device is not None and torch.device(device).type != "cuda":
+                raise ValueError(
+                    f"the attention backend {self.backend} needs a CUDA GPU, but the model is on {device}: choose "
+                    f"{ANY_DEVICE_BACKEND}, or leave the choice to PyTorch"
+                )
+        if self.exact and device is not None and not has_float64(torch.device(device)):
+            raise ValueError(f"exact passes rotate in float64, which {device} does not have: turn exact off")
+        if weight_storage != "model" and packings:
+            raise ValueError(
+                f'a GGUF file keeps its own packing: set the weight storage to "model" instead of "{weight_storage}"'
+            )
+        if self.compile and weight_storage == "float8":
+            raise ValueError(
+                "weights in float8 cannot go with compile: each layer is widened outside of the compiled code, which "
+                'cuts it into pieces that bring nothing. Turn compile off, or set the weight storage to "model"; the '
+                "weights of a GGUF file are small and can be compiled."
+            )
+        if self.compile and step_cache:
+            raise ValueError("a step cache cannot go with compiled blocks: turn compile off, or remove the step cache")
+        if self.cuda_graphs:
+            self._check_cuda_graphs(device, weight_storage, packings, step_cache)
+
+    def _check_cuda_graphs(self, device, weight_storage: str, packings: Collection[str], step_cache: bool) -> None:
+        if step_cache:
+            raise ValueError("a step cache cannot go with CUDA graphs: turn them off, or remove the step cache")
+        if device is not None and torch.device(device).type != "cuda":
+            raise ValueError(f"CUDA graphs need a CUDA device, but the model is on {device}: turn them off")
+        if weight_storage == "float8":
+            raise ValueError(
+                "weights in float8 cannot go with CUDA graphs: each layer's weights move when it runs, and a graph "
+                'would go on reading the old place. Turn CUDA graphs off, or set the weight storage to "model".'
+            )
+        waiting = [packing for packing in packings if packing not in RECORDABLE_PACKINGS]
+        if waiting:
+            raise ValueError(
+                f"weights packed as {', '.join(waiting)} cannot go with CUDA graphs: unpacking them copies small tables "
+                "from the CPU, which cannot be recorded. Turn CUDA graphs off, or use a GGUF file in Q8_0."
+            )
