@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -74,3 +75,18 @@ def size(count: int | None) -> str:
 def write_json(path: Path, content: dict) -> None:
     with replacing(path) as file:
         file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def ratios(seconds: Sequence[Sequence[float]], first: Sequence[Sequence[float]]) -> dict[str, float]:
+    """How long one way takes beside the first: medians of the same turn's ratios, and between what they lie.
+
+    seconds, first: wall-clock seconds of each turn, and those of the processor.
+    """
+    wall, cpu = ([own / other for own, other in zip(*pair)] for pair in zip(seconds, first))
+    return {
+        "seconds": median(seconds[0]),
+        "times_the_first": median(wall),
+        "least": min(wall),
+        "most": max(wall),
+        "cpu_times_the_first": median(cpu),
+    }

@@ -1,7 +1,8 @@
-"""Peak memory of a chunk. Needs torch alone: another program's Python may import it."""
+"""The time, and the peak memory of a chunk. Needs torch alone: another program's Python may import it."""
 
 from __future__ import annotations
 
+import time
 import weakref
 from contextlib import contextmanager
 
@@ -81,3 +82,10 @@ def storage_bytes(tensors) -> int:
     """Bytes of the memory behind tensors; what several of them share counts once."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock, once the device has done all that it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

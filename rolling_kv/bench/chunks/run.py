@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..figures import BenchError
-from ..gauges import CudaGauge, storage_bytes
+from ..gauges import CudaGauge, now, storage_bytes
 from .contenders import Contender
 from .experiment import Workload
 
@@ -117,12 +116,9 @@ def _run(
 
 def _timed(contender: Contender, index: int, device: torch.device) -> tuple[float, Tensor | None]:
     """Seconds, and what was made. The device is waited for here and nowhere inside."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
-    wait(device)
-    start = time.perf_counter()
+    start = now(device)
     video = contender.chunk(index)
-    wait(device)
-    return time.perf_counter() - start, video
+    return now(device) - start, video
 
 
 def check_finite(index: int, videos: dict[str, Tensor | None]) -> None:

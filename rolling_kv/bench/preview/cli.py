@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from statistics import median
 
 import torch
 
-from ...bundled import default_size
-from ...checkpoints.model import load_model
 from ...previews import LinearPreview, load_fitted
-from ...text import load_text_encoder
-from .. import options
-from ..figures import hardware, machine, markdown, number, write_json
-from ..random_model import SIZES, random_model, random_prompt
+from .. import options, subject
+from ..figures import machine, markdown, number, ratios, write_json
 from .experiment import PreviewExperiment
 from .run import PreviewResult, measure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_model(parser)
-    options.add_dtype(parser)
-    parser.add_argument("--chunks", type=int, default=6, help="length of each video (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed videos of each way (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the video's noise (default: %(default)s)")
-    options.add_machine(parser, memory=False)
+    subject.add_arguments(parser, chunks=6)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -33,7 +24,7 @@ def main(args: argparse.Namespace) -> None:
     options.check(args, "chunks", "repeats")
     with options.threads(args.threads):
         experiment = make_experiment(args)
-        print(describe(experiment), flush=True)
+        print(experiment.describe(), flush=True)
         results = measure(experiment, say=lambda text: print(f"  {text}", flush=True))
         print(f"\n{table(results)}")
         if args.json:
@@ -41,42 +32,18 @@ def main(args: argparse.Namespace) -> None:
 
 
 def make_experiment(args: argparse.Namespace) -> PreviewExperiment:
-    """What to measure: a model from a file, or random weights of a size."""
-    device, dtype = args.device, options.dtype_of(args)
-    if args.size:
-        chosen = SIZES[args.size]
-        model, prompt = random_model(args.size, dtype, device), random_prompt(dtype, device, args.seed)
-        name, height, width, fitted = f"{args.size}: {chosen.describe()}", chosen.height, chosen.width, None
-    else:
-        model = load_model(args.model, preset=args.preset, dtype=dtype, device=device)
-        prompt = load_text_encoder(args.text_encoder or args.model, device=device).encode([args.prompt])
-        name, fitted = f"{model.preset.name}, {args.prompt!r}", load_fitted(args.model)
-        height, width = default_size(args.model, model.geometry)
-    if args.window is not None:
-        model.preset = replace(model.preset, cache=replace(model.preset.cache, window=args.window))
-    preview = fitted or LinearPreview(torch.randn(model.geometry.channels, 3).tolist(), [0.0] * 3)
-    return PreviewExperiment(
-        name, model, prompt, preview, args.height or height, args.width or width, args.chunks, args.repeats, args.seed
-    )
-
-
-def describe(experiment: PreviewExperiment) -> str:
-    """Two lines: the model and the video, then the machine."""
-    chunk, dtype = experiment.model.preset.sampling.chunk, str(experiment.model.dtype).removeprefix("torch.")
-    return (
-        f"{experiment.name}; {experiment.height}x{experiment.width}, {experiment.chunks} chunks of {chunk} latent frames, "
-        f"{dtype}\n{hardware(experiment.device)}"
-    )
+    """What to measure. A model whose numbers nobody has fitted gets random ones, which cost as much."""
+    given = subject.fields_of(args)
+    fitted = None if args.size else load_fitted(args.model)
+    preview = fitted or LinearPreview(torch.randn(given["model"].geometry.channels, 3).tolist(), [0.0] * 3)
+    return PreviewExperiment(**given, preview=preview)
 
 
 def summary(results: list[PreviewResult]) -> list[dict]:
     """The figures of the table, in its order."""
     first, rows = results[0], []
     for result in results:
-        ratios = [own / other for own, other in zip(result.seconds, first.seconds)]
-        cpu_ratios = [own / other for own, other in zip(result.cpu_seconds, first.cpu_seconds)]
-        row = {"way": result.way, "seconds": median(result.seconds), "times_the_first": median(ratios)}
-        row |= {"least": min(ratios), "most": max(ratios), "cpu_times_the_first": median(cpu_ratios)}
+        row = {"way": result.way} | ratios((result.seconds, result.cpu_seconds), (first.seconds, first.cpu_seconds))
         rows.append(row | {"strip_bytes": round(median(result.strip_bytes)) if result.strip_bytes else None})
     return rows
 
@@ -103,7 +70,7 @@ def table(results: list[PreviewResult]) -> str:
 def as_json(experiment: PreviewExperiment, results: list[PreviewResult]) -> dict:
     """Everything measured."""
     return {
-        "setting": describe(experiment),
+        "setting": experiment.describe(),
         "machine": machine(experiment.device),
         "summary": summary(results),
         "ways": [asdict(result) for result in results],

@@ -13,6 +13,7 @@ from ...checkpoints.model import CausalModel
 from ...previews import LinearPreview
 from ...sampling.session import RollingSession
 from ...sampling.state import CacheState
+from ..subject import Subject
 
 PREVIEW_SIZE = 256
 """Most pixels along the longer side of a picture: what pages ask for unless told otherwise."""
@@ -21,42 +22,11 @@ Pictures = Callable[[CacheState, int], Tensor]
 """Makes uint8 [T, H, W, 3] of a state's latent frames from a number on."""
 
 
-@dataclass(frozen=True)
-class PreviewExperiment:
-    """What every way shares.
+@dataclass(frozen=True, kw_only=True)
+class PreviewExperiment(Subject):
+    """preview: the linear map of the model's latents."""
 
-    name: of the model, for people.
-    model: whose chunks are made; prompt: embedding [1, L, D].
-    preview: the linear map of its latents.
-    height, width: pixels.
-    chunks: of each video, all from noise of `seed`. repeats: videos of each way.
-
-    Raises ValueError for a video size or a window that the model does not take.
-    """
-
-    name: str
-    model: CausalModel
-    prompt: Tensor
     preview: LinearPreview
-    height: int
-    width: int
-    chunks: int
-    repeats: int = 3
-    seed: int = 0
-
-    def __post_init__(self):
-        preset = self.model.preset
-        self.model.geometry.latent_size(self.height, self.width)
-        preset.sampling.check_cache(preset.cache)
-        if preset.sampling.guided or preset.sampling.joint or preset.cache.context == "recomputed":
-            raise ValueError(
-                "this measures models that make one chunk after the other, without guidance and without a VAE: choose "
-                "another --preset"
-            )
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.compute_device()
 
     def session(self, model: CausalModel) -> RollingSession:
         return RollingSession(model, self.prompt, height=self.height, width=self.width)

@@ -7,12 +7,11 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from queue import Queue
 
-import torch
-
 from ...checkpoints.model import CausalModel
 from ...strips import Strip, StripThread, make_strip
 from ..figures import BenchError
-from ..states.experiment import beside
+from ..gauges import now
+from ..subject import beside
 from .experiment import PREVIEW_SIZE, Pictures, PreviewExperiment
 
 
@@ -40,9 +39,9 @@ def measure(experiment: PreviewExperiment, *, say: Callable[[str], None] = print
         for chunk in range(experiment.chunks):
             for turn in range(len(ways)):
                 index = (turn + chunk + number) % len(ways)  # nobody is always the one after the longest
-                start, cpu_start = _now(experiment), time.process_time()
+                start, cpu_start = now(experiment.device), time.process_time()
                 next(videos[index])
-                seconds[index] += _now(experiment) - start
+                seconds[index] += now(experiment.device) - start
                 cpu_seconds[index] += time.process_time() - cpu_start
         for video, result, wall, cpu in zip(videos, results, seconds, cpu_seconds):
             video.close()
@@ -71,9 +70,3 @@ def _video(
                 yield
     finally:
         thread.close()
-
-
-def _now(experiment: PreviewExperiment) -> float:
-    if experiment.device.type == "cuda":
-        torch.cuda.synchronize(experiment.device)
-    return time.perf_counter()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from ...presets import ModelPreset
 from ...sampling.session import RollingSession
 from ...wan.shards import HeadShards
 from ..figures import full_window
+from ..gauges import now
 from ..random_model import SIZES, random_prompt, random_weights
 
 
@@ -94,9 +94,9 @@ def _work(rank: int, experiment: RanksExperiment, ranks: int, folder: str) -> No
         with session:
             chunks = session.generate(experiment.chunks)
             for _ in range(experiment.chunks):
-                before, begin = shards.sent if shards else 0, _now(device)
+                before, begin = shards.sent if shards else 0, now(device)
                 next(chunks)
-                seconds.append(_now(device) - begin)
+                seconds.append(now(device) - begin)
                 sent.append((shards.sent if shards else 0) - before)
             cache = sum(session.cache_bytes)
             chunks.close()
@@ -108,9 +108,3 @@ def _work(rank: int, experiment: RanksExperiment, ranks: int, folder: str) -> No
         dist.barrier()
     finally:
         dist.destroy_process_group()
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

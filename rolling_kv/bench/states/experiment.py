@@ -2,60 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from ...checkpoints.model import CausalModel
 from ...config import check_whole
 from ...sampling.session import RollingSession
 from ...sampling.state import CacheState
 from ...sampling.workspace import Workspace
+from ..subject import Subject
 
 
-@dataclass(frozen=True)
-class StateExperiment:
-    """What every way shares.
+@dataclass(frozen=True, kw_only=True)
+class StateExperiment(Subject):
+    """runs: in how many a chain makes the video.
 
-    name: of the model, for people.
-    model: few-step, without a recomputed context.
-    prompt: embedding [1, L, D].
-    height, width: pixels.
-    chunks: of the video, all from noise of `seed`.
-    runs: in how many a chain makes it.
-    repeats: timed videos of each way.
-
-    Raises ValueError for a video size or a window that the model does not take, for a model that makes chunks together or
-    asks for a VAE, and for more runs than chunks.
+    Raises ValueError as `Subject` does, and for more runs than chunks.
     """
 
-    name: str
-    model: CausalModel
-    prompt: Tensor
-    height: int
-    width: int
-    chunks: int
     runs: int = 5
-    repeats: int = 3
-    seed: int = 0
 
     def __post_init__(self):
-        preset = self.model.preset
-        self.model.geometry.latent_size(self.height, self.width)
-        preset.sampling.check_cache(preset.cache)
-        if preset.sampling.guided or preset.sampling.joint or preset.cache.context == "recomputed":
-            raise ValueError(
-                "this compares models that make one chunk after the other, without guidance and without a VAE: choose "
-                "another --preset"
-            )
+        super().__post_init__()
         check_whole("the number of runs", self.runs, 2, self.chunks)
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.compute_device()
 
     @property
     def half(self) -> int:
@@ -99,9 +68,3 @@ class Way:
 
 WAYS = (Way("one run"), Way("chain, taken over", True, True), Way("chain, replayed", True))
 """The first is what the others are compared with."""
-
-
-def beside(model: CausalModel) -> CausalModel:
-    """A model of its own around the same weights: a transformer serves one open session at a time."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)

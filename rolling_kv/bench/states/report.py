@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from statistics import median
 
-from ..figures import hardware, machine, markdown, number, size
+from ..figures import machine, markdown, number, ratios, size
 from .experiment import StateExperiment
 from .run import FileResult, Results
 
@@ -14,22 +14,12 @@ MEGABYTE = 10**6
 
 def summary(results: Results) -> list[dict]:
     """The figures of the first table, in its order."""
-    first, rows = results.ways[0], []
-    for result in results.ways:
-        ratios = [own / other for own, other in zip(result.seconds, first.seconds)]
-        cpu_ratios = [own / other for own, other in zip(result.cpu_seconds, first.cpu_seconds)]
-        rows.append(
-            {
-                "way": result.way.title,
-                "passes": result.passes,
-                "seconds": median(result.seconds),
-                "times_the_first": median(ratios),
-                "least": min(ratios),
-                "most": max(ratios),
-                "cpu_times_the_first": median(cpu_ratios),
-            }
-        )
-    return rows
+    first = results.ways[0]
+    return [
+        {"way": result.way.title, "passes": result.passes}
+        | ratios((result.seconds, result.cpu_seconds), (first.seconds, first.cpu_seconds))
+        for result in results.ways
+    ]
 
 
 def frame_bytes(result: FileResult) -> float:
@@ -70,19 +60,10 @@ def tables(experiment: StateExperiment, results: Results) -> str:
     )
 
 
-def describe(experiment: StateExperiment) -> str:
-    """Two lines: the model and the video, then the machine."""
-    return (
-        f"{experiment.name}; {experiment.height}x{experiment.width}, {experiment.chunks} chunks of "
-        f"{experiment.model.preset.sampling.chunk} latent frames, "
-        f"{str(experiment.model.dtype).removeprefix('torch.')}\n{hardware(experiment.device)}"
-    )
-
-
 def as_json(experiment: StateExperiment, results: Results) -> dict:
     """Everything measured."""
     return {
-        "setting": describe(experiment),
+        "setting": experiment.describe(),
         "machine": machine(experiment.device),
         "runs": experiment.runs,
         "summary": summary(results),

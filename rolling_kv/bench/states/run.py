@@ -15,7 +15,9 @@ from ...sampling.state import CacheState
 from ...sampling.state_file import load_state, save_state
 from ...sampling.workspace import Workspace
 from ..figures import BenchError
-from .experiment import WAYS, StateExperiment, Way, beside
+from ..gauges import now
+from ..subject import beside
+from .experiment import WAYS, StateExperiment, Way
 
 Say = Callable[[str], None]
 
@@ -93,9 +95,9 @@ def _take_turns(experiment: StateExperiment, ways: list[WayResult], models, numb
     for chunk in range(experiment.chunks):
         for turn in range(len(ways)):
             index = (turn + chunk + number) % len(ways)  # nobody is always the one after the longest
-            start, cpu_start = _now(experiment), time.process_time()
+            start, cpu_start = now(experiment.device), time.process_time()
             states[index] = next(videos[index])
-            seconds[index] += _now(experiment) - start
+            seconds[index] += now(experiment.device) - start
             cpu_seconds[index] += time.process_time() - cpu_start
     for index, (result, state) in enumerate(zip(ways, states)):
         _check_same(states[0], state, result.way.title)
@@ -111,10 +113,10 @@ def _fork(experiment: StateExperiment, state: CacheState, result: ForkResult) ->
         list(session.generate(experiment.half, seed=experiment.seed))
     middle = session.state
     for seconds, seed in ((result.first, experiment.seed + 1), (result.second, experiment.seed)):
-        start = _now(experiment)
+        start = now(experiment.device)
         with experiment.session(experiment.model, middle, workspace) as session:
             list(session.generate(rest, seed=seed))
-        seconds.append(_now(experiment) - start)
+        seconds.append(now(experiment.device) - start)
     _check_same(state, session.state, "the fork's second branch")
 
 
@@ -142,11 +144,11 @@ def _put_away(experiment: StateExperiment, state: CacheState | None, height: int
     result = FileResult(height, width, frames, chunks, prompts, shape.bytes_per_frame())
     with tempfile.TemporaryDirectory() as folder:
         for number in range(experiment.repeats):
-            start = _now(experiment)
+            start = now(experiment.device)
             path = save_state(state, Path(folder) / f"{number}.safetensors")
-            saved = _now(experiment)
+            saved = now(experiment.device)
             loaded = load_state(path, model)
-            result.load_seconds.append(_now(experiment) - saved)
+            result.load_seconds.append(now(experiment.device) - saved)
             result.save_seconds.append(saved - start)
             result.file_bytes = path.stat().st_size
             _check_same(state, loaded, "the state from a file")
@@ -156,9 +158,3 @@ def _put_away(experiment: StateExperiment, state: CacheState | None, height: int
 def _check_same(expected: CacheState, made: CacheState, name: str) -> None:
     if made.key != expected.key:
         raise BenchError(f"{name} is not the video that one run makes")
-
-
-def _now(experiment: StateExperiment) -> float:
-    if experiment.device.type == "cuda":
-        torch.cuda.synchronize(experiment.device)
-    return time.perf_counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from ...cache.sizes import CacheBytes
 from ...checkpoints.model import CausalModel
 from ...sampling.session import RollingSession
 from ..figures import BenchError
-from ..gauges import CudaGauge, TensorBytes, storage_bytes
+from ..gauges import CudaGauge, TensorBytes, now, storage_bytes
 from .experiment import PLAIN, StorageExperiment, Variant, build
 
 Say = Callable[[str], None]
@@ -106,9 +105,9 @@ def _take_turns(
         for index in range(experiment.chunks):
             for run, result in zip(runs, results):
                 with turn(result.variant):
-                    start = _now(experiment)
+                    start = now(experiment.device)
                     video = run.chunk()
-                    result.seconds.append(_now(experiment) - start)
+                    result.seconds.append(now(experiment.device) - start)
                 if not video.isfinite().all():
                     raise BenchError(f"{result.variant.title}: chunk {index + 1} has values that are not finite")
                 difference = video.float() - expected[index]
@@ -128,9 +127,3 @@ def peak_bytes(experiment: StorageExperiment, variant: Variant, model: CausalMod
             tensors.restart()
             run.chunk()
         return tensors.peak - sum(chunk.nbytes for chunk in run.session.state.chunks)
-
-
-def _now(experiment: StorageExperiment) -> float:
-    if experiment.device.type == "cuda":
-        torch.cuda.synchronize(experiment.device)
-    return time.perf_counter()

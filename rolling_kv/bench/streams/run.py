@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from ...checkpoints.model import CausalModel
 from ...sampling.session import RollingSession
 from ...sampling.together import Together
+from ..gauges import now
 from ..random_model import random_prompt
 
 
@@ -51,11 +51,11 @@ def measure(experiment: StreamsExperiment, say: Callable[[str], None]) -> list[M
         times: list[tuple[float, float]] = []
         held, error = 0, 0.0
         for turn in range(experiment.repeats):
-            begin = _now(experiment)
+            begin = now(experiment.model.compute_device())
             apart = [_one(experiment, number) for number in range(count)]
-            between = _now(experiment)
+            between = now(experiment.model.compute_device())
             together, held = _together(experiment, count)
-            times.append((between - begin, _now(experiment) - between))
+            times.append((between - begin, now(experiment.model.compute_device()) - between))
             pairs = list(zip(apart, together))
             error = max(float((one - other).abs().max() / one.abs().max()) for one, other in pairs)
             say(f"{count} videos, turn {turn + 1} of {experiment.repeats}")
@@ -85,9 +85,3 @@ def _together(experiment: StreamsExperiment, count: int) -> tuple[list[torch.Ten
     if failed := next((stream.error for stream in streams if stream.error), None):
         raise failed
     return [stream.state.latents().float() for stream in streams], held
-
-
-def _now(experiment: StreamsExperiment) -> float:
-    if (device := experiment.model.compute_device()).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

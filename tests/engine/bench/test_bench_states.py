@@ -9,8 +9,9 @@ from videos import HEIGHT, WIDTH, prompt, small_model
 
 from rolling_kv.bench.figures import BenchError
 from rolling_kv.bench.states import cli, report, run
-from rolling_kv.bench.states.experiment import WAYS, StateExperiment, beside
+from rolling_kv.bench.states.experiment import WAYS, StateExperiment
 from rolling_kv.bench.states.run import FileResult, ForkResult, Results, WayResult
+from rolling_kv.bench.subject import beside
 from rolling_kv.cli import main
 from rolling_kv.sampling.session import RollingSession
 
