@@ -4,7 +4,7 @@
  *
  * @import { ComfyNode } from "./comfy.d.ts"
  */
-import { addView, call, extend, fit, nodeOf, onEvent, t } from "./comfy.js"
+import { addView, call, extend, fit, onEvent, onOutputs, t } from "./comfy.js"
 import { WindowStrip, size } from "./window.js"
 import { inputsOf, isThere, modelOf, samplerOfRun, samplersBehind } from "./wired.js"
 
@@ -99,26 +99,13 @@ const states = new WeakMap()
 extend({
   name: "RollingKV.Cache",
   nodeCreated(node) {
-    if (node.comfyClass === CACHE) {
-      inspectors.set(node, new Inspector(node))
-      inspectors.get(node)?.ask()
-    } else if (node.comfyClass === STATE) {
-      const executed = node.onExecuted
-      node.onExecuted = function (output) {
-        executed?.call(this, output)
-        state(node, output)
-      }
-    }
+    if (node.comfyClass !== CACHE) return
+    inspectors.set(node, new Inspector(node))
+    inspectors.get(node)?.ask()
   },
   afterConfigureGraph: askAll,
-  // Back from another tab, or opened from the history: the outputs are there again, and nothing has been executed.
-  onNodeOutputsUpdated(outputs) {
-    for (const [locator, output] of Object.entries(outputs)) {
-      const node = nodeOf(locator)
-      if (node?.comfyClass === STATE) state(node, output)
-    }
-  },
 })
+extend({ name: "RollingKV.CacheState", ...onOutputs([STATE], state) })
 onEvent("graphChanged", askAll)
 for (const event of ["rolling_kv.chunk", "rolling_kv.run"])
   onEvent(event, run => {

@@ -153,6 +153,34 @@ export function allNodes() {
 /** Whether the node is in the graph that the canvas shows now. @param {ComfyNode} node */
 export const isOpen = node => node.graph === (app.canvas?.graph ?? root())
 
+/**
+ * Hooks for an extension that shows what nodes put out: after a run, and where nothing is executed, as the page is back from another
+ * tab or has opened the history.
+ * @param {string[]} classes of the nodes
+ * @param {(node: ComfyNode, output: any) => void} display
+ */
+export function onOutputs(classes, display) {
+  const shows = (/** @type {ComfyNode | null | undefined} */ node) => classes.includes(node?.comfyClass ?? "")
+  return {
+    /** @param {ComfyNode} node */
+    nodeCreated(node) {
+      if (!shows(node)) return
+      const executed = node.onExecuted
+      node.onExecuted = function (output) {
+        executed?.call(this, output)
+        display(this, output)
+      }
+    },
+    /** @param {Record<string, any>} outputs */
+    onNodeOutputsUpdated(outputs) {
+      for (const [locator, output] of Object.entries(outputs)) {
+        const node = nodeOf(locator)
+        if (node && shows(node)) display(node, output)
+      }
+    },
+  }
+}
+
 /** @param {ComfyNode} node */
 export const redraw = node => node.setDirtyCanvas(true, true)
 

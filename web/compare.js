@@ -1,6 +1,6 @@
 // Plays the two videos of Compare Videos in step: over each other with a wipe, or side by side.
 /** @import { ComfyNode } from "./comfy.d.ts" */
-import { addView, address, element, extend, keepKeys, nodeOf, redraw, removeView, t } from "./comfy.js"
+import { addView, address, element, extend, keepKeys, onOutputs, redraw, removeView, t } from "./comfy.js"
 
 /**
  * What the server tells of a video.
@@ -196,7 +196,7 @@ function comparison(films, resized) {
 /** Show what a run of the node put out, if it did. @param {ComfyNode} node @param {{ compared?: Film[] }} [output] */
 function display(node, output) {
   const films = output?.compared
-  if (node.comfyClass !== "RollingKVCompareVideos" || films?.length !== 2) return
+  if (films?.length !== 2) return
   const files = films.map(film => film.filename).join()
   if (SHOWN.get(node) === files) return
   SHOWN.set(node, files)
@@ -212,21 +212,4 @@ function display(node, output) {
   }
 }
 
-extend({
-  name: "RollingKV.Compare",
-  nodeCreated(node) {
-    if (node.comfyClass !== "RollingKVCompareVideos") return
-    const executed = node.onExecuted
-    node.onExecuted = function (output) {
-      executed?.call(this, output)
-      display(this, output)
-    }
-  },
-  // Back from another tab, or opened from the history: the outputs are there again, and nothing has been executed.
-  onNodeOutputsUpdated(outputs) {
-    for (const [locator, output] of Object.entries(outputs)) {
-      const node = nodeOf(locator)
-      if (node) display(node, output)
-    }
-  },
-})
+extend({ name: "RollingKV.Compare", ...onOutputs(["RollingKVCompareVideos"], display) })

@@ -1,6 +1,6 @@
 // Shows the tables of Benchmark Step Caches and Inspect State inside the nodes; pictures ComfyUI shows by itself.
 /** @import { ComfyNode } from "./comfy.d.ts" */
-import { addView, element, extend, fit, nodeOf, redraw, widgetOf } from "./comfy.js"
+import { addView, element, extend, fit, onOutputs, redraw, widgetOf } from "./comfy.js"
 
 /** How many columns hold texts, which stand on the left, and the height of the picture below in pixels. @type {Record<string, { texts: number, picture: number }>} */
 const TABLES = {
@@ -53,21 +53,4 @@ function display(node, output) {
   fit(node, { below: table.picture })
 }
 
-extend({
-  name: "RollingKV.Tables",
-  nodeCreated(node) {
-    if (!((node.comfyClass ?? "") in TABLES)) return
-    const executed = node.onExecuted
-    node.onExecuted = function (output) {
-      executed?.call(this, output)
-      display(this, output)
-    }
-  },
-  // Back from another tab, or opened from the history: the outputs are there again, and nothing has been executed.
-  onNodeOutputsUpdated(outputs) {
-    for (const [locator, output] of Object.entries(outputs)) {
-      const node = nodeOf(locator)
-      if (node) display(node, output)
-    }
-  },
-})
+extend({ name: "RollingKV.Tables", ...onOutputs(Object.keys(TABLES), display) })

@@ -23,3 +23,25 @@ def live(request, opened):
     opened.set("Comfy.VueNodes.Enabled", RENDERERS[request.param])
     yield opened
     assert opened.errors == []
+
+
+@pytest.fixture(scope="module")
+def bare_context(chromium):
+    context = chromium.new_context(viewport={"width": 600, "height": 500})
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def bare(bare_context):
+    """Opens a page without ComfyUI, of a kind of `BarePage`; it has no errors at the end."""
+    opened = []
+
+    def open_page(kind):
+        opened.append(kind(bare_context.new_page()))
+        return opened[-1]
+
+    yield open_page
+    for bare in opened:
+        assert bare.errors == []
+        bare.page.close()

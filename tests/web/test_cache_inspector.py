@@ -37,20 +37,9 @@ class Inspector(BarePage):
         return {part.get_attribute("class").split()[0]: part.bounding_box()["width"] for part in parts}
 
 
-@pytest.fixture(scope="module")
-def context(chromium):
-    context = chromium.new_context(viewport={"width": 600, "height": 500})
-    yield context
-    context.close()
-
-
 @pytest.fixture
-def inspector(context):
-    page = context.new_page()
-    inspector = Inspector(page)
-    yield inspector
-    assert inspector.errors == []
-    page.close()
+def inspector(bare):
+    return bare(Inspector)
 
 
 def test_the_plan_is_that_of_the_graph_and_of_its_largest_sampler(inspector):

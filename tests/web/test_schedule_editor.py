@@ -62,20 +62,9 @@ class Editor(BarePage):
         return seconds * (places[1] - places[0]) / self.times()[1]
 
 
-@pytest.fixture(scope="module")
-def context(chromium):
-    context = chromium.new_context(viewport={"width": 600, "height": 500})
-    yield context
-    context.close()
-
-
 @pytest.fixture
-def editor(context):
-    page = context.new_page()
-    editor = Editor(page)
-    yield editor
-    assert editor.errors == []
-    page.close()
+def editor(bare):
+    return bare(Editor)
 
 
 def test_each_prompt_is_a_block_where_it_is_in_time(editor):
