@@ -122,7 +122,13 @@ def _batch(args: argparse.Namespace) -> None:
                 bar.update()
                 bar.set_postfix_str(f"{made / max(bar.format_dict['elapsed'], 1e-9):.2f} s of video per s")
 
-        records = generate(jobs, args.out, settings, shard=shard, maker=maker, refused=refused, on_record=show)
+        try:
+            records = generate(jobs, args.out, settings, shard=shard, maker=maker, refused=refused, on_record=show)
+        except KeyboardInterrupt:
+            bar.close()
+            sys.exit(
+                f"cancelled: {bar.n} of {count} videos are there; the same command makes the others, and goes on where it was"
+            )
     done = [record for record in records if record.status == DONE]
     found = sum(record.found for record in done)
     print(f"{len(done) - found} made, {found} there already, {failed} failed: {args.out / INDEX} tells of each")

@@ -208,6 +208,26 @@ def test_the_command_says_what_became_of_each(settings, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("0 made, 1 there already, 0 failed: ")
 
 
+def test_ctrl_c_says_how_to_go_on_and_loses_nothing(settings, pipeline, tmp_path, monkeypatch):
+    made = [replace(job, seconds=1.5) for job in jobs(2)]
+    whole, real, passes = alone(pipeline, made[1], tmp_path / "alone.mp4"), Pipeline.generate, iter(range(1000))
+
+    def cancelled(done, total):
+        if next(passes) == 22:  # of the second video
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "generate", lambda *a, **k: real(*a, **k, on_pass=cancelled))
+    (tmp_path / "jobs.jsonl").write_text("\n".join(json.dumps(job.said()) for job in made))
+    command = ["batch", str(tmp_path / "jobs.jsonl"), "--out", str(tmp_path / "out"), "--model", settings.model]
+    command += ["--width", "32", "--height", "32"]
+    with pytest.raises(SystemExit, match="cancelled: 1 of 2 videos are there; the same command"):
+        main(command)
+    monkeypatch.setattr(Pipeline, "generate", real)
+    first, second = generate(made, tmp_path / "out", settings)
+    assert first.found and second.continued_at > 0
+    assert (tmp_path / "out/video 1.mp4").read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
