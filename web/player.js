@@ -98,6 +98,7 @@ export class Player {
   /** @param {number} now milliseconds */
   step(now) {
     const frames = this.frames
+    if (!frames) return // begun anew since: what arrives next wakes it
     if (this.still.matches) this.position = frames - 1 // somebody who wants no motion sees the newest frame
     else if (this.before !== undefined) this.position = (this.position + (now - this.before) * this.fps / 1000) % frames
     this.before = now

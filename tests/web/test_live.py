@@ -36,6 +36,8 @@ def test_it_plays_what_exists_so_far_and_says_how_far_it_is(live):
     live.plays(2)
     live.begin(node, run="b" * 16)
     live.panels.locator("canvas").wait_for(state="hidden")
+    live.add_chunk(node, 1, run="b" * 16)
+    live.plays(1)  # the next run too, though the last one was playing when it began
 
 
 def test_a_prompt_is_sent_as_it_is_to_come_and_the_answer_is_shown(live):
