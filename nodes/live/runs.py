@@ -298,7 +298,7 @@ class Run:
             if self._steering.changed:
                 self._runs.steered[self.node] = self.id
             # What is told of the run later needs none of its models.
-            self._steered, self._steering = None, self._steering.closed()
+            self._steered, self._preview, self._steering = None, None, self._steering.closed()
             self.tell()
 
     def _pixels(self, latents: int) -> int:

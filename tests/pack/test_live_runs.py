@@ -1,9 +1,11 @@
 """What pages are told of runs, and the strips of pictures, where no server is needed to see it."""
 
+import gc
 import importlib
 import io
 import sys
 import threading
+import weakref
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -206,6 +208,16 @@ def test_a_run_that_breaks_off_says_so_and_decodes_no_more(live, runs, told, err
         raise error
     assert told[-1][1]["status"] == status and len(told.of("chunk")) == 3 and len(preview.asked) <= 1
     assert [known["status"] for known in runs.listed()] == [status]
+
+
+def test_a_run_that_has_ended_lets_its_decoder_go(live, runs):
+    preview = Preview()
+    gone = weakref.ref(preview)
+    with a_run(live, runs, preview=preview) as run:
+        run.show(Session(3))
+    del preview
+    gc.collect()
+    assert gone() is None and runs.get(run.id) is run and run.about()["status"] == "ended"
 
 
 def test_a_preview_that_fails_harms_nobody_and_is_logged_once(live, runs, told, caplog):
