@@ -25,7 +25,7 @@ class Strip(NamedTuple):
     """The frames of a chunk in one picture, row by row.
 
     data: a WebP file. frames: how many; seconds: of the video that they show. width, height: of one frame, in pixels. columns: frames in a row.
-    newest: the last frame.
+    newest: the last frame; None where only the file is kept.
     """
 
     data: bytes
@@ -34,7 +34,7 @@ class Strip(NamedTuple):
     width: int
     height: int
     columns: int
-    newest: Image.Image
+    newest: Image.Image | None
 
 
 def make_strip(frames: torch.Tensor, seconds: float, size: int) -> Strip:

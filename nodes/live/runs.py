@@ -103,7 +103,7 @@ class Runs:
 
     def keep(self, run: Run, chunk: int, strip: Strip) -> None:
         with self._lock:
-            self._strips[run.id, chunk] = strip
+            self._strips[run.id, chunk] = strip._replace(newest=None)  # not packed, it is larger than all the rest
             while len(self._strips) > 1 and sum(len(kept.data) for kept in self._strips.values()) > STRIP_BYTES:
                 del self._strips[next(iter(self._strips))]
 

@@ -272,6 +272,7 @@ def test_memory_is_bounded_the_oldest_strips_and_runs_go_first(live, runs, told,
         listed = [known["run"] for known in runs.listed()]
         assert listed == [*made[-live.runs.ENDED :], run.id]
         assert runs.get(made[0]) is None and runs.strip(made[0], 1) is None and runs.strip(made[-1], 1) is not None
+        assert runs.strip(made[-1], 1).newest is None  # would not be counted
         monkeypatch.setattr(live.runs, "STRIP_BYTES", 2 * len(runs.strip(made[-1], 1).data) + 10)
         run.show(Session(3))
     assert [len(known["strips"]) for known in runs.listed()] == [0] * (live.runs.ENDED - 1) + [1, 1]
