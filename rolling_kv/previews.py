@@ -54,7 +54,7 @@ def load_fitted(model: Path) -> LinearPreview | None:
     try:
         fitted = json.loads(path.read_text(encoding="utf-8"))
         return LinearPreview(fitted["factors"], fitted["bias"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # the last is torch's, and that of deep nesting
         raise ValueError(f"{path} holds no linear map of latents to colours: {error}") from None
 
 

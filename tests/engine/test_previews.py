@@ -62,8 +62,12 @@ def test_the_numbers_that_ship_are_those_of_the_bundled_vae(made, decoded):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"factors": [[1, 2]], "bias": "x"}', '{"factors": [[1], [2, 3]], "bias": [1]}']
-)
+    "text",
+    [
+        "", "[]", "{}", '{"factors": [[1, 2]], "bias": "x"}', '{"factors": [[1], [2, 3]], "bias": [1]}',
+        '{"factors": null, "bias": [0, 0, 0]}', '{"factors": [[1, 2, 3]], "bias": {}}', "[" * 100_000,
+    ],
+)  # fmt: skip
 def test_numbers_that_cannot_be_read_are_told_of(text, tmp_path):
     (tmp_path / "vae").mkdir()
     assert load_fitted(tmp_path) is None
