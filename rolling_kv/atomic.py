@@ -124,8 +124,9 @@ def _take(part: Path, place: Path, what: str) -> None:
 
 
 def _mark(place: Path) -> str:
-    """How the hidden names begin under which this machine writes to a place."""
-    return f".{place.name[:NAME_LENGTH]}.{zlib.crc32(platform.node().encode()):08x}-"
+    """How the hidden names begin under which this machine writes to a place, and to no other: all of its name counts."""
+    machine = zlib.crc32(platform.node().encode())
+    return f".{place.name[:NAME_LENGTH]}.{zlib.crc32(os.fsencode(place.name[NAME_LENGTH:]), machine):08x}-"
 
 
 def _leftovers(place: Path) -> Iterator[Path]:

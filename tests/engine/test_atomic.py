@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from rolling_kv import atomic
-from rolling_kv.atomic import replacing
+from rolling_kv.atomic import claiming, replacing
 
 unix = pytest.mark.skipif(os.name == "nt", reason="needs pipes, and links that anybody may make")
 
@@ -99,6 +99,16 @@ def test_a_number_that_another_process_has_by_now_is_not_mistaken(tmp_path):
     gone = of_process(begin(tmp_path / "a.txt"), a_number_that_no_process_has())
     with replacing(tmp_path / "a.txt"):
         assert not left.exists() and not gone.exists()
+
+
+@pytest.mark.parametrize("length", [5, 60])
+def test_who_writes_to_a_name_stops_nobody_who_writes_to_another_that_begins_alike(tmp_path, length):
+    """As videos of a batch do, whose names are made of one prompt."""
+    one, two = (tmp_path / f"{'x' * length}-{seed}.mp4" for seed in range(2))
+    with claiming(one), claiming(two):
+        with pytest.raises(FileExistsError, match="is being written by another run"), claiming(one):
+            pass
+    assert os.listdir(tmp_path) == []
 
 
 def test_long_names_have_room(tmp_path):
