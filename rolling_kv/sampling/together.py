@@ -104,6 +104,10 @@ class Together:
                 )  # fmt: skip
         except Exception as error:
             flows = [error] * len(group)
+        except BaseException:  # Ctrl-C: who waits for this pass has to be told like all others
+            for stream in group:
+                stream.answer(_Left())
+            raise
         for stream, flow in zip(group, flows):
             stream.answer(flow)
 

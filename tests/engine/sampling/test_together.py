@@ -1,6 +1,7 @@
 """Videos whose passes run as one batch: each is what it is alone, whenever it joins or leaves."""
 
 from dataclasses import replace
+from threading import Thread
 
 import pytest
 import torch
@@ -147,6 +148,32 @@ def test_leaving_early_ends_all_threads(model):
             stream.thread.join(10)
             assert not stream.thread.is_alive()
     assert not is_attached(model.transformer)
+
+
+def test_ctrl_c_in_a_pass_ends_all_threads(model, monkeypatch):
+    def cancelled(*_):
+        raise KeyboardInterrupt
+
+    with Together(model) as together:
+        streams = [together.join(prompt(model, n), 50, n, **SIZE) for n in range(2)]
+        (attachment,) = together._attachments
+        made, ended = together.chunks(), []
+        next(made)
+        monkeypatch.setattr(attachment, "_run", cancelled)
+
+        def go_on():
+            try:
+                list(made)
+            except KeyboardInterrupt as error:
+                ended.append(error)
+
+        caller = Thread(target=go_on, daemon=True)  # where nobody is told, this waits for ever
+        caller.start()
+        caller.join(20)
+        assert ended
+        for stream in streams:
+            stream.thread.join(10)
+            assert not stream.thread.is_alive()
 
 
 def test_what_cannot_be_together_is_refused(model):
