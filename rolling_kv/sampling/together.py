@@ -45,6 +45,7 @@ class Together:
         self._attachments: list[RollingAttachment] = []
         self._streams: list[Stream] = []
         self._events: SimpleQueue[_Event] = SimpleQueue()
+        self._waiting: dict[Stream, _Pass] = {}  # whose passes are to be run
 
     def join(self, prompt: torch.Tensor, chunks: int, seed: int = 0, **settings) -> Stream:
         """Let a video begin, or go on, with the next pass. prompt, settings: of a `RollingSession`; chunks, seed: of its `generate`.
@@ -68,7 +69,7 @@ class Together:
 
         A video that fails leaves the others alone: its `error` says why. Ends when no video is left.
         """
-        waiting: dict[Stream, _Pass] = {}
+        waiting = self._waiting
         try:
             while self._streams:
                 while len(waiting) < len(self._streams):
@@ -82,16 +83,20 @@ class Together:
                 if waiting:
                     self._run(_next_group(waiting), waiting)
         finally:
-            for stream in list(self._streams):
-                stream.leave()
-            for stream in waiting:
+            self._end()
+
+    def _end(self) -> None:
+        """Have all videos end where they are, and their threads."""
+        for stream in list(self._streams):
+            stream.leave()
+        while self._waiting:
+            self._waiting.popitem()[0].answer(_Left())
+        while self._streams:
+            stream, event = self._events.get()
+            if event is None:
+                self._streams.remove(stream)
+            elif isinstance(event, _Pass):
                 stream.answer(_Left())
-            while self._streams:
-                stream, event = self._events.get()
-                if event is None:
-                    self._streams.remove(stream)
-                elif isinstance(event, _Pass):
-                    stream.answer(_Left())
 
     def _run(self, group: Sequence[Stream], waiting: dict[Stream, _Pass]) -> None:
         passes = [waiting.pop(stream) for stream in group]
@@ -125,7 +130,10 @@ class Together:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._ending.__exit__(*exception)
+        try:
+            self._end()  # also of those whose chunks nobody has asked for
+        finally:
+            self._ending.__exit__(*exception)
 
 
 class Stream:

@@ -176,6 +176,20 @@ def test_ctrl_c_in_a_pass_ends_all_threads(model, monkeypatch):
             assert not stream.thread.is_alive()
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_leaving_without_having_asked_for_all_chunks_ends_all_threads(model, begun):
+    with pytest.raises(OSError, match="something else"), Together(model) as together:
+        streams = [together.join(prompt(model, n), 50, n, **SIZE) for n in range(2)]
+        made = together.chunks()
+        if begun:
+            next(made)
+        raise OSError("something else")
+    for stream in streams:
+        stream.thread.join(10)
+        assert not stream.thread.is_alive()
+    assert list(made) == [] and not is_attached(model.transformer)
+
+
 def test_what_cannot_be_together_is_refused(model):
     with pytest.raises(ValueError, match="passes of one video"):
         Together(model, ExecutionConfig(cuda_graphs=True))
