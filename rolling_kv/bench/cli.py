@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from . import options
 from .chunks import cli as chunks
+from .kernels import cli as kernels
+from .passes import cli as passes
 from .preview import cli as preview
 from .ranks import cli as ranks
 from .states import cli as states
@@ -23,8 +25,16 @@ def add_command(commands) -> None:
     parser.set_defaults(run=chunks.main)
     chunks.add_arguments(parser)
     more = parser.add_subparsers(
-        metavar="[caching | storage | states | preview | ranks | streams]", required=False, action=options.Subcommands
+        metavar="[kernels | passes | caching | storage | states | preview | ranks | streams]",
+        required=False,
+        action=options.Subcommands,
     )
+    rates = more.add_parser("kernels", help="measure attention by each of PyTorch's kernels, and the matrix products")
+    rates.set_defaults(run=kernels.main)
+    kernels.add_arguments(rates)
+    single = more.add_parser("passes", help="take one pass apart: time by kind of kernel, bytes announced and real")
+    single.set_defaults(run=passes.main)
+    passes.add_arguments(single)
     steps = more.add_parser("caching", help="measure every step cache at several strengths, in time and quality")
     steps.set_defaults(run=step_caches.main)
     step_caches.add_arguments(steps)

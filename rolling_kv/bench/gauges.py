@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -51,6 +52,37 @@ class TensorBytes(TorchDispatchMode):
         self.live -= count
 
 
+class AllocatedBytes:
+    """What `TensorBytes` tells, by the allocator of a CUDA device: it costs no time, and sees what libraries allocate through it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __enter__(self) -> AllocatedBytes:
+        self._before = torch.cuda.memory_allocated(self.device)
+        self.restart()
+        return self
+
+    def __exit__(self, *exception) -> None: ...
+
+    @property
+    def live(self) -> int:
+        return torch.cuda.memory_allocated(self.device) - self._before
+
+    @property
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) - self._before
+
+    def restart(self) -> None:
+        """Begin the next peak."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def memory_beside(device: torch.device) -> AllocatedBytes | TensorBytes:
+    """Counts what is allocated inside a `with` block, beside what was there before: `live` now, `peak` since `restart`."""
+    return AllocatedBytes(device) if device.type == "cuda" else TensorBytes()
+
+
 class CudaGauge:
     """Tells apart what several methods have allocated on one CUDA device, by taking turns. Costs no time to speak of.
 
@@ -89,3 +121,13 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def turns(work: Callable[[], object], device: torch.device, count: int) -> list[float]:
+    """Seconds that each of several turns of a piece of work takes; the device is waited for between them."""
+    seconds = []
+    for _ in range(count):
+        start = now(device)
+        work()
+        seconds.append(now(device) - start)
+    return seconds

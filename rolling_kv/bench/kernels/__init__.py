@@ -1,0 +1,1 @@
+"""How fast the kernels are that the passes are made of: attention by backend, and matrix products."""
