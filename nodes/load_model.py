@@ -1,11 +1,14 @@
+from dataclasses import replace
+
 import comfy.model_management as mm
 from comfy_api.latest import io
 
 from ..rolling_kv.checkpoints.model import load_model
-from ..rolling_kv.config import ATTENTION_BACKENDS, WEIGHT_STORAGES, ExecutionConfig
+from ..rolling_kv.config import WEIGHT_STORAGES, ExecutionConfig
 from ..rolling_kv.presets import PRESETS
+from . import attention as kernels
 from . import inputs, model_files, run
-from .guard import guarded
+from .guard import guarded, renamed
 from .patchers import ManagedModel
 from .types import CATEGORY, Model, ModelHandle
 
@@ -57,10 +60,11 @@ class RollingKVLoadModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "attention",
-                    options=["auto", *ATTENTION_BACKENDS],
+                    options=list(kernels.CHOICES),
                     optional=True,
                     advanced=True,
-                    tooltip="Attention kernel. Auto: PyTorch's own, which needs nothing installed.",
+                    tooltip="Attention kernel. Auto: the one that ComfyUI was started with (--use-sage-attention, "
+                    "--use-flash-attention), else the fastest of PyTorch's own, which need nothing installed.",
                 ),
                 io.Boolean.Input(
                     "compile",
@@ -76,21 +80,24 @@ class RollingKVLoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name=None):
+    def validate_inputs(cls, model_name=None, attention=None):  # naming it lets the earlier choices through
         return model_files.check(model_files.MODEL, model_name)
 
     @classmethod
+    @renamed("attention", "attention", kernels.EARLIER)
     @guarded
     def execute(
         cls, model_name, preset, dtype="auto", storage="model", attention="auto", compile=False
     ) -> io.NodeOutput:
         device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
-        execution = ExecutionConfig(backend=None if attention == "auto" else attention, compile=compile)
+        execution = ExecutionConfig(backend=None if attention == kernels.AUTO else attention, compile=compile)
         execution.check(device, weight_storage=storage)
         path = model_files.get(model_files.MODEL, model_name)
         model = load_model(path, dtype=dtype, preset=preset, storage=storage, device=offload_device, runs_on=device)
-        if model.note:
-            run.say(model.note, cls.hidden.unique_id)
+        backend, remark = kernels.backend_of(attention, device, model.dtype)
+        if notes := [note for note in (model.note, remark) if note]:
+            run.say("\n".join(notes), cls.hidden.unique_id)
+        execution = replace(execution, backend=backend)
         patcher = ManagedModel(model, load_device=device, offload_device=offload_device)
         preset = model.preset
         return io.NodeOutput(ModelHandle(patcher, preset.sampling, preset.cache, execution=execution, path=path))

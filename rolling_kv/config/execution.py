@@ -13,8 +13,8 @@ from .checks import check_choice
 
 WEIGHT_STORAGES = ("model", "float8")
 """How weights are stored: in the dtype that the model computes in, or the blocks' Linear layers in float8_e4m3fn."""
-ATTENTION_BACKENDS = ("native", "_native_cudnn", "flash", "_flash_3", "sage", "xformers")
-"""Those of diffusers' attention backends that attend without a mask and download nothing."""
+ATTENTION_BACKENDS = ("native", "flash", "_flash_3", "sage", "xformers")
+"""Those of diffusers' attention backends that attend without a mask, copy nothing and download nothing."""
 ANY_DEVICE_BACKEND = "native"
 """The one of them that is not for CUDA alone."""
 RECORDABLE_PACKINGS = ("Q8_0", "BF16")
@@ -27,7 +27,8 @@ class ExecutionConfig:
 
     exact: rotate in float64, and keep the original code's order of operations: bit-equal to it in float32. Off: float32
         rotation and fused operations, which agree to rounding and are faster.
-    backend: attention backend of diffusers' dispatcher, one of ATTENTION_BACKENDS; None: its default, SDPA.
+    backend: attention backend of diffusers' dispatcher, one of ATTENTION_BACKENDS; None: its default, SDPA, with the kernel
+        that is the fastest for the device. "native" is SDPA with the kernel that PyTorch chooses.
     compile: run the blocks through torch.compile. What changes from chunk to chunk (the cache's indices, the number of
         keys) stays outside the compiled parts, so a session compiles once per chunk size.
     cuda_graphs: once the window is full, record passes as CUDA graphs and repeat them; see `wan.graphs`.
@@ -38,7 +39,10 @@ class ExecutionConfig:
     )
     backend: str | None = field(
         default=None,
-        metadata={"help": "attention kernel (default: PyTorch's own choice)", "choices": ATTENTION_BACKENDS},
+        metadata={
+            "help": "attention kernel (default: the fastest of PyTorch's own for the device)",
+            "choices": ATTENTION_BACKENDS,
+        },
     )
     compile: bool = field(default=False, metadata={"help": "run the blocks through torch.compile"})
     cuda_graphs: bool = field(

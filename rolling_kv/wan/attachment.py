@@ -10,6 +10,7 @@ context pass does not need). The state dict and the module tree stay as they are
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from ..cache.prompt import Branch
 from ..config import ExecutionConfig
 from .context import Pass, PassContext
-from .execution import compiled_code, weights_of
+from .execution import best_kernels, compiled_code, weights_of
 from .framewise import framewise_forward
 from .fused import fused_forwards, is_plain, last_block_forward
 from .graphs import CudaRecorder, PassGraphs, PassKey
@@ -132,7 +133,8 @@ class RollingAttachment:
         context = self.context
         context.rotation, context.sinusoid = rotation, sinusoid
         try:
-            with compiled_code(self.execution):
+            own_order = best_kernels(self.transformer) if self.execution.backend is None else nullcontext()
+            with compiled_code(self.execution), own_order:
                 texts = [branch.prompt.embeds for branch in context.running.branches]
                 embeds = torch.cat(texts) if len(texts) > 1 else texts[0]
                 sample = self.transformer(latents, timesteps, embeds, return_dict=False)[0]

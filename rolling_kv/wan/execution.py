@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
 from ..config import ExecutionConfig
+from ..platforms import attending_with, attention_kernels, platform_of
 
 eager: Any = torch.compiler.disable
 """Keeps a function out of the compiled parts. (torch's own annotations lose the function's arguments.)"""
@@ -51,14 +52,21 @@ def compiled_code(execution: ExecutionConfig) -> Iterator[None]:
         ) from error
 
 
+def best_kernels(transformer) -> AbstractContextManager:
+    """Lets SDPA try its kernels in the order that suits the device and dtype of a transformer, for a while."""
+    weight = transformer.patch_embedding.weight
+    return attending_with(attention_kernels(platform_of(weight.device), weight.dtype))
+
+
 @contextmanager
 def attention_backend(transformer, backend: str | None) -> Iterator[None]:
-    """Let the attention of a stock transformer use `backend` for a while; None: what it uses anyway.
+    """Let the attention of a stock transformer use `backend` for a while; None: see `best_kernels`.
 
     diffusers' own `set_attention_backend` also changes what every other model uses.
     """
     if backend is None:
-        yield
+        with best_kernels(transformer):
+            yield
         return
     processors = [attention.processor for block in transformer.blocks for attention in (block.attn1, block.attn2)]
     before = [processor._attention_backend for processor in processors]

@@ -72,7 +72,7 @@ def said(arguments, capsys) -> str:
         (["--device", "evil"], "the device 'evil' cannot be used here"),
         (["--device", "meta"], "the device 'meta' cannot be used here"),
         (["--device", ""], "the device '' cannot be used here"),
-        (["--device", "cpu", "--backend", "_native_cudnn"], "needs a CUDA GPU, but the model is on cpu: choose native"),
+        (["--device", "cpu", "--backend", "_native_cudnn"], "invalid choice: '_native_cudnn'"),
         (["--model", "/nonexistent"], "nonexistent: there is no such file or folder"),
         (["--model", os.devnull], "there is no such file or folder"),
         (["--model", "x" * 5000], "too long|no such file"),
@@ -171,12 +171,13 @@ def test_compiling_without_a_compiler_says_what_to_do(folder, tmp_path, monkeypa
     assert "turn compile off" in text and os.listdir(tmp_path) == []
 
 
-def test_attention_kernels_for_cuda_are_refused_elsewhere():
+def test_attention_kernels_for_cuda_are_refused_elsewhere(monkeypatch):
     ExecutionConfig(backend="native").check("cpu")
-    ExecutionConfig(backend="_native_cudnn").check("cuda")
+    monkeypatch.setattr("rolling_kv.config.execution._check_attention_backend_requirements", lambda backend: None)
+    ExecutionConfig(backend="flash").check("cuda")
     for device in ("cpu", "mps"):
-        with pytest.raises(ValueError, match=f"_native_cudnn needs a CUDA GPU, but the model is on {device}"):
-            ExecutionConfig(backend="_native_cudnn").check(device)
+        with pytest.raises(ValueError, match=f"flash needs a CUDA GPU, but the model is on {device}: choose native"):
+            ExecutionConfig(backend="flash").check(device)
 
 
 # The process

@@ -219,9 +219,15 @@ def test_a_video_whose_file_is_gone_says_how_to_get_it_again(client):
     assert len(read_video(client.view(first_file(client.run(graph), ".mp4"))).frames) == 9
 
 
+def test_a_kernel_by_the_name_that_it_once_had_still_runs(client):
+    graph = one_sampler(1)
+    graph["model"]["inputs"]["attention"] = "_native_cudnn"
+    client.run(graph)
+
+
 def test_a_kernel_that_the_device_does_not_have_is_refused_by_the_loader(client, install):
     if install.cuda:
         pytest.skip("this device has it")
     graph = one_sampler(1)
-    graph["model"]["inputs"]["attention"] = "_native_cudnn"
+    graph["model"]["inputs"]["attention"] = "sage"
     assert "RollingKVLoadModel" in told(client, graph)

@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from builders import tiny_transformer
+from torch.nn.attention import SDPBackend
 
 from rolling_kv.cache.prompt import Branch, PromptCache
 from rolling_kv.cache.rolling import RollingKVCache
 from rolling_kv.cache.sizes import CacheShape
 from rolling_kv.config import CacheConfig, ExecutionConfig
+from rolling_kv.platforms import Platform
 from rolling_kv.rope import rotary_angles, rotary_rotations, rotate, rotations
 from rolling_kv.wan.attachment import apply_rolling_kv_cache, remove_rolling_kv_cache
 from rolling_kv.wan.inputs import time_sinusoid
@@ -249,3 +251,35 @@ def test_a_backend_that_cannot_be_used_is_refused(transformer, backend, message)
     with pytest.raises(ValueError, match=message):
         apply_rolling_kv_cache(transformer, ExecutionConfig(backend=backend))
     assert fingerprint(transformer) == before
+
+
+@pytest.fixture
+def seen_by_attention(monkeypatch):
+    """What SDPA finds in each call: the order of its kernels, and whether key and value are views of the cache's layout."""
+    calls, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spied(*args, query, key, value, **options):
+        views = all(tensor.transpose(1, 2).is_contiguous() for tensor in (query, key, value))
+        calls.append((torch._C._get_sdp_priority_order()[:4], views))
+        return attend(*args, query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spied)
+    return calls
+
+
+@pytest.mark.parametrize("dtype, backend", [(torch.bfloat16, None), (torch.float32, None), (torch.bfloat16, "native")])
+def test_the_order_of_kernels_is_that_of_the_platform(seen_by_attention, monkeypatch, dtype, backend):
+    h100 = Platform("cuda", (9, 0), torch=(2, 11), cudnn=91501)
+    monkeypatch.setattr("rolling_kv.wan.execution.platform_of", lambda device: h100)
+    half = tiny_transformer(num_attention_heads=2, attention_head_dim=24).to(dtype)
+    shape = CacheShape.of(half, 1, 8, 12, dtype)
+    made = Branch(RollingKVCache(shape, CacheConfig(6), "cpu"), PromptCache(torch.zeros(1, 8, 32, dtype=dtype)))
+    before = torch._C._get_sdp_priority_order()[:4]
+    with apply_rolling_kv_cache(half, ExecutionConfig(backend=backend)) as attachment, torch.inference_mode():
+        made.cache.begin(3)
+        attachment.forward(torch.zeros(1, 16, 3, 8, 12, dtype=dtype), 500.0, made)
+    names = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+    ours = [getattr(SDPBackend, name).value for name in names]
+    expected = ours if dtype == torch.bfloat16 and backend is None else before
+    assert seen_by_attention == [(expected, True)] * 4
+    assert torch._C._get_sdp_priority_order()[:4] == before
