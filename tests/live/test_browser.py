@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from graphs import PACK, node, one_sampler, prompt, read_video, sample
+from graphs import PACK, api_prompts, bring_state, node, one_sampler, prompt, read_video, sample
 
 from tools.comfyui.client import first_file
 
@@ -21,8 +21,14 @@ SHIPPED = [path for path in WORKFLOWS if not needed(path)]
 OF_REAL_MODELS = [path for path in WORKFLOWS if needed(path)]
 
 
+@pytest.fixture
+def state(client, path):
+    """What a workflow loads is there before the page asks what there is."""
+    bring_state(client, api_prompts()[path.stem.removeprefix("rolling_kv_")])
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
-def test_a_workflow_opens_and_runs(frontend, path, tmp_path):
+def test_a_workflow_opens_and_runs(state, frontend, path, tmp_path):
     nodes = frontend.open_workflow(path)
     assert nodes and all(node["known"] for node in nodes)
     assert frontend.complaints() == ""

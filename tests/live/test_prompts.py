@@ -4,7 +4,7 @@ import copy
 
 import numpy as np
 import pytest
-from graphs import TINY, api_prompts, read_video
+from graphs import TINY, api_prompts, bring_state, read_video
 
 from tools.comfyui.client import first_file
 
@@ -41,7 +41,7 @@ def latent_frames(prompt: dict, maker: dict) -> int:
     if "source" in maker and maker["length_unit"] == "source":
         return encoded_frames(prompt, inputs_of(prompt, maker["source"])) // CHUNK * CHUNK
     if "state" in maker:
-        frames = latent_frames(prompt, inputs_of(prompt, maker["state"]))
+        frames = state_frames(prompt, prompt[maker["state"][0]])
     elif "initial_latent" in maker:
         frames = encoded_frames(prompt, inputs_of(prompt, maker["initial_latent"]))
     seconds = next(maker[length] for length in LENGTHS.values() if length in maker)
@@ -49,6 +49,16 @@ def latent_frames(prompt: dict, maker: dict) -> int:
     while pixel_frames(frames) < wanted:
         frames += CHUNK
     return frames
+
+
+def state_frames(prompt: dict, giver: dict) -> int:
+    """Latent frames of a state that a node gives: the sampler that made it, or Load State, of what the fork has saved."""
+    if giver["class_type"] != "RollingKVLoadState":
+        return latent_frames(prompt, giver["inputs"])
+    fork = PROMPTS["fork"]
+    (saver,) = [node["inputs"] for node in fork.values() if node["class_type"] == "RollingKVSaveState"]
+    assert giver["inputs"]["state_name"] == f"{saver['filename_prefix']}_00001_.safetensors [output]"
+    return latent_frames(fork, inputs_of(fork, saver["state"]))
 
 
 def encoded_frames(prompt: dict, encode: dict) -> int:
@@ -62,15 +72,24 @@ def encoded_frames(prompt: dict, encode: dict) -> int:
     return min(frames, whole)
 
 
-def saved_videos(prompt: dict) -> dict[str, tuple[dict, dict]]:
-    """Of each node that saves videos, by its id: the inputs of what makes them and of what enlarges them."""
+def loaded_frames(prompt: dict) -> int:
+    """Pixel frames that come from a file, which no seed changes."""
+    loads = [node for node in prompt.values() if node["class_type"] == "RollingKVLoadState"]
+    return sum(pixel_frames(state_frames(prompt, node)) for node in loads)
+
+
+def saved_videos(prompt: dict) -> dict[str, tuple[dict, float]]:
+    """Of each node that saves videos, by its id: the inputs of what makes them, and how many times larger they are."""
     saved = {}
     for name, node in prompt.items():
         if node["class_type"] == "RollingKVStreamVideo":
-            saved[name] = node["inputs"], node["inputs"]
+            saved[name] = node["inputs"], node["inputs"]["enlarge"]
         elif node["class_type"] == "SaveVideo":
-            decode = inputs_of(prompt, node["inputs"]["video"])
-            saved[name] = inputs_of(prompt, decode["latent"]), decode
+            decode, enlarged = inputs_of(prompt, node["inputs"]["video"]), 1
+            while "latent" not in decode:  # Create Video, of images that another node enlarges
+                enlarged *= decode.get("scale_by", 1)
+                decode = inputs_of(prompt, decode.get("images") or decode["image"])
+            saved[name] = inputs_of(prompt, decode["latent"]), enlarged * decode.get("enlarge", 1)
     return saved
 
 
@@ -81,14 +100,15 @@ def run_video(client, prompt: dict):
 @pytest.mark.parametrize("name", sorted(PROMPTS))
 def test_the_video_has_the_length_size_and_rate_that_were_asked_for(client, name):
     prompt = PROMPTS[name]
+    bring_state(client, prompt)
     outputs, saved = client.run(prompt), saved_videos(prompt)
     assert saved
-    for saver, (maker, decode) in saved.items():
+    for saver, (maker, enlarged) in saved.items():
         files = [file for files in outputs[saver].values() for file in files if isinstance(file, dict)]
         assert len(files) == maker.get("batch_size", 1)
         for file in files:
             video = read_video(client.view(file))
-            height, width = (maker[side] * decode["enlarge"] for side in ("height", "width"))
+            height, width = (maker[side] * enlarged for side in ("height", "width"))
             assert video.frames.shape == (pixel_frames(latent_frames(prompt, maker)), height, width, 3)
             assert (video.rate, video.codec) == (FPS, "h264")
 
@@ -96,6 +116,7 @@ def test_the_video_has_the_length_size_and_rate_that_were_asked_for(client, name
 @pytest.mark.parametrize("name", sorted(PROMPTS))
 def test_another_seed_gives_another_video_and_the_same_seed_the_same(any_client, name):
     prompt = copy.deepcopy(PROMPTS[name])
+    bring_state(any_client, prompt)
     videos = []
     for seed in (1, 2, 1):
         for maker in makers(prompt):
@@ -104,4 +125,5 @@ def test_another_seed_gives_another_video_and_the_same_seed_the_same(any_client,
         any_client.free()
     first, other, again = videos
     assert np.array_equal(first, again)
-    assert first.shape == other.shape and np.abs(first.astype(int) - other).mean() > 1
+    made = slice(loaded_frames(prompt), None)
+    assert first.shape == other.shape and np.abs(first[made].astype(int) - other[made]).mean() > 1

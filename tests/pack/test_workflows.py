@@ -81,11 +81,20 @@ def widgets_of(schema, values):
     return widgets
 
 
+def saved_states():
+    """Names under which Load State finds the first state that each example saves."""
+    nodes = itertools.chain(*(load(path).values() for path in PROMPTS))
+    savers = [node["inputs"] for node in nodes if node["class_type"] == "RollingKVSaveState"]
+    return {f"{saver['filename_prefix']}_00001_.safetensors [output]" for saver in savers}
+
+
 def check_value(name, spec, value, files=()):
     """files: names that a choice of a file may have beside those that are there."""
     allowed = choices(spec)
     if name.endswith("_name") and value in files:
         return
+    if name.endswith("state_name"):
+        allowed = saved_states()
     if allowed is not None:
         assert value in allowed, f"{name}: {value!r} is not one of {allowed}"
         return

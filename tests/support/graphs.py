@@ -92,6 +92,15 @@ def read_video(data: bytes) -> Video:
         return Video(frames, float(stream.average_rate), stream.codec_context.name)
 
 
+def bring_state(client, prompt: dict) -> None:
+    """Have the server make the state that an example loads, by the example that saves it, unless it is there."""
+    schema = client.object_info("RollingKVLoadState")["RollingKVLoadState"]
+    there = schema["input"]["required"]["state_name"][1]["options"]
+    loaded = {node["inputs"]["state_name"] for node in prompt.values() if node["class_type"] == "RollingKVLoadState"}
+    if loaded - set(there):
+        client.run(api_prompts()["fork"])
+
+
 def api_prompts() -> dict[str, dict]:
     """The prompts of workflows/api by name."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (PACK / "workflows/api").glob("*.json")}

@@ -30,10 +30,10 @@ def generate(client: ComfyClient, names: list[str], models_folder: Path | None =
     readme.generate()
     models.generate()
     help_pages.generate()
-    schemas.generate(client)
     if models_folder is not None:
         workflows.write_stand_ins(models_folder)
     workflows.generate(client.url, names)
+    schemas.generate(client)  # also of ComfyUI's nodes in the workflows
     pictures.generate(client.url)
 
 

@@ -1,7 +1,7 @@
 """The example workflows, each described in short: its nodes and their values, its columns and its notes.
 
 A node is its class, its values, and the files that it needs: {"name": ("RollingKVLoadVAE", {"vae_name": …}, [VAE])}. A value
-"name.0" is a link to the first output of that node.
+"name.0" is a link to the first output of that node. "after" names the example that has to run first.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ CIRCLE, SQUARE = "a red circle moving right", "a blue circle moving right"
 LONGLIVE_SCHEDULE = """0: A wide shot of a lighthouse on a cliff at dusk, waves breaking below, warm light in its window, in a painterly style.
 10: A storm rises over the same lighthouse, dark clouds and heavy rain, its beam cuts through the night.
 20: The storm has passed over the lighthouse, calm sea, a golden sunrise behind it."""
+FORK_STATE = "states/rolling_kv_fork"
 SCHEDULE = f"0: {CIRCLE}\n2.5: {SQUARE} [recache]\n5: a green square moving left [cut]"
 
 LOADERS = {
@@ -330,7 +331,7 @@ WORKFLOWS = {
             "blue_prompt": prompt(SQUARE),
             "yellow_prompt": prompt(CIRCLE.replace("red", "yellow")),
             "first": sample("first_prompt.0", 3.0, 1),
-            "keep": ("RollingKVSaveState", {"state": "first.1"}),
+            "keep": ("RollingKVSaveState", {"state": "first.1", "filename_prefix": FORK_STATE}),
             "blue": sample("blue_prompt.0", 2.0, 1, state="first.1"),
             "yellow": sample("yellow_prompt.0", 2.0, 1, state="first.1"),
         }
@@ -353,6 +354,42 @@ WORKFLOWS = {
                 "sampler, and the video goes on bit for bit.",
             ),
             (1, (720, 270), REAL_MODELS),
+        ],
+    },
+    "rolling_kv_continue": {
+        "after": "rolling_kv_fork",
+        "nodes": LOADERS
+        | {
+            "load": (
+                "RollingKVLoadState",
+                {"state_name": f"{FORK_STATE}_00001_.safetensors [output]", "model": "cache.0"},
+            ),
+            "prompt": prompt("a yellow square moving left"),
+            "look": ("RollingKVInspectState", {"state": "load.0", "model": "cache.0", "vae": "vae.0"}),
+            "sample": sample("prompt.0", 2.0, 1, state="load.0"),
+            "decode": ("RollingKVDecodeImages", {"vae": "vae.0", "latent": "sample.0"}),
+            "enlarge": ("ImageScaleBy", {"image": "decode.0", "upscale_method": "nearest-exact", "scale_by": 6.0}),
+            "video": ("CreateVideo", {"images": "enlarge.0", "fps": WAN_21.fps}),
+            "save": ("SaveVideo", {"video": "video.0", "filename_prefix": "video/rolling_kv_continue"}),
+        },
+        "sizes": {"look": (560, 440)},
+        "columns": ["model text_encoder vae", "cache prompt load", "sample", "decode enlarge video", "save", "look"],
+        "notes": [
+            (
+                0,
+                (340, 300),
+                "## Continue another day\n**Load State** brings back what **Save State** has put away, here by the workflow "
+                "rolling_kv_fork: run that first, then press R. The video goes on bit for bit as if it had never stopped, with "
+                "any prompt. **Inspect State** shows what is in a state.\n\n**Decode Images** gives pictures, for nodes that "
+                "work on images; Decode Video would need less memory.",
+            ),
+            (
+                1,
+                (720, 270),
+                real_model(
+                    "", DEFAULT_PRESET, "Then make the state with that model, and leave out the node that enlarges."
+                ),
+            ),
         ],
     },
     "rolling_kv_extend_video": from_own_video(

@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
+from ..comfyui.client import ComfyClient, load_prompt
 from ..comfyui.env import PACK
 from .examples import WORKFLOWS
 from .files import as_json, write
@@ -24,7 +25,7 @@ from .files import as_json, write
 WIDTH, GAP, TITLE = 340, 40, 30
 ROOM = {
     "RollingKVLoadModel": 260, "RollingKVLoadTextEncoder": 136, "RollingKVLoadVAE": 136, "RollingKVEncodePrompt": 140, "RollingKVPromptSchedule": 520,
-    "RollingKVAttachCache": 440, "RollingKVLoadLoRA": 136, "RollingKVStepCache": 292, "RollingKVSample": 560, "RollingKVEncodeVideo": 300, "RollingKVStreamVideo": 640, "RollingKVSaveState": 130,
+    "RollingKVAttachCache": 440, "RollingKVLoadLoRA": 136, "RollingKVStepCache": 292, "RollingKVSample": 560, "RollingKVEncodeVideo": 300, "RollingKVStreamVideo": 640, "RollingKVSaveState": 130, "RollingKVLoadState": 190, "RollingKVInspectState": 520, "RollingKVDecodeImages": 80, "ImageScaleBy": 130, "CreateVideo": 130,
     "RollingKVDecodeVideo": 160, "RollingKVBenchmark": 556, "RollingKVCompareVideos": 620, "SaveVideo": 148, "LoadImage": 340,
 }  # fmt: skip
 """Heights of the nodes where they are largest: in Nodes 2.0, with advanced inputs shown."""
@@ -123,6 +124,7 @@ def opened(url: str) -> Iterator[Page]:
         chromium = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1920, "height": 1000})
+        page.set_default_timeout(120_000)
         for setting, value in SETTINGS.items():
             page.request.post(f"{url}/settings/{setting}", data=value, headers=JSON)
         yield page
@@ -141,9 +143,11 @@ def generate(url: str, names: list[str]) -> None:
     with opened(url) as page:
         for name in names:
             description = WORKFLOWS[name]
+            if "after" in description:
+                ComfyClient(url).run(load_prompt(api_prompt(description["after"])))
             build(page, url, description)
             saved = page.evaluate(EXPORT)
-            write(PACK / "workflows" / "api" / f"{name.removeprefix('rolling_kv_')}.json", as_json(saved["prompt"]))
+            write(api_prompt(name), as_json(saved["prompt"]))
             if description.get("api_only"):
                 continue
             picture = PACK / "workflows" / f"{name}.jpg"
@@ -151,6 +155,11 @@ def generate(url: str, names: list[str]) -> None:
                 rectangle = page.evaluate(FRAME)
                 page.wait_for_timeout(1000)
                 save_thumbnail(page.screenshot(clip=rectangle), picture)
+
+
+def api_prompt(name: str) -> Path:
+    """The file of an example's API prompt."""
+    return PACK / "workflows" / "api" / f"{name.removeprefix('rolling_kv_')}.json"
 
 
 def save_thumbnail(png: bytes, path: Path) -> None:
