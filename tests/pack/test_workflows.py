@@ -114,7 +114,7 @@ def box(node):
 
 def widget_values(node):
     """The values of a node's widgets by input, without those of the frontend's own widgets."""
-    values = node["widgets_values"]
+    values = node.get("widgets_values", [])  # a node without widgets has none
     widgets = widgets_of(SCHEMAS[node["type"]], values)
     return {name: value for (name, spec), value in zip(widgets.items(), values) if spec is not None}
 
@@ -147,7 +147,7 @@ def test_nodes_and_widgets_fit_the_schemas(path):
     for node in graph_nodes(load(path)):
         assert node["type"] in SCHEMAS, f"{node['type']} is not recorded: python -m tools.generate"
         schema = SCHEMAS[node["type"]]
-        values = node["widgets_values"]
+        values = node.get("widgets_values", [])  # a node without widgets has none
         widgets = widgets_of(schema, values)
         assert len(values) == len(widgets), f"{node['type']}: {values} for {list(widgets)}"
         for (name, spec), value in zip(widgets.items(), values):
