@@ -1,0 +1,148 @@
+"""The block in half precision: what the stock block gives, in fewer kernels and bytes. Counted on the meta device."""
+
+import pytest
+import torch
+from builders import tiny_transformer
+from counted import Counted
+from diffusers import WanTransformer3DModel
+
+from rolling_kv.cache.prompt import Branch, PromptCache
+from rolling_kv.cache.rolling import RollingKVCache
+from rolling_kv.cache.sizes import CacheShape
+from rolling_kv.config import CacheConfig
+from rolling_kv.wan import fused, processors
+from rolling_kv.wan.attachment import apply_rolling_kv_cache
+from rolling_kv.wan.fused import fused_feed_forward, fused_forward, half_modulated_norm, narrowed_sum
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def on_any_device(monkeypatch):
+    """What is chosen on CUDA runs on the CPU too."""
+    monkeypatch.setattr(fused, "fuses_half", lambda x: x.dtype in HALF)
+
+
+def block_and_inputs(batch, dtype, transposed=False):
+    transformer = tiny_transformer(num_attention_heads=2, attention_head_dim=24, cross_attn_norm=True).to(dtype)
+    block = transformer.blocks[0]
+    for module in (block.norm1, block.norm2, block.norm3):  # as files are loaded
+        module.float()
+    block.scale_shift_table.data = block.scale_shift_table.data.float()
+    generator = torch.Generator().manual_seed(0)
+    hidden, prompt, temb = (torch.randn(batch, n, 48, generator=generator).to(dtype) for n in (12, 5, 6))
+    if transposed:
+        hidden = hidden.transpose(1, 2).contiguous().transpose(1, 2)
+    return block, (hidden, prompt, temb, transformer.rope(torch.zeros(batch, 16, 3, 4, 4)))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_sums_give_the_stock_lines_bits_but_for_one_rounding(dtype, batch):
+    """Where a fused multiply-add rounds once instead of twice, one value in thousands is its neighbour."""
+    generator = torch.Generator().manual_seed(0)
+    x, added = torch.randn(2, batch, 500, 48, generator=generator).to(dtype)
+    scale, shift = torch.randn(2, batch, 1, 48, generator=generator)
+    norm = torch.nn.LayerNorm(48, elementwise_affine=False)
+    for made, stock in [
+        (narrowed_sum(x, added, scale), (x.float() + added * scale).type_as(x)),
+        (half_modulated_norm(x, norm, scale, shift), (norm(x.float()) * scale + shift).type_as(x)),
+    ]:
+        assert made.dtype == dtype
+        assert (made == stock).float().mean() >= 0.999
+        torch.testing.assert_close(made, stock, atol=1e-5, rtol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.usefixtures("on_any_device")
+def test_a_block_gives_what_the_stock_block_gives(dtype, batch, transposed):
+    block, inputs = block_and_inputs(batch, dtype, transposed)
+    before = inputs[0].clone()
+    with torch.no_grad():
+        made, stock = fused_forward(block, None)(*inputs), block(*inputs)
+    assert (made == stock).float().mean() >= 0.97
+    torch.testing.assert_close(made, stock, atol=4 * torch.finfo(dtype).eps, rtol=2 * torch.finfo(dtype).eps)
+    assert torch.equal(inputs[0], before)
+    assert made.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.usefixtures("on_any_device")
+def test_the_feed_forward_gives_the_stock_ones_to_rounding(dtype):
+    block, (hidden, *_) = block_and_inputs(2, dtype)
+    with torch.no_grad():
+        made = fused_feed_forward(block.ffn, None)(hidden)
+        exact = block.ffn.float()(hidden.float())
+    torch.testing.assert_close(made.float(), exact, atol=3e-2 if dtype is torch.bfloat16 else 4e-3, rtol=0)
+
+
+def test_where_half_precision_is_fused():
+    x = torch.zeros(1, device="meta", dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert fused.fuses_half(x) and fused.fuses_half(x.half())
+        assert not fused.fuses_half(x.float()) and not fused.fuses_half(torch.zeros(1, dtype=torch.bfloat16))
+    assert not fused.fuses_half(x)  # with gradients, which sums into a given tensor do not have
+
+
+def test_the_feed_forward_makes_way_without_the_product(monkeypatch):
+    block, (hidden, *_) = block_and_inputs(1, torch.bfloat16)
+    monkeypatch.setattr(fused, "fuses_half", lambda x: True)
+    monkeypatch.setattr(fused, "CUBLAS_LINEAR", None)
+    with torch.no_grad():
+        assert torch.equal(fused_feed_forward(block.ffn, block.ffn.forward)(hidden), block.ffn(hidden))
+
+
+def counted_block(monkeypatch, heads, head_dim, batch=1, storage="model", fuse=True, keys_only=False):
+    """What one block asks for in a pass over a chunk of 3 latent frames at 480x832, attention itself left out."""
+    if not fuse:
+        monkeypatch.setattr(fused, "fuses_half", lambda x: False)
+    monkeypatch.setattr(processors, "dispatch_attention_fn", lambda query, *_, **__: query)
+    # One kernel on CUDA, which the meta device takes apart: this one reads and writes as much.
+    monkeypatch.setattr(torch, "rms_norm", lambda x, shape, weight, eps: x * weight)
+    transformer = transformer_on_meta(heads, head_dim)
+    shape = CacheShape.of(transformer, batch, 60, 104, torch.bfloat16)
+    cache = RollingKVCache(shape, CacheConfig(6, storage=storage), "meta")
+    prompt = torch.empty(batch, 8, transformer.config.text_dim, device="meta", dtype=torch.bfloat16)
+    part = Branch(cache, PromptCache(prompt))
+    latents = torch.empty(batch, 16, 3, 60, 104, device="meta", dtype=torch.bfloat16)
+    with torch.no_grad(), apply_rolling_kv_cache(transformer) as attached:
+        block = transformer.blocks[-1 if keys_only else 0]
+        forward, counted = block.forward, Counted()
+
+        def counting(*inputs):
+            with counted:
+                return forward(*inputs)
+
+        cache.begin(3)
+        attached.forward(latents, 500.0, part)  # the prompt's keys
+        block.forward = counting
+        attached.forward(latents, 500.0, part, keys_only=keys_only)
+        del block.forward
+    return counted, counted.nbytes / (batch * 4680 * heads * head_dim)
+
+
+def transformer_on_meta(heads, head_dim):
+    size = {"num_attention_heads": heads, "attention_head_dim": head_dim, "ffn_dim": heads * head_dim * 35 // 6}
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel(num_layers=2, **size).to(torch.bfloat16)
+    for block in transformer.blocks:
+        block.scale_shift_table.data = block.scale_shift_table.data.float()
+        for norm in (block.norm1, block.norm2, block.norm3):
+            norm.float()
+    return transformer
+
+
+SIZES = [(12, 128, 1), (12, 128, 2), (40, 128, 1)]  # 1.3B, two of its videos at once, 14B
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "batch"), SIZES)
+def test_kernels_and_bytes_of_a_block(monkeypatch, heads, head_dim, batch):
+    """Beside its 8 products and its attention; bytes for each value of the chunk's [B, S, dim]."""
+    fused_block, moved = counted_block(monkeypatch, heads, head_dim, batch)
+    assert len(fused_block.products) == 8 and "_addmm_activation" in fused_block.products
+    assert len(fused_block.kernels) == 26 and 138 <= moved <= 140
+    stock_block, moved = counted_block(monkeypatch, heads, head_dim, batch, fuse=False)
+    assert len(stock_block.products) == 8
+    assert len(stock_block.kernels) == 39 and 249 <= moved <= 251
