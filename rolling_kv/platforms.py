@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import platform as system
 import re
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import RLock
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 AMPERE = (8, 0)
 """The first NVIDIA GPUs that compute in bfloat16, and for which there are fused kernels of attention in it."""
 CUDNN_ATTENDS = 91501
 """cuDNN before 9.15.1 has a fault in attention to keys whose number is no multiple of 128."""
+
+NO_BFLOAT16 = ("gfx8", "gfx900", "gfx902", "gfx906", "gfx909", "gfx90c", "gfx10")
+"""How the names of AMD's architectures begin that do not compute in bfloat16: up to Vega, and RDNA 1 and 2."""
+_CONVOLVING = RLock()
 
 
 class Platform(NamedTuple):
@@ -26,7 +32,7 @@ class Platform(NamedTuple):
     kind: "cuda" for NVIDIA, "rocm" for AMD, else the type of the torch device.
     capability: compute capability on CUDA, version of macOS on MPS, nothing elsewhere.
     arch: name of the architecture on ROCm (gfx1100), nothing elsewhere.
-    torch: major and minor version.
+    torch: version, (2, 9, 1).
     cudnn: version as cuDNN counts it, 91501 for 9.15.1; 0 without.
     """
 
@@ -40,14 +46,16 @@ class Platform(NamedTuple):
 def platform_of(device: torch.device | str) -> Platform:
     """The platform of a device; where nobody can be asked, as on a machine without a GPU, a CUDA device counts as Ampere."""
     device = torch.device(device)
-    version = _numbers(torch.__version__)[:2]
+    version = _numbers(torch.__version__)[:3]
     if device.type == "mps":
         return Platform("mps", _numbers(system.mac_ver()[0]), torch=version)
     if device.type != "cuda":
         return Platform(device.type, torch=version)
+    is_here = torch.cuda.is_available()
     if torch.version.hip:
-        return Platform("rocm", arch=torch.cuda.get_device_properties(device).gcnArchName, torch=version)
-    capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else AMPERE
+        arch = torch.cuda.get_device_properties(device).gcnArchName if is_here else ""
+        return Platform("rocm", arch=arch, torch=version)
+    capability = torch.cuda.get_device_capability(device) if is_here else AMPERE
     return Platform("cuda", capability, torch=version, cudnn=torch.backends.cudnn.version() or 0)
 
 
@@ -71,3 +79,51 @@ def attending_with(kernels: Iterable[SDPBackend]) -> AbstractContextManager:
     """Lets SDPA try these kernels in their order for a while; none: leaves it as it is."""
     kernels = list(kernels)
     return sdpa_kernel(kernels, set_priority=True) if kernels else nullcontext()
+
+
+def has_bfloat16(platform: Platform) -> bool:
+    """Whether the hardware computes in bfloat16: else torch imitates it slowly, without fused kernels of attention."""
+    if platform.kind == "cuda":
+        return platform.capability >= AMPERE
+    if platform.kind == "rocm":
+        return not platform.arch.startswith(NO_BFLOAT16)
+    return platform.kind != "mps" or platform.capability >= (14,)
+
+
+def wants_channels_last(platform: Platform, dtype: torch.dtype) -> bool:
+    """Whether weights of 3D convolutions in a dtype have to lie with their channels last for cuDNN to be used.
+
+    PyTorch leaves cuDNN 9.8 to 9.14 aside for others in half precision (2.9.0 every later one too), and takes many times
+    the time and memory.
+    """
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    end = 91500 if platform.torch > (2, 9, 0) else 10**6
+    return platform.kind == "cuda" and is_half and platform.torch >= (2, 9) and 90800 <= platform.cudnn < end
+
+
+def rounds_to_tf32(platform: Platform, dtype: torch.dtype) -> bool:
+    """Whether convolutions in a dtype round their operands to TF32, ten bits of mantissa, unless that is turned off."""
+    return platform.kind == "cuda" and platform.capability >= AMPERE and dtype == torch.float32
+
+
+def exact_convolutions(weight: Tensor) -> AbstractContextManager:
+    """Lets convolutions with such weights compute in the weights' own precision for a while."""
+    return _without_tf32() if rounds_to_tf32(platform_of(weight.device), weight.dtype) else nullcontext()
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """The setting is the process's, and several threads convolve: each waits until the others have put it back."""
+    convolutions: Any = getattr(torch.backends.cudnn, "conv", None)  # from PyTorch 2.9 on
+    owner, name, exact = (
+        (torch.backends.cudnn, "allow_tf32", False)
+        if convolutions is None
+        else (convolutions, "fp32_precision", "ieee")
+    )
+    with _CONVOLVING:
+        before = getattr(owner, name)
+        setattr(owner, name, exact)
+        try:
+            yield
+        finally:
+            setattr(owner, name, before)

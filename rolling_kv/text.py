@@ -190,7 +190,7 @@ def load_text_encoder(
         weights, scales = _weights(checkpoint)
         shapes = unpacked_shapes(weights)
         config = _config(shapes, checkpoint.config)
-        dtype = choose_dtype(dtype, shapes, runs_on or device)
+        dtype = choose_dtype(dtype, shapes, runs_on or device, instead=torch.bfloat16)  # a block computes in float32
         encoder = _empty_encoder(shapes, config)
         needed = [name for name in encoder.state_dict() if name != "encoder.embed_tokens.weight"]
         loaded = {name: load_tensor(unpack(weights[name]), scales.get(name), dtype, device) for name in needed}

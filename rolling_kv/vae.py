@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,6 +31,7 @@ from .checkpoints.readers import CheckpointError, known_fields, open_checkpoint,
 from .config import check_flag, check_real, check_whole
 from .geometry import GEOMETRIES, WAN_21, WAN_22, Geometry, geometry_of
 from .messages import shown
+from .platforms import exact_convolutions, platform_of, wants_channels_last
 
 LATENTS_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -198,6 +200,10 @@ class _CausalStream:
         self._features = features
         return x
 
+    def _exact(self) -> AbstractContextManager:
+        """A VAE in float32 computes in it: bfloat16 is for those who want it fast."""
+        return exact_convolutions(self._vae.quant_conv.weight)
+
     def _check(self, x: Tensor, channels: int, what: str) -> tuple[int, ...]:
         """Batch, height and width. Raises ValueError unless they are those that the stream began with."""
         if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
@@ -241,7 +247,8 @@ class StreamingDecoder(_CausalStream):
         shape = self._check(latents, self._geometry.channels, "latents")
         for frame in latents.split(1, dim=2):
             first, self._shape = self._shape is None, shape
-            x = self._step(self._vae.post_quant_conv(self._to_weights(frame)), first_chunk=first)
+            with self._exact():
+                x = self._step(self._vae.post_quant_conv(self._to_weights(frame)), first_chunk=first)
             x = unpatchify(x, self._patch)
             if not x.isfinite().all():
                 raise ValueError(
@@ -285,7 +292,8 @@ class StreamingEncoder(_CausalStream):
         self._shape = shape
         sizes = [1] * first + [geometry.temporal] * (frames // geometry.temporal)
         for piece in pixels.split(sizes, dim=2):
-            moments = self._vae.quant_conv(self._step(patchify(self._to_weights(piece), self._patch)))
+            with self._exact():
+                moments = self._vae.quant_conv(self._step(patchify(self._to_weights(piece), self._patch)))
             yield moments[:, : geometry.channels].float()
 
 
@@ -350,7 +358,8 @@ def load_vae(
 
     path: a diffusers folder (the VAE's own, or a pipeline with vae/ in it), or a single .safetensors or .pth file in
         the original Wan or the diffusers names.
-    dtype: "float32", "float16", "bfloat16", a torch dtype, or "auto": the file's own, on CUDA float32 as bfloat16.
+    dtype: "float32", "float16", "bfloat16", a torch dtype, or "auto": the file's own, on CUDA float32 as bfloat16, and
+        float32 on hardware without bfloat16: float16 is too small for it.
     runs_on: the device that "auto" chooses for, where the VAE is loaded to another one first.
     geometry: of the model whose latents it is for; None takes either VAE.
     Raises CheckpointError, a ValueError, when the path is missing, unreadable, or not the VAE of such a model.
@@ -372,11 +381,18 @@ def load_vae(
             vae = cast(AutoencoderKLWan, AutoencoderKLWan.from_config(config))
         check_fit(tensors, vae.state_dict(), f"the {family.name} VAE")
         check_floating(tensors)
-        dtype = choose_dtype(dtype, tensors, runs_on or device)
+        dtype = choose_dtype(dtype, tensors, runs_on or device, instead=torch.float32)
         loaded = {name: load_tensor(tensor, None, dtype, device) for name, tensor in tensors.items()}
         check_finite(loaded)
+        if wants_channels_last(platform_of(runs_on or device), dtype):
+            loaded = {name: _channels_last(tensor) for name, tensor in loaded.items()}
         vae.load_state_dict(loaded, assign=True)
     return WanVAE(vae).eval().requires_grad_(False)
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    """A weight with the same values, one of a 3D convolution with its channels last in memory."""
+    return weight.contiguous(memory_format=torch.channels_last_3d) if weight.ndim == 5 else weight
 
 
 def _widths(tensors: dict[str, Tensor]) -> dict[str, int]:

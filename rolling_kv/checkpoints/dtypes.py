@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..messages import shortened
+from ..platforms import has_bfloat16, platform_of
 from .readers import CheckpointError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -34,10 +35,17 @@ def check_floating(tensors: dict[str, Tensor]) -> None:
             raise CheckpointError(f"{shortened(name)} has the shape {list(tensor.shape)[:8]}, and so no values.")
 
 
-def choose_dtype(dtype: str | torch.dtype, tensors: dict[str, Tensor], device: torch.device | str) -> torch.dtype:
+def choose_dtype(
+    dtype: str | torch.dtype,
+    tensors: dict[str, Tensor],
+    device: torch.device | str,
+    instead: torch.dtype = torch.float16,
+) -> torch.dtype:
     """The dtype to load in: the one asked for, or for "auto" the file's own, float8 as bfloat16.
 
     On CUDA, "auto" loads float32 as bfloat16 too.
+
+    instead: of bfloat16, where "auto" would choose it for a device that does not compute in it.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -46,11 +54,11 @@ def choose_dtype(dtype: str | torch.dtype, tensors: dict[str, Tensor], device: t
             raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}")
         return DTYPES[dtype]
     stored = stored_dtypes(tensors)[0]
-    if stored.itemsize == 1:
-        return torch.bfloat16
-    if stored.itemsize >= 4:
-        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    return stored
+    if stored.itemsize >= 4 and torch.device(device).type != "cuda":
+        return torch.float32
+    if stored == torch.float16:
+        return stored
+    return torch.bfloat16 if has_bfloat16(platform_of(device)) else instead
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -164,7 +164,7 @@ class RollingAttachment:
             self._set_processor(block.attn2, PromptCrossAttention(context, layer))
         self._set_forward(self.transformer.rope, lambda hidden_states: context.rotation)
         patches, embedder = self.transformer.patch_embedding, self.transformer.condition_embedder
-        self._set_forward(patches, video_by_video(patches.forward))
+        self._set_forward(patches, video_by_video(patches.forward, patches.weight))
         if self.shards is not None:
             project_out = self.transformer.proj_out
             self._set_forward(patches, patches_forward(patches.forward, self.shards))

@@ -9,6 +9,7 @@ import torch
 from ..config import ExecutionConfig
 from ..devices import to_device
 from ..geometry import Geometry
+from ..platforms import exact_convolutions
 from ..rope import rotary_rotations
 from .context import PassContext
 
@@ -102,14 +103,18 @@ def condition_forward(embedder, context: PassContext):
     return forward
 
 
-def video_by_video(embed_patches):
-    """A `forward` for the patch embedding: a convolution over a batch may round otherwise than over one video."""
+def video_by_video(embed_patches, weight: torch.Tensor):
+    """A `forward` for the patch embedding: a convolution over a batch may round otherwise than over one video.
+
+    weight: of the convolution, which is far too small for rounding it to pay.
+    """
 
     def forward(latents):
-        return (
-            torch.cat([embed_patches(video) for video in latents.split(1)])
-            if len(latents) > 1
-            else embed_patches(latents)
-        )
+        with exact_convolutions(weight):
+            return (
+                torch.cat([embed_patches(video) for video in latents.split(1)])
+                if len(latents) > 1
+                else embed_patches(latents)
+            )
 
     return forward

@@ -2,9 +2,19 @@
 
 import pytest
 import torch
+from rounding import convolutions_round
 from torch.nn.attention import SDPBackend
 
-from rolling_kv.platforms import Platform, attending_with, attention_kernels, platform_of
+from rolling_kv.platforms import (
+    Platform,
+    attending_with,
+    attention_kernels,
+    exact_convolutions,
+    has_bfloat16,
+    platform_of,
+    rounds_to_tf32,
+    wants_channels_last,
+)
 
 CUDNN, FLASH, EFFICIENT, MATH = (
     SDPBackend.CUDNN_ATTENTION,
@@ -15,7 +25,7 @@ CUDNN, FLASH, EFFICIENT, MATH = (
 OTHERS = (FLASH, EFFICIENT, MATH)
 
 
-def nvidia(capability, torch=(2, 11), cudnn=91501):
+def nvidia(capability, torch=(2, 11, 0), cudnn=91501):
     return Platform("cuda", capability, torch=torch, cudnn=cudnn)
 
 
@@ -66,8 +76,9 @@ def test_the_order_holds_for_a_while(monkeypatch):
 
 
 def test_platforms_are_told_by_torch(monkeypatch):
-    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    version = tuple(map(int, torch.__version__.partition("+")[0].split(".")))
     assert platform_of("cpu") == Platform("cpu", torch=version)
+    assert has_bfloat16(platform_of("cuda"))  # on a machine without one, too
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: T4)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
@@ -79,3 +90,59 @@ def test_platforms_are_told_by_torch(monkeypatch):
     assert platform_of("cuda") == Platform("rocm", arch="gfx1030", torch=version)
     monkeypatch.setattr("platform.mac_ver", lambda: ("14.5", ("", "", ""), "arm64"))
     assert platform_of("mps") == Platform("mps", (14, 5), torch=version)
+
+
+@pytest.mark.parametrize(
+    "platform, has",
+    [(nvidia(H100), True), (nvidia(RTX_4090), True), (nvidia(A100), True), (nvidia(T4), False), (nvidia((7, 0)), False)]
+    + [
+        (Platform("rocm", arch=arch), True)
+        for arch in ("gfx908", "gfx90a:sramecc+", "gfx942", "gfx1100", "gfx1201", "")
+    ]
+    + [(Platform("rocm", arch=arch), False) for arch in ("gfx906:sramecc+", "gfx1010", "gfx1030", "gfx803")]
+    + [(MPS, True), (Platform("mps", (13, 6)), False), (CPU, True), (Platform("xpu"), True)],
+)
+def test_who_computes_in_bfloat16(platform, has):
+    assert has_bfloat16(platform) is has
+
+
+@pytest.mark.parametrize(
+    "version, cudnn, wants",
+    [
+        ((2, 8, 0), 91002, False),
+        ((2, 9, 0), 91002, True),
+        ((2, 9, 0), 91701, True),
+        ((2, 9, 1), 91002, True),
+        ((2, 9, 1), 91499, True),
+        ((2, 9, 1), 91500, False),
+        ((2, 10, 0), 91002, True),
+        ((2, 10, 0), 91501, False),
+        ((2, 11, 0), 90701, False),
+        ((2, 11, 0), 0, False),
+    ],
+)
+def test_where_convolutions_have_to_lie_channels_last(version, cudnn, wants):
+    platform = nvidia(RTX_4090, version, cudnn)
+    assert wants_channels_last(platform, torch.bfloat16) is wants_channels_last(platform, torch.float16) is wants
+    assert not wants_channels_last(platform, torch.float32)
+    assert not wants_channels_last(Platform("rocm", arch="gfx1100", torch=version, cudnn=cudnn), torch.bfloat16)
+
+
+@pytest.mark.parametrize("platform, rounds", [(nvidia(A100), True), (nvidia(T4), False), (ROCM, False), (CPU, False)])
+def test_who_rounds_to_tf32(platform, rounds):
+    assert rounds_to_tf32(platform, torch.float32) is rounds
+    assert not rounds_to_tf32(platform, torch.bfloat16)
+
+
+@pytest.mark.parametrize("with_new_setting", [True, False])
+def test_tf32_is_off_for_a_while(monkeypatch, with_new_setting):
+    monkeypatch.setattr("rolling_kv.platforms.platform_of", lambda device: nvidia(A100))
+    if not with_new_setting:
+        monkeypatch.setattr(type(torch.backends.cudnn), "conv", None, raising=False)
+    assert convolutions_round()
+    with pytest.raises(ZeroDivisionError), exact_convolutions(torch.zeros(1)):
+        assert not convolutions_round()
+        raise ZeroDivisionError
+    assert convolutions_round()
+    with exact_convolutions(torch.zeros(1, dtype=torch.bfloat16)):
+        assert convolutions_round()

@@ -11,10 +11,12 @@ import torch
 from diffusers import AutoencoderKLWan
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import convolutions_round
 from safetensors.torch import save_file
 
 from rolling_kv.checkpoints.readers import CheckpointError
 from rolling_kv.geometry import GEOMETRIES, WAN_21, WAN_22
+from rolling_kv.platforms import Platform
 from rolling_kv.vae import ARCHITECTURES, LATENTS_MEAN, LATENTS_STD, STATISTICS, WanVAE, load_vae, to_model, to_raw
 
 
@@ -509,3 +511,42 @@ def test_values_that_are_no_numbers_end_loading_and_decoding(tmp_path):
     stream = WanVAE(make_vae()).decoder()
     with pytest.raises(ValueError, match="decoding gives values that are no numbers"):
         stream.decode(latents(1) * float("inf"))
+
+
+def test_convolutions_in_float32_are_not_rounded(monkeypatch):
+    monkeypatch.setattr("rolling_kv.platforms.platform_of", lambda device: Platform("cuda", (8, 0)))
+    vae, seen = make_vae(), []
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.register_forward_hook(lambda *_: seen.append(convolutions_round()))
+    holder = WanVAE(vae)
+    frames = [convolutions_round() for _ in holder.decoder().decode_frames(torch.zeros(1, 16, 2, 2, 2))]
+    holder.encode_video(torch.zeros(1, 3, 5, 16, 16))
+    convolutions = sum(isinstance(module, torch.nn.Conv3d) for module in vae.modules())
+    assert len(seen) >= convolutions and not any(seen)
+    assert frames == [True, True] and convolutions_round()  # between the frames, others may have it
+
+
+@pytest.mark.parametrize("dtype, last", [("bfloat16", True), ("float32", False)])
+def test_convolutions_lie_channels_last_where_cudnn_is_left_aside_otherwise(tmp_path, monkeypatch, dtype, last):
+    path = tmp_path / "vae.safetensors"
+    save_file(STOCK.state_dict(), path)
+    plain = load_vae(path, dtype=dtype)
+    platform = Platform("cuda", (8, 9), torch=(2, 9, 1), cudnn=91002)
+    monkeypatch.setattr("rolling_kv.vae.platform_of", lambda device: platform)
+    vae = load_vae(path, dtype=dtype, runs_on="cuda")
+    with torch.inference_mode():
+        vae._apply(torch.clone)  # as ComfyUI moves it
+    weight = vae.vae.decoder.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last_3d) is last
+    assert all(torch.equal(mine, stock) for mine, stock in zip(vae.parameters(), plain.parameters()))
+    latents = torch.randn(1, 16, 1, 2, 2)
+    torch.testing.assert_close(vae.decoder().decode(latents), plain.decoder().decode(latents), atol=0.03, rtol=0)
+
+
+def test_auto_is_float32_where_there_is_no_bfloat16(tmp_path, monkeypatch):
+    path = tmp_path / "vae.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in STOCK.state_dict().items()}, path)
+    assert load_vae(path, runs_on="cuda").vae.dtype == torch.bfloat16
+    monkeypatch.setattr("rolling_kv.checkpoints.dtypes.platform_of", lambda device: Platform("cuda", (7, 5)))
+    assert load_vae(path, runs_on="cuda").vae.dtype == torch.float32

@@ -15,6 +15,7 @@ from rolling_kv.checkpoints.readers import CheckpointError
 from rolling_kv.checkpoints.transformer import build_transformer
 from rolling_kv.geometry import WAN_22
 from rolling_kv.inspection import inspect_checkpoint
+from rolling_kv.platforms import Platform
 from rolling_kv.presets import PRESETS
 
 DATA = Path(__file__).parents[2] / "data" / "self_forcing"
@@ -185,6 +186,14 @@ def test_auto_dtype_on_cuda_is_half_precision():
     for stored, loaded in (("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float16", "float16")):
         tensors = {"a": torch.zeros(9, dtype=getattr(torch, stored)), "b": torch.zeros(2)}
         assert choose_dtype("auto", tensors, "cuda") == getattr(torch, loaded)
+
+
+def test_auto_dtype_is_float16_where_there_is_no_bfloat16(monkeypatch):
+    monkeypatch.setattr("rolling_kv.checkpoints.dtypes.platform_of", lambda device: Platform("cuda", (7, 5)))
+    for stored in ("float32", "bfloat16", "float16", "float8_e4m3fn"):
+        tensors = {"a": torch.zeros(9).to(getattr(torch, stored))}
+        assert choose_dtype("auto", tensors, "cuda") == torch.float16
+        assert choose_dtype("bfloat16", tensors, "cuda") == torch.bfloat16
 
 
 def test_auto_dtype_follows_the_device_that_the_model_will_run_on(weights, tmp_path):

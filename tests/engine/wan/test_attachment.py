@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from builders import tiny_transformer
+from rounding import convolutions_round
 from torch.nn.attention import SDPBackend
 
 from rolling_kv.cache.prompt import Branch, PromptCache
@@ -283,3 +284,19 @@ def test_the_order_of_kernels_is_that_of_the_platform(seen_by_attention, monkeyp
     expected = ours if dtype == torch.bfloat16 and backend is None else before
     assert seen_by_attention == [(expected, True)] * 4
     assert torch._C._get_sdp_priority_order()[:4] == before
+
+
+def test_the_patch_embedding_convolves_in_float32(transformer, monkeypatch):
+    a100 = Platform("cuda", (8, 0), torch=(2, 11), cudnn=91501)
+    monkeypatch.setattr("rolling_kv.platforms.platform_of", lambda device: a100)
+    seen, made, convolve = [], branch(transformer), torch.nn.functional.conv3d
+
+    def spied(*args):
+        seen.append(convolutions_round())
+        return convolve(*args)
+
+    monkeypatch.setattr(torch.nn.functional, "conv3d", spied)
+    with apply_rolling_kv_cache(transformer) as attachment, torch.inference_mode():
+        made.cache.begin(3)
+        attachment.forward(torch.zeros(1, 16, 3, 8, 12), 500.0, made)
+    assert seen == [False] and convolutions_round()
