@@ -53,7 +53,9 @@ def test_each_cell_becomes_its_pixels_by_the_numbers_and_the_first_video_is_show
 
 
 def test_whole_numbers_are_colours_too():
-    pictures = LinearPreview([[0, 1, 0]], [-1, 0, 1]).pictures(lambda first, last: torch.ones(1, 1, last - first, 2, 2), 0, 3)
+    pictures = LinearPreview([[0, 1, 0]], [-1, 0, 1]).pictures(
+        lambda first, last: torch.ones(1, 1, last - first, 2, 2), 0, 3
+    )
     assert pictures.shape == (3, 2, 2, 3) and pictures[0, 0, 0].tolist() == [0, 255, 255]
 
 

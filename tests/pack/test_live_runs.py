@@ -285,7 +285,9 @@ def test_the_end_is_what_is_told_last_whoever_steers_meanwhile(live, runs, told,
 
 def test_a_run_that_ends_while_it_is_steered_is_told_of_no_more(live, runs, told):
     """The next run of its node has begun by then, whose place it would take on every page."""
-    steered = SimpleNamespace(steering=Steering(refusal="no prompt is known here"), say=lambda *_: run.__exit__(None, None, None))
+    steered = SimpleNamespace(
+        steering=Steering(refusal="no prompt is known here"), say=lambda *_: run.__exit__(None, None, None)
+    )
     run = a_run(live, runs, steered=steered, preview=Preview()).__enter__()
     with pytest.raises(LookupError):
         run.steer("prompt", "a blue circle")
