@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..rolling_kv.sampling.checks import long_sink_note
 from ..rolling_kv.sampling.recomputed import check_vae, needs_vae
 from ..rolling_kv.sampling.scheduled import check_plan, cues, generate_scheduled, switches_of
 from ..rolling_kv.sampling.session import RollingSession
+from ..rolling_kv.sampling.shortage import telling_shortage
 from ..rolling_kv.sampling.state import CacheState, Chunk
 from ..rolling_kv.sampling.steering import Shot, Steering
 from ..rolling_kv.schedules.schedule import Plan
@@ -96,17 +98,25 @@ class Job:
 
         standing: the session is open.
         """
-        start, self._decoder = self.start, decoder
+        self._decoder = decoder
         # What is said to an open session may switch as the family does.
         joint = "joint" in self._switches or (standing and self.model.cache.switch == "joint")
-        run.make_room(
-            self.model, self.sampling, height=start.height, width=start.width, batch=start.batch, frames=self.frames,
-            joint_switch=joint, vae=self._vae, decoder=decoder, standing=standing,
+        size = {"height": self.start.height, "width": self.start.width}
+        beside = {"vae": self._vae, "decoder": decoder}
+        takes = dict(
+            sampling=self.sampling, cache=self.model.cache, batch=self.start.batch, frames=self.frames,
+            step_cache=self.model.step_cache, weight_sets=len(self.model.engine.transformers), joint_switch=joint,
         )  # fmt: skip
+        self._telling_shortage = partial(
+            telling_shortage, self.model.engine.transformer, **size, device=self.model.patcher.load_device,
+            decoding=run.decoding_bytes(**size, batch=self.start.batch, **beside), **takes,
+        )  # fmt: skip
+        with self._telling_shortage():
+            run.make_room(self.model, **size, session=takes, **beside, standing=standing)
 
     @contextmanager
     def session(self, on_pass: Callable[[int, int], None]) -> Iterator[RollingSession]:
-        """An open session that stands where the run starts."""
+        """An open session that stands where the run starts, once there is room. Raises OutOfMemory where it was too little."""
         model, start = self.model, self.start
         session = RollingSession(
             model.engine, self._prompt, height=start.height, width=start.width, batch=start.batch, negative=self._negative,
@@ -116,7 +126,7 @@ class Job:
         )  # fmt: skip
         if self._blend > 1:
             session.set_prompt(self._prompt, self._negative, after=self._after, blend=self._blend)
-        with session:
+        with self._telling_shortage(), session:
             if self._given is not None:
                 session.prefill(self._given)
             yield session

@@ -11,8 +11,8 @@ import comfy.model_management as mm
 from comfy.utils import ProgressBar
 from server import PromptServer
 
-from ..rolling_kv.config import SamplingConfig
 from ..rolling_kv.sampling.memory import check_fits, estimate
+from ..rolling_kv.sampling.shortage import OutOfMemory
 from .patchers import ManagedModule
 from .types import ModelHandle
 
@@ -45,6 +45,8 @@ def progress(node_id: str, newest: Callable[[], tuple | None] = lambda: None) ->
         yield on_pass
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)
+        if isinstance(error, OutOfMemory):  # as ComfyUI does after the error that this one stands for
+            mm.unload_all_models()
         mm.soft_empty_cache()
         raise
     bar.update_absolute(bar.total, preview=newest())
@@ -56,22 +58,31 @@ def bring_to_device(model: ModelHandle, nbytes: int, *others: ManagedModule) -> 
     model.patcher.use_loras(model.loras)
 
 
+def decoding_bytes(
+    height: int, width: int, batch: int, vae: ManagedModule | None, decoder: ManagedModule | None
+) -> int:
+    """Bytes that the VAEs of a session take on the device. vae, decoder: see `make_room`."""
+    taken = 0
+    if vae is not None:
+        taken += vae.model.decode_bytes(height, width, batch) + vae.model.encode_bytes(height, width, batch)
+    if decoder is not None:
+        taken += decoder.model.decode_bytes(height, width, batch)
+    return taken
+
+
 def make_room(
     model: ModelHandle,
-    sampling: SamplingConfig,
     *,
     height: int,
     width: int,
-    batch: int,
-    frames: int,
-    joint_switch: bool,
+    session: dict[str, Any],
     vae: ManagedModule | None,
     decoder: ManagedModule | None = None,
     standing: bool = False,
 ) -> None:
     """Bring a model to the device with room for a session.
 
-    frames: latent frames of the whole video. joint_switch: see `estimate`.
+    session: what `estimate` is to know of it.
     vae: what the session takes frames through. decoder: what decodes its chunks meanwhile. Both come to the device too.
     standing: the session is open, so that its cache has its room.
 
@@ -79,21 +90,8 @@ def make_room(
     ValueError, with settings that would fit, if the session needs more RAM than there is.
     """
     transformer, workspace = model.engine.transformer, model.patcher.workspace
-    session: dict[str, Any] = dict(
-        sampling=sampling,
-        cache=model.cache,
-        batch=batch,
-        frames=frames,
-        step_cache=model.step_cache,
-        weight_sets=len(model.engine.transformers),
-        joint_switch=joint_switch,
-    )
     device = model.patcher.load_device
-    beside = 0
-    if vae is not None:
-        beside += vae.model.decode_bytes(height, width, batch) + vae.model.encode_bytes(height, width, batch)
-    if decoder is not None:
-        beside += decoder.model.decode_bytes(height, width, batch)
+    beside = decoding_bytes(height, width, session["batch"], vae, decoder)
     needed = estimate(transformer, height, width, **session)
     kept = needed.cache + needed.prompts
     room = 0

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
-import torch
 from diffusers.utils import logging
 from tqdm import tqdm
 
@@ -20,6 +19,7 @@ from .batch.cli import add_command as add_batch
 from .bench.cli import add_command as add_bench
 from .bench.figures import BenchError
 from .bundled import BUNDLED_SIZE, check_model, default_size
+from .devices import is_out_of_memory
 from .fitting import FITS, Fitting, read_colour
 from .footage import Footage
 from .geometry import GEOMETRIES, WAN_21, WAN_22
@@ -63,7 +63,7 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, BenchError):
         return str(error)  # quotes the last lines of another program
     text = " ".join(str(error).split())
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
+    if is_out_of_memory(error):
         text = "there was not enough memory: make the window or the video smaller, or close other programs"
     elif not isinstance(error, (ValueError, OSError)):
         first = (str(error).strip().splitlines() or ["no message"])[0]

@@ -45,6 +45,22 @@ def available_memory() -> int:
     return psutil.virtual_memory().available
 
 
+def obtainable_memory(device: torch.device) -> int:
+    """Bytes of a device's memory that this process can have, those that it has already included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return available_memory() + psutil.Process().memory_info().rss
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left; each device and library has its own."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    text = str(error)
+    said = "out of memory" in text.lower() or "DefaultCPUAllocator" in text or "ALLOC_FAILED" in text
+    return isinstance(error, RuntimeError) and said
+
+
 def has_float64(device: torch.device) -> bool:
     """Whether tensors on `device` can be float64."""
     return device.type in FLOAT64

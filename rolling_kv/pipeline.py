@@ -26,6 +26,7 @@ from .sampling.memory import check_fits
 from .sampling.recomputed import needs_vae
 from .sampling.scheduled import check_plan, cues, generate_scheduled, switches_of
 from .sampling.session import RollingSession
+from .sampling.shortage import telling_shortage
 from .sampling.state import CacheState
 from .sampling.state_file import check_state_path, load_state
 from .sampling.steering import Shot, Steering
@@ -215,10 +216,7 @@ class Pipeline:
                 "a video without an end needs a window: with all frames in it, memory grows with the video"
             )
         streams = 1 + needs_vae(cache, sampling, state, plan.chunks)  # one for the file, one for the context
-        check_fits(
-            self.model.transformer,
-            height,
-            width,
+        takes: dict[str, Any] = dict(
             sampling=sampling,
             cache=cache,
             device=self.model.compute_device(),
@@ -230,6 +228,7 @@ class Pipeline:
             joint_switch="joint" in switches_of(plan, cache, marker),
             ranks=1 if shards is None else shards.ranks,
         )
+        check_fits(self.model.transformer, height, width, **takes)
         if note := long_sink_note(sampling, cache, frames):
             logger.warning("%s", note)
         if note := self.text_encoder.remark(plan.texts):
@@ -264,7 +263,7 @@ class Pipeline:
             on_pass=on_pass,
         )
         try:
-            with stream, session:
+            with stream, telling_shortage(self.model.transformer, height, width, **takes), session:
                 if given is not None:
                     latents = self._latents_of(given)
                     for size in sampling.prefill_sizes(self.model.geometry.latent_frames(given.count)):

@@ -157,6 +157,8 @@ def what_fits(fits: Callable[..., bool], sampling: SamplingConfig, cache: CacheC
     storages = [name for name in CACHE_STORAGES if fits(replace(cache, storage=name))]
     if storages:
         remedies.append(f"keep the cache as {' or '.join(storages)}")
+    if not cache.offload and fits(replace(cache, offload=True)):
+        remedies.append("offload the cache to CPU memory")
     if fits(cache, least):
         remedies.append("make the video shorter")
     return [*remedies, "make the picture smaller", "or close other programs"]

@@ -1,0 +1,70 @@
+"""What people are told when a run has used up the memory: what it takes, what there is, and the settings that would fit."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..config import CacheConfig, SamplingConfig
+from ..devices import is_out_of_memory, obtainable_memory
+from .memory import estimate, what_fits
+
+_SHORT_BY = 0.9
+"""Of what was expected to do: how much settings may take that are named where more was needed than expected."""
+
+
+class OutOfMemory(ValueError):
+    """A run has used up the memory of its device. The message is for people."""
+
+
+@contextmanager
+def telling_shortage(
+    transformer,
+    height: int,
+    width: int,
+    *,
+    device: torch.device,
+    sampling: SamplingConfig,
+    cache: CacheConfig,
+    frames: int,
+    weight_sets: int = 1,
+    decoding: int = 0,
+    **others,
+) -> Iterator[None]:
+    """Turns an error of the allocator from inside into OutOfMemory, and gives back what the failed pass has held.
+
+    device: where the model computes. frames: latent frames of the whole video.
+    decoding: bytes that decoding takes on the device. others: as for `estimate`, and so are those not named here.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        weights = weight_sets * sum(parameter.nbytes for parameter in transformer.parameters())
+
+        def needed(cache: CacheConfig, frames: int = frames) -> int:
+            run = estimate(
+                transformer,
+                height,
+                width,
+                sampling=sampling,
+                cache=cache,
+                frames=frames,
+                weight_sets=weight_sets,
+                **others,
+            )
+            on_cpu = run.host if device.type == "cpu" else 0
+            return weights + run.device + on_cpu + decoding
+
+        takes, room = needed(cache), obtainable_memory(device)
+        budget = min(room, _SHORT_BY * takes)
+        remedies = what_fits(lambda *changed: needed(*changed) <= budget, sampling, cache, frames)
+        traceback.clear_frames(error.__traceback__)  # they refer to the activations
+        raise OutOfMemory(
+            f"the memory of {device} is used up: this run takes about {takes / 2**30:.1f} GiB there "
+            f"({weights / 2**30:.1f} GiB of them weights), of {room / 2**30:.1f} GiB that can be had: {', '.join(remedies)}"
+        ) from error
