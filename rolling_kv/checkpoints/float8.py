@@ -12,14 +12,15 @@ from .gguf import is_packed, plain
 from .readers import CheckpointError
 
 
-def store_float8(transformer: WanTransformer3DModel) -> None:
-    """Keep the Linear layers of the blocks in float8_e4m3fn, one byte per value; the compute dtype stays what it is.
+def store_float8(transformer: WanTransformer3DModel, dtype: torch.dtype | None = None) -> None:
+    """Keep the Linear layers of the blocks in float8_e4m3fn, one byte per value.
+
+    dtype: that they compute in, by default the transformer's.
 
     Embeddings, norms, modulation and the output projection are left alone (diffusers' own skip patterns).
     """
-    transformer.enable_layerwise_casting(
-        storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer.patch_embedding.weight.dtype
-    )
+    dtype = dtype or transformer.patch_embedding.weight.dtype
+    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
 
 
 def split_scales(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -16,7 +16,6 @@ from ..messages import printable
 from ..presets import DEFAULT_PRESET, ModelPreset
 from .detect import assumption, choose_preset
 from .fingerprint import fingerprint
-from .float8 import store_float8
 from .gguf import gguf_types
 from .names import split_context
 from .readers import CheckpointError, open_checkpoint, telling
@@ -125,13 +124,7 @@ def load_model(
 
 
 def _built(weights: dict, settings: dict, dtype, *, device, runs_on, storage: str) -> WanTransformer3DModel:
-    if storage == "model":
-        return build_transformer(weights, settings, dtype, device, runs_on, copy=True)
-    # In float8 before it moves: the device may be too small for more.
-    transformer = build_transformer(weights, settings, dtype, runs_on=runs_on or device, copy=True)
-    store_float8(transformer)
-    transformer.to(device)  # pyright: ignore[reportArgumentType]: diffusers' wrapper hides that it is a method
-    return transformer
+    return build_transformer(weights, settings, dtype, device, runs_on, copy=True, float8=storage == "float8")
 
 
 def _built_context(

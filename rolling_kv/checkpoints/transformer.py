@@ -16,7 +16,7 @@ from ..geometry import GEOMETRIES, WAN_21
 from .detect import transformer_metadata
 from .dtypes import choose_dtype
 from .fingerprint import check_finite
-from .float8 import load_tensor, split_scales
+from .float8 import load_tensor, split_scales, store_float8
 from .gguf import is_packed, pack_linears, unpack, unpacked_shapes
 from .names import (
     LORA,
@@ -58,6 +58,7 @@ def build_transformer(
     runs_on: str | torch.device | None = None,
     *,
     copy: bool = False,
+    float8: bool = False,
 ) -> WanTransformer3DModel:
     """Build the stock diffusers transformer around given weights, in original Wan or diffusers names.
 
@@ -66,6 +67,7 @@ def build_transformer(
 
     copy: whether the model has tensors of its own throughout, as those that are mapped from a file ask for. Else those
         that already have the dtype and device are used as they are.
+    float8: keep the blocks' Linear layers in float8, each narrowed as soon as it is read: see `store_float8`.
 
     Raises CheckpointError.
     """
@@ -73,14 +75,21 @@ def build_transformer(
     packed = _packed(state_dict)
     transformer = empty_transformer(weights, config)
     dtype = choose_dtype(dtype, weights, runs_on or device)
+    if float8:
+        store_float8(transformer, dtype)
+    narrow = {name for name, tensor in transformer.state_dict().items() if tensor.dtype == torch.float8_e4m3fn}
     float32_parts = set(WanTransformer3DModel._keep_in_fp32_modules) if dtype.itemsize < 4 else set()
     weights |= packed
     stay_packed = pack_linears(transformer, packed, dtype, float32_parts)
     loaded = {name: load_tensor(weights.pop(name), None, dtype, device, copy=copy) for name in stay_packed}
     for name in list(weights):
         target = torch.float32 if float32_parts.intersection(name.split(".")) else dtype
-        loaded[name] = load_tensor(unpack(weights.pop(name)), scales.get(name), target, device, copy=copy)
-    check_finite(loaded)
+        tensor = load_tensor(unpack(weights.pop(name)), scales.get(name), target, device, copy=copy)
+        if name in narrow:
+            check_finite({name: tensor})
+            tensor = tensor.to(torch.float8_e4m3fn)
+        loaded[name] = tensor
+    check_finite({name: tensor for name, tensor in loaded.items() if name not in narrow})
     transformer.load_state_dict(loaded, assign=True)
     # Its tables are no part of any checkpoint, and are still on the meta device.
     rope = WanRotaryPosEmbed(config["attention_head_dim"], config["patch_size"], transformer.config["rope_max_seq_len"])

@@ -3,8 +3,8 @@
 Two ways, with the same result up to rounding. *Fused*: the change is added to the weights, which then cost nothing more
 per step; what the weights were is kept in CPU memory and put back bit for bit. *At run time*: each layer adds its
 low-rank product as it runs. That needs no second copy and works on weights that cannot take a sum (float8, GGUF), but a
-rank of 256, LongLive's, adds a third to the arithmetic of a 1536-wide layer. So: fused where the weights are plain
-numbers, at run time where they are not. Both go through peft, by diffusers' `PeftAdapterMixin`. Changes of whole
+rank of 256, LongLive's, adds a third to the arithmetic of a 1536-wide layer, a tenth at 5120. So: fused where the weights
+are plain numbers and what they were is no more than CPU memory should hold twice, at run time else (14B models). Both go through peft, by diffusers' `PeftAdapterMixin`. Changes of whole
 parameters, and the kinds of adapter that `formulas` knows, are always fused.
 """
 
@@ -15,7 +15,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B"}
 _CHANNELS = {36: " (image-to-video)"}
+_MOST_KEPT = 8 * 2**30
+"""Bytes of weights that are kept in CPU memory as they were before LoRAs were fused into them."""
 _PEFT_TRACES = ("_hf_peft_config_loaded", "lora_scale", "_safe_fusing")
 
 
@@ -187,14 +189,19 @@ class LoraStack:
                 vars(transformer).pop(name, None)
         for (transformer, name), original in self._originals.items():
             parameter = transformer.get_parameter(name)
-            parameter.data = original.to(parameter.device)
+            with _mode_of(parameter):
+                differs = original.is_inference() != parameter.is_inference()
+                parameter.data = original.to(parameter.device, copy=differs)
         self._originals.clear()
         self.applied = ()
         self.model.identity = self._bare_identity
 
-    @torch.inference_mode(False)
     @torch.no_grad()
     def _apply(self, transformer: WanTransformer3DModel, loras: Sequence[tuple[Lora, float]]) -> None:
+        with _mode_of(transformer.patch_embedding.weight):
+            self._put_on(transformer, loras)
+
+    def _put_on(self, transformer: WanTransformer3DModel, loras: Sequence[tuple[Lora, float]]) -> None:
         for lora, strength in loras:
             for name, change in lora.changes.items():
                 self._add(transformer, name, change, strength)
@@ -206,7 +213,9 @@ class LoraStack:
             self._inject(transformer, name, lora)
         transformer.set_adapters(list(layered), [strength for _, strength in layered.values()])
         transformer.requires_grad_(False)
-        if self.fuse is False or self.fuse is None and not all(map(_is_plain, modules.values())):
+        kept = sum(layer.weight.nbytes for layer in modules.values())
+        fits = kept <= _MOST_KEPT and all(map(_is_plain, modules.values()))
+        if self.fuse is False or self.fuse is None and not fits:
             return
         for module in modules:
             self._keep(transformer, f"{module}.weight")
@@ -238,6 +247,14 @@ class LoraStack:
         original = self._originals.get((transformer, name), parameter.data).to(parameter.device, torch.float32)
         self._keep(transformer, name)
         parameter.data = (parameter.float() + strength * difference(change, original)).to(parameter.dtype)
+
+
+def _mode_of(parameter: Tensor) -> AbstractContextManager:
+    """The mode in which a parameter can be given new values: inference mode for those that were made, or moved, in it.
+
+    An inference tensor with the data of an ordinary one, and the other way round, cannot be used any more.
+    """
+    return torch.inference_mode(parameter.is_inference())
 
 
 def _is_plain(layer) -> bool:

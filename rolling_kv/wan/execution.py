@@ -13,6 +13,7 @@ from ..platforms import attending_with, attention_kernels, platform_of
 
 eager: Any = torch.compiler.disable
 """Keeps a function out of the compiled parts. (torch's own annotations lose the function's arguments.)"""
+COMPILED_SHAPES = 64
 
 
 class Weights(NamedTuple):
@@ -39,12 +40,21 @@ def weights_of(transformer) -> Weights:
 
 @contextmanager
 def compiled_code(execution: ExecutionConfig) -> Iterator[None]:
-    """Say it in a sentence if torch.compile, which begins at the first pass, cannot make code here."""
-    try:
+    """Say it in a sentence if torch.compile, which begins at the first pass, cannot make code here.
+
+    Each shape of a chunk has code of its own. torch keeps eight, and runs what comes after them uncompiled.
+    """
+    if not execution.compile:
         yield
+        return
+    settings: Any = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"  # before PyTorch 2.7
+    try:
+        with settings.patch({limit: COMPILED_SHAPES}):
+            yield
     except Exception as error:
         cause = getattr(error, "inner_exception", None)  # of what torch._dynamo raises when its backend fails
-        if not execution.compile or cause is None:
+        if cause is None:
             raise
         reason = str(cause).strip().splitlines()[0]
         raise ValueError(

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rolling_kv.checkpoints import gguf as weights_module
+from rolling_kv.checkpoints import transformer as loading
 from rolling_kv.checkpoints.model import load_model
 from rolling_kv.checkpoints.readers import CheckpointError
 from rolling_kv.checkpoints.transformer import build_transformer
@@ -138,6 +139,32 @@ def test_one_layer_at_a_time_leaves_float8(checkpoint, monkeypatch):
     monkeypatch.setattr(nn.functional, "linear", counting)
     flow(model)
     assert len(seen) > len(layers) and max(seen) == 1
+
+
+def test_loading_widens_one_weight_at_a_time(weights, tmp_path, monkeypatch):
+    stored = {name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor for name, tensor in weights.items()}
+    save_file(stored, tmp_path / "float8.safetensors")
+    load, wide, most = loading.load_tensor, weakref.WeakSet(), []
+
+    def counting(tensor, *args, **options):
+        loaded = load(tensor, *args, **options)
+        if loaded.ndim == 2 and loaded.shape == (256, 256):
+            wide.add(loaded)
+        most.append(sum(tensor.dtype != torch.float8_e4m3fn for tensor in wide))
+        return loaded
+
+    monkeypatch.setattr(loading, "load_tensor", counting)
+    made = load_model(tmp_path / "float8.safetensors", storage="float8").transformer.state_dict()
+    inside = in_blocks(weights)
+    assert max(most) <= 3  # the one at hand, and what lies outside of the blocks
+    assert all(torch.equal(made[name].view(torch.uint8), stored[name].view(torch.uint8)) for name in inside)
+
+
+def test_a_weight_that_is_no_number_is_refused_before_it_is_narrowed(weights, tmp_path):
+    broken = weights | {"blocks.1.ffn.net.2.weight": torch.full_like(weights["blocks.1.ffn.net.2.weight"], torch.nan)}
+    save_file(broken, tmp_path / "broken.safetensors")
+    with pytest.raises(CheckpointError, match="no numbers .*blocks.1.ffn.net.2.weight"):
+        load_model(tmp_path / "broken.safetensors", storage="float8")
 
 
 # GGUF

@@ -182,6 +182,17 @@ def test_taking_a_lora_off_leaves_no_trace(fuse, dtype):
     assert torch.equal(outputs(model), before)
 
 
+def test_a_model_whose_weights_should_not_be_kept_twice_has_its_loras_beside_it(model, monkeypatch):
+    lora, before = read_lora(peft(matrices())), outputs(model)
+    with applied_loras(model, [(lora, 1.0)]):
+        fused = outputs(model)
+    monkeypatch.setattr("rolling_kv.lora.stack._MOST_KEPT", 1)
+    with applied_loras(model, [(lora, 1.0)]) as stack:
+        assert not stack._originals and "lora_A" in str(model.transformer.blocks[0].attn1.to_q)
+        torch.testing.assert_close(outputs(model), fused, atol=1e-4, rtol=1e-4)
+    assert torch.equal(outputs(model), before)
+
+
 @each_way
 def test_an_interrupt_while_applying_leaves_the_bare_model(fuse, model, monkeypatch):
     before, anatomy_before = outputs(model), anatomy(model)

@@ -11,6 +11,7 @@ from rolling_kv.checkpoints.transformer import build_transformer
 from rolling_kv.config import CacheConfig, ExecutionConfig, SamplingConfig
 from rolling_kv.presets import ModelPreset
 from rolling_kv.sampling.session import RollingSession
+from rolling_kv.wan.execution import compiled_code
 
 SAMPLING = SamplingConfig(chunk=2, denoising_steps=(1000, 500))
 
@@ -83,3 +84,14 @@ def test_float8_weights_are_refused(compilations):
         pass
     assert not compilations and not any("forward" in vars(block) for block in transformer.blocks)
     ExecutionConfig(compile=True).check(weight_storage="model")
+
+
+def test_more_shapes_than_torch_compiles_by_itself_stay_compiled():
+    graphs = []
+    torch._dynamo.reset()
+    doubled = torch.compile(lambda x: x * 2, backend=lambda graph, _: graphs.append(graph) or graph, dynamic=False)
+    for size in range(2, 14):
+        with compiled_code(ExecutionConfig(compile=True)):
+            doubled(torch.zeros(size))
+    torch._dynamo.reset()
+    assert len(graphs) == 12
