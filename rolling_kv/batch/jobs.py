@@ -17,8 +17,12 @@ from ..messages import shortened, shown
 from ..schedules.reading import read_schedule
 from ..schedules.schedule import PromptSchedule
 
-LONGEST_NAME = 120
-"""Characters; what stands behind a name while its video grows has to fit into a file name too."""
+LONGEST_NAME, LONGEST_BYTES = 120, 200
+"""Characters of a name, and bytes of it in UTF-8: what stands behind it while its video grows has to fit into a file name too."""
+LARGEST_SIDE = 2**15
+"""Pixels; more than any video has."""
+_UNDER_WAY = re.compile(r".*\.(?:growing|state)", re.IGNORECASE)
+"""What a video of another name is called while it grows, or the state that a failed run has left of it."""
 _NAME = re.compile(r"[\w()+=@,-](?:[\w .()+=@,-]*[\w()+=@,-])?")
 _DEVICES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 """What Windows takes for a device."""
@@ -80,6 +84,9 @@ class Job:
             check_real("seconds", self.seconds, 0, LONGEST_SECONDS)
             if not self.seconds:
                 raise ValueError("seconds is 0, and a video of a batch has to end: give more, or leave it out")
+        for side in ("width", "height"):
+            if getattr(self, side) is not None:
+                check_whole(side, getattr(self, side), 1, LARGEST_SIDE)
         check_choice("fit", self.fit, FITS)
         read_colour(self.background)
         if self.image is not None and self.video is not None:
@@ -96,7 +103,7 @@ class Job:
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in given if name not in known]:
             raise ValueError(f"there is no {shown(unknown[0])} in a job; there are {', '.join(known)}")
-        return cls(**given)
+        return cls(**{name: value for name, value in given.items() if value is not None})
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -128,6 +135,16 @@ def checked_name(name: str) -> str:
             f"the name {shown(shortened(name, 60))} is none for a file: take up to {LONGEST_NAME} letters, digits, spaces and "
             "any of .()+=@,-_, without a folder and without a dot or a space at its ends"
         )
+    if len(name.encode()) > LONGEST_BYTES:
+        raise ValueError(
+            f"the name {shown(shortened(name, 60))} is too long for a file: its letters take {len(name.encode())} bytes, and "
+            f"{LONGEST_BYTES} are the most"
+        )
+    if _UNDER_WAY.fullmatch(name):
+        raise ValueError(
+            f"the name {shown(shortened(name, 60))} ends as files do that belong to a video under way: take one that does not "
+            "end in .growing or .state"
+        )
     return name
 
 
@@ -146,7 +163,9 @@ def read_jobs(path: str | Path) -> tuple[list[Job], list[Refused]]:
     file that cannot be read.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = (
+            Path(path).read_text(encoding="utf-8-sig").split("\n")
+        )  # a text may hold what `splitlines` takes for more
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no text in UTF-8") from None
     jobs, refused = checked_jobs((number, _parsed(line)) for number, line in enumerate(lines, 1) if line.strip())
@@ -184,6 +203,15 @@ def shard_of(jobs: list[Job], shard: tuple[int, int]) -> list[Job]:
 
 def _parsed(line: str) -> object:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         return ValueError(f"the line is no JSON: {error}")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a line. Raises ValueError for a name that stands in it twice, of which one would be lost."""
+    read = dict(pairs)
+    if len(read) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it says {shown(next(name for name in names if names.count(name) > 1))} twice")
+    return read

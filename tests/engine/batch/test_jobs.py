@@ -63,6 +63,11 @@ def test_a_job_without_a_name_gets_one_of_its_own_that_stays():
         ({"prompt": "x", "name": " x"}, "is none for a file"),
         ({"prompt": "x", "name": ".x"}, "is none for a file"),
         ({"prompt": "x", "name": "x\n"}, "is none for a file"),
+        ({"prompt": "x", "name": "圆" * 100}, "too long for a file: its letters take 300 bytes"),
+        ({"prompt": "x", "name": "y.growing"}, "belong to a video under way"),
+        ({"prompt": "x", "name": "y.State"}, "belong to a video under way"),
+        ({"prompt": "x", "width": 0}, "width must be at least 1"),
+        ({"prompt": "x", "height": -16}, "height must be at least 1"),
         ([], "a job is an object"),
     ],
 )
@@ -85,6 +90,21 @@ def test_a_file_gives_its_jobs_and_the_lines_that_are_none(tmp_path):
     assert [job.prompt for job in jobs] == ["x", "y"]
     assert [(line.line, line.name) for line in refused] == [(3, ""), (4, "ONE"), (6, "")]
     assert "that of line 1 already" in refused[1].error
+
+
+def test_null_is_as_if_it_were_left_out():
+    assert Job.read(dict.fromkeys(FULL) | {"prompt": "x"}) == Job(prompt="x")
+
+
+def test_lines_are_those_of_json_lines_and_say_each_thing_once(tmp_path):
+    """A text may hold what other formats take for the end of a line, and which of two prompts is meant cannot be told."""
+    texts = "a\u2028b", "a\x85b"
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    lines.append('{"prompt": "x", "seed": 1, "prompt": "y"}')
+    (tmp_path / "jobs.jsonl").write_bytes("\r\n".join(lines).encode())
+    jobs, (refused,) = read_jobs(tmp_path / "jobs.jsonl")
+    assert tuple(job.prompt for job in jobs) == texts
+    assert refused.line == 3 and "it says 'prompt' twice" in refused.error
 
 
 @pytest.mark.parametrize(("held", "said"), [(b"\n\n", "holds no job"), (b"\xff\xfe\x00", "no text in UTF-8")])
