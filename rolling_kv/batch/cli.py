@@ -48,9 +48,9 @@ def add_command(commands) -> None:
         "--workers", type=int, help="actors that make videos (default: one for each GPU of the cluster, or one)"
     )
     batch.add_argument(
-        "--gpus", type=float, help="that each takes, also a part of one (default: 1 where there are any)"
+        "--gpus", type=float, help="that each takes, also a part of one; 0 is on CPUs (default: 1 where there are any)"
     )
-    batch.add_argument("--cpus", type=float, default=1.0, help="that each takes (default: 1)")
+    batch.add_argument("--cpus", type=float, help="that each takes (default: 1)")
     batch.add_argument(
         "--text-workers",
         type=int,
@@ -102,11 +102,12 @@ def _batch(args: argparse.Namespace) -> None:
     settings, maker = settings_of(args), None
     if args.ray:
         check_ray()
-        maker = RayMaker(
-            settings, args.out.resolve(), args.address, args.workers, args.gpus, args.cpus, args.text_workers
+        cpus = 1.0 if args.cpus is None else args.cpus
+        maker = RayMaker(settings, args.out.resolve(), args.address, args.workers, args.gpus, cpus, args.text_workers)
+    elif any(given is not None for given in (args.address, args.workers, args.gpus, args.cpus)) or args.text_workers:
+        raise ValueError(
+            "--address, --workers, --gpus, --cpus and --text-workers are Ray's: add --ray, or leave them out"
         )
-    elif args.address is not None or args.workers is not None or args.text_workers:
-        raise ValueError("--address, --workers and --text-workers are Ray's: add --ray, or leave them out")
     failed, made = 0, 0.0
     with tqdm(total=count, unit="video", desc="batch") as bar:
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..atomic import replacing
+from ..atomic import claiming, replacing
 from ..bundled import default_size
 from ..fitting import Fitting, read_colour
 from ..growing import growing_place
@@ -23,6 +24,8 @@ from .settings import Settings
 
 RECORD_SUFFIX = ".json"
 DONE, FAILED, BEGUN, REFUSED = "done", "failed", "begun", "refused"
+MOST_LOST = 3
+"""Workers that a job may take with it, by more memory than there is for example, before it counts as failed."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Record:
     file: name of the video in the folder. frames, seconds, bytes: of the video. made_in: seconds that the last run took.
     continued_at: seconds of it that an earlier run had made already. found: whether an earlier run had made all of it.
     error: why it failed, as a sentence. job: what was asked for. line: of a refused line.
+    lost: workers of a run that have died while they made it. run: which one.
     """
 
     name: str
@@ -49,6 +53,8 @@ class Record:
     error: str = ""
     job: dict[str, Any] | None = None
     line: int = 0
+    lost: int = 0
+    run: str = ""
 
     def said(self) -> dict[str, Any]:
         """Without what is not there."""
@@ -81,9 +87,9 @@ def found_record(job: Job, settings: Settings, folder: Path) -> Record | None:
 
     Raises FileExistsError where the name is taken by another job, or by a video of which nothing is known.
     """
-    record, video = read_record(folder, job.name), folder / f"{job.name}.mp4"
+    record, video, state = read_record(folder, job.name), folder / f"{job.name}.mp4", _state_out(job, folder)
     if record is None:
-        for file in (video, journal_place(video)):
+        for file in filter(None, (video, journal_place(video), _failed_state(video), state)):
             if file.exists():
                 raise FileExistsError(
                     f"{file} is there, and no {job.name}{RECORD_SUFFIX} beside it says which job has made it: choose "
@@ -96,25 +102,38 @@ def found_record(job: Job, settings: Settings, folder: Path) -> Record | None:
             f"delete {job.name}{RECORD_SUFFIX} and what it tells of"
         )
     whole = record.status == DONE and video.is_file() and video.stat().st_size == record.bytes
+    whole = whole and (state is None or state.is_file())
     return replace(record, found=True) if whole else None
 
 
-def make(job: Job, settings: Settings, folder: Path, pipeline: Pipeline) -> Record:
+def make(job: Job, settings: Settings, folder: Path, load: Callable[[], Pipeline], run: str = "") -> Record:
     """Make the video of a job, or go on with it, in constant memory; what fails is in the record, not raised.
 
     A run of it that was killed has left a journal, one that failed a state: the video goes on from there, and becomes
     the one that it would have been, except that the sampler "rolling" begins anew wherever a run begins.
+
+    load: gives the model; what it raises is raised, as it is no fault of the job.
+    run: of a batch whose workers are started again when they die: a job that they die of has to end some time.
     """
-    begin = time.monotonic()
-    record = Record(job.name, BEGUN, digest_of(job, settings), job=job.said())
     try:
-        if found := found_record(job, settings, folder):
-            return found
-    except OSError as error:
-        return replace(record, status=FAILED, error=str(error))  # what is there is another's: it keeps its record
+        with claiming(folder / f"{job.name}{RECORD_SUFFIX}", what="video"):
+            return found_record(job, settings, folder) or _make(job, settings, folder, load, run)
+    except OSError as error:  # what is there is another's: it keeps its record
+        return _failure(job, settings, str(error))
+
+
+def _make(job: Job, settings: Settings, folder: Path, load: Callable[[], Pipeline], run: str) -> Record:
+    begin, earlier, lost = time.monotonic(), read_record(folder, job.name), 0
+    if run and earlier is not None and (earlier.status, earlier.run) == (BEGUN, run):
+        lost = earlier.lost + 1
+    if lost >= MOST_LOST:
+        return failed(
+            job, settings, folder, f"{lost} workers have died while they made it; there may be too little memory"
+        )
+    record = Record(job.name, BEGUN, digest_of(job, settings), job=job.said(), lost=lost, run=run)
+    write_record(folder, record)
+    pipeline = load()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_record(folder, record)
         video, done = _made(job, settings, folder, pipeline)
         info = read_video_info(video)
         record = replace(
@@ -122,15 +141,22 @@ def make(job: Job, settings: Settings, folder: Path, pipeline: Pipeline) -> Reco
             seconds=round(info.frames / info.fps, 4), made_in=round(time.monotonic() - begin, 2), continued_at=done,
         )  # fmt: skip
     except Exception as error:
-        said = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
-        return failed(job, settings, folder, said)
+        return failed(job, settings, folder, sentence_of(error))
     return write_record(folder, record)
+
+
+def sentence_of(error: Exception) -> str:
+    """What is told of an error: what the pack raises itself is a sentence, of others the kind says more."""
+    return str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
 
 
 def failed(job: Job, settings: Settings, folder: Path, error: str) -> Record:
     """Note, beside where its video would be, why there is none."""
-    record = Record(job.name, FAILED, digest_of(job, settings), error=" ".join(error.split()), job=job.said())
-    return write_record(folder, record)
+    return write_record(folder, _failure(job, settings, error))
+
+
+def _failure(job: Job, settings: Settings, error: str) -> Record:
+    return Record(job.name, FAILED, digest_of(job, settings), error=" ".join(error.split()), job=job.said())
 
 
 def _made(job: Job, settings: Settings, folder: Path, pipeline: Pipeline) -> tuple[Path, float]:
@@ -153,10 +179,10 @@ def _made(job: Job, settings: Settings, folder: Path, pipeline: Pipeline) -> tup
     seconds = job.seconds
     if job.strength is not None:
         seconds = seconds_anew(clip, seconds, start, sampling, model.geometry)
-    state_out = folder / f"{job.name}{SUFFIX}" if job.save_state else None
+    state_out = _state_out(job, folder)
     plan = plan_prompts(job.prompt, job.schedule, sampling, model.geometry, seconds, start)
     whole = start + sampling.frames_of(plan.chunks, start)
-    begun, done = _begun(video, state_out, whole, pipeline, (height, width)), 0.0
+    begun, done = _begun(video, state_out, start, whole, pipeline, (height, width)), 0.0
     given: dict[str, Any] = {
         "image": job.image,
         "video": job.video,
@@ -181,25 +207,36 @@ def _made(job: Job, settings: Settings, folder: Path, pipeline: Pipeline) -> tup
     return made, done
 
 
-def _begun(video: Path, state_out: Path | None, whole: int, pipeline: Pipeline, size: tuple[int, int]) -> Path | None:
+def _begun(
+    video: Path, state_out: Path | None, start: int, whole: int, pipeline: Pipeline, size: tuple[int, int]
+) -> Path | None:
     """The file of the state from which to go on with a video; None where nothing is there.
 
-    state_out: where a run that failed has left it, if not beside the video. whole: latent frames that the video will have.
-    Where all of them are made already, and only the file was not finished, the last chunk is made once more.
+    state_out: where a run that failed has left it, if not beside the video. start: latent frames that are given. whole:
+    latent frames that the video will have. Where all of them are made already, and only the file was not finished, the last
+    chunk is made once more; where that is the only one, or not even all are there that are given, all is done anew.
     """
     for file in filter(None, (journal_place(video), state_out, _failed_state(video))):
         if not file.exists():
             continue
-        if read_state(file).frames < whole:
+        state = read_state(file)
+        if start <= state.frames < whole:
             return file
-        save_state(load_state(file, pipeline.model, size).first(frames=whole - 1), _failed_state(video))
+        again = state.frames >= whole and len(state.chunks) > 1
+        if again:
+            save_state(load_state(file, pipeline.model, size).first(frames=whole - 1), _failed_state(video))
         for left in (journal_place(video), growing_place(video)):
             with suppress(FileNotFoundError):
                 left.unlink()
-        return _failed_state(video)
+        return _failed_state(video) if again else None
     return None
 
 
 def _failed_state(video: Path) -> Path:
     """Where a run that failed or was cancelled has left its state."""
     return video.with_suffix(f".state{SUFFIX}")
+
+
+def _state_out(job: Job, folder: Path) -> Path | None:
+    """Where the state of a job is kept that asks for it."""
+    return folder / f"{job.name}{SUFFIX}" if job.save_state else None

@@ -6,21 +6,26 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
+from ..config.checks import check_real, check_whole
 from ..pipeline import Pipeline
-from ..text import load_text_encoder
+from ..text import TextEncoder, load_text_encoder
 from .jobs import Job
-from .making import Record, failed, make
+from .making import Record, failed, make, sentence_of
 from .settings import Settings
 from .texts import KnownTexts
 
 PACK = Path(__file__).resolve().parents[2]
+MOST_WORKERS = 10_000
+"""Also of what each takes: more is a mistake."""
 
 
 def check_ray() -> None:
@@ -41,6 +46,8 @@ class RayMaker:
     workers: actors; None: one for each GPU that there is, or one. gpus, cpus: that each of them takes, which may be parts
         of one; of GPUs None: 1 where there are any.
     text_workers: actors that encode prompts on CPUs, so that no GPU holds the text encoder; 0: each actor has its own.
+
+    Raises ValueError for numbers that are none, for more than this machine has, and for what no worker can begin with.
     """
 
     settings: Settings
@@ -50,6 +57,14 @@ class RayMaker:
     gpus: float | None = None
     cpus: float = 1.0
     text_workers: int = 0
+
+    def __post_init__(self):
+        if self.workers is not None:
+            check_whole("the number of workers", self.workers, 1, MOST_WORKERS)
+        check_whole("the number of text workers", self.text_workers, 0, MOST_WORKERS)
+        for name, count in (("GPUs", self.gpus), ("CPUs", self.cpus)):
+            if count is not None:
+                check_real(f"the {name} of a worker", count, 0, MOST_WORKERS)
 
     def __call__(self, jobs: Sequence[Job]) -> Iterator[Record]:
         check_ray()
@@ -69,20 +84,27 @@ class RayMaker:
             there = ray.cluster_resources().get("GPU", 0)
             gpus = min(there, 1) if self.gpus is None else self.gpus
             workers = self.workers or max(int(there / gpus) if gpus else 1, 1)
+            if self.address is None and workers * gpus > there:  # a cluster may grow, and this machine does not
+                raise ValueError(
+                    f"{workers} workers with {gpus:g} GPUs each are more than the {there:g} of this machine: they would wait for "
+                    "ever; take fewer, or a part of a GPU for each"
+                )
             settings = replace(self.settings, device="cuda") if gpus else self.settings
             rows = [{"job": json.dumps(asdict(job))} for job in jobs]
             data = ray.data.from_items(rows, override_num_blocks=len(rows))
             if self.text_workers:
                 data = data.map_batches(
-                    _Texts, fn_constructor_args=(self.settings,), batch_size=1, num_cpus=1,
+                    _Texts, fn_constructor_args=(self.settings, os.getcwd()), batch_size=1, num_cpus=1,
                     compute=ray.data.ActorPoolStrategy(size=self.text_workers),
                 )  # fmt: skip
             data = data.map_batches(
-                _Videos, fn_constructor_args=(settings, self.folder), batch_size=1, num_cpus=self.cpus,
+                _Videos, fn_constructor_args=(settings, self.folder, os.getcwd(), uuid4().hex), batch_size=1, num_cpus=self.cpus,
                 num_gpus=gpus or None,
                 compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
             )  # fmt: skip
             for row in data.iter_rows():
+                if row["stopped"]:
+                    raise ValueError(f"a worker cannot begin: {row['stopped']}")
                 yield Record(**json.loads(row["record"]))
         finally:
             ray.shutdown()
@@ -91,39 +113,59 @@ class RayMaker:
 class _Videos:
     """An actor that makes videos, with the model loaded once."""
 
-    def __init__(self, settings: Settings, folder: Path):
-        self.settings, self.folder = settings, folder
+    def __init__(self, settings: Settings, folder: Path, place: str, run: str):
+        _go_to(place)
+        self.settings, self.folder, self.run = settings, folder, run
         self.pipeline: Pipeline | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        job = Job(**json.loads(batch["job"][0]))
+        job, record, stopped = Job(**json.loads(batch["job"][0])), None, str(batch.get("stopped", [""])[0])
         texts = batch.get("texts", [b""])[0]
-        if error := batch.get("error", [""])[0]:
-            record = failed(job, self.settings, self.folder, str(error))
-        else:
-            self.pipeline = self._with(KnownTexts.unpacked(texts) if texts else None)
-            record = make(job, self.settings, self.folder, self.pipeline)
-        return {"record": np.array([json.dumps(asdict(record))])}
+        if error := str(batch.get("error", [""])[0]):
+            record = failed(job, self.settings, self.folder, error)
+        elif not stopped:
+            known = KnownTexts.unpacked(texts) if texts else None
+            try:
+                record = make(job, self.settings, self.folder, lambda: self._with(known), self.run)
+            except Exception as error:
+                stopped = sentence_of(error)
+        return {"record": np.array([json.dumps(record and asdict(record))]), "stopped": np.array([stopped])}
 
     def _with(self, texts: KnownTexts | None) -> Pipeline:
         if self.pipeline is None:
-            return self.settings.load(texts)
+            self.pipeline = self.settings.load(texts)
         return self.pipeline if texts is None else replace(self.pipeline, text_encoder=texts)
 
 
 class _Texts:
     """An actor that encodes prompts, with the text encoder loaded once."""
 
-    def __init__(self, settings: Settings):
-        preset = settings.preset_of_model()
-        self.guided, self.marker = settings.sampling(preset).guided, preset.cut_marker
-        self.encoder = load_text_encoder(settings.text_encoder or settings.model, dtype=settings.dtype)
+    def __init__(self, settings: Settings, place: str):
+        _go_to(place)
+        self.settings = settings
+        self.encoder: TextEncoder | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        job, texts, error = Job(**json.loads(batch["job"][0])), b"", ""
+        job, texts, error, stopped = Job(**json.loads(batch["job"][0])), b"", "", ""
         try:
-            negative = [job.negative_prompt] if self.guided else []
-            texts = KnownTexts.of(self.encoder, job.texts, negative, self.marker).packed()
-        except ValueError as wrong:
-            error = str(wrong)
-        return {**batch, "texts": np.array([texts], dtype=object), "error": np.array([error])}
+            preset = self.settings.preset_of_model()
+            self.encoder = self.encoder or self._load()
+        except Exception as wrong:
+            stopped = sentence_of(wrong)
+        else:
+            negative = [job.negative_prompt] if self.settings.sampling(preset).guided else []
+            try:
+                texts = KnownTexts.of(self.encoder, job.texts, negative, preset.cut_marker).packed()
+            except Exception as wrong:
+                error = sentence_of(wrong)
+        told = {"error": np.array([error]), "stopped": np.array([stopped])}
+        return {**batch, "texts": np.array([texts], dtype=object), **told}
+
+    def _load(self) -> TextEncoder:
+        return load_text_encoder(self.settings.text_encoder or self.settings.model, dtype=self.settings.dtype)
+
+
+def _go_to(place: str) -> None:
+    """Have names of files mean what they mean where the batch was begun, on machines that have that folder."""
+    with suppress(OSError):
+        os.chdir(place)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ..atomic import replacing
+from ..atomic import check_place, replacing
 from .jobs import Job, Refused, checked_jobs, shard_of
 from .making import FAILED, RECORD_SUFFIX, REFUSED, Record, digest_of, found_record, make, read_record
 from .settings import Settings
@@ -39,13 +39,14 @@ def generate(
     refused: lines of a file that are none, from `read_jobs`, to be told in the index too.
     on_record: called with each record as soon as it is there.
 
-    Raises ValueError for settings that do not go together, before anything is loaded.
+    Raises ValueError for settings that do not go together, and OSError for a folder that is none, before anything is loaded.
     """
     folder, settings = Path(folder), settings or Settings()
     good, bad = checked_jobs(enumerate(jobs, 1))
     chosen = good if shard is None else shard_of(good, shard)
     settings.check()
-    folder.mkdir(parents=True, exist_ok=True)
+    check_place(folder, folder=True).mkdir(parents=True, exist_ok=True)
+    check_place(folder / INDEX)
     records: dict[str, Record] = {}
 
     def note(record: Record) -> None:
@@ -76,7 +77,7 @@ class LocalMaker:
     def __call__(self, jobs: Sequence[Job]) -> Iterator[Record]:
         pipeline = self.settings.load()
         for job in jobs:
-            yield make(job, self.settings, self.folder, pipeline)
+            yield make(job, self.settings, self.folder, lambda: pipeline)
 
 
 def _known(job: Job, settings: Settings, folder: Path) -> Record | None:

@@ -8,11 +8,15 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from rolling_kv.batch import Job, Settings, generate
 from rolling_kv.batch import making as making_module
 from rolling_kv.cli import main
+from rolling_kv.growing import GrowingVideo
 from rolling_kv.pipeline import Pipeline
+from rolling_kv.sampling.journal import Journal
+from rolling_kv.sampling.session import RollingSession
 from rolling_kv.streaming import journal_place
 from rolling_kv.tiny import make_tiny
 from tools.comfyui.env import PACK
@@ -228,12 +232,103 @@ def test_ctrl_c_says_how_to_go_on_and_loses_nothing(settings, pipeline, tmp_path
     assert (tmp_path / "out/video 1.mp4").read_bytes() == whole
 
 
+def test_a_single_chunk_that_is_there_and_no_video_of_it_is_made_again(settings, pipeline, tmp_path, monkeypatch):
+    (job,) = jobs(1)
+    whole, real = alone(pipeline, job, tmp_path / "alone.mp4"), GrowingVideo.finish
+    monkeypatch.setattr(GrowingVideo, "finish", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+    (record,) = generate([job], tmp_path / "out", settings)
+    assert record.status == "failed" and journal_place(tmp_path / "out/video 0.mp4").exists()
+    monkeypatch.setattr(GrowingVideo, "finish", real)
+    (record,) = generate([job], tmp_path / "out", settings)
+    assert record.status == "done" and (tmp_path / "out/video 0.mp4").read_bytes() == whole
+    assert not list((tmp_path / "out").glob("*.journal"))
+
+
+def test_a_run_that_was_killed_while_it_read_the_given_video_begins_anew(settings, pipeline, tmp_path):
+    """What it had read is less than what was given, and the rest of it would be made up."""
+    given, out = tmp_path / "given.mp4", tmp_path / "out"
+    pipeline.generate("a red circle", given, height=32, width=32, seconds=1.5)
+    (job,) = jobs(1, video=str(given))
+    with pytest.raises(SystemExit):
+        making_module.make(job, settings, out, lambda: (_ for _ in ()).throw(SystemExit))
+    session = RollingSession(pipeline.model, torch.zeros(1, 8, pipeline.model.config.text_dim), height=32, width=32)
+    with session:
+        session.prefill(torch.zeros(1, pipeline.model.geometry.channels, 3, *session.latent_size))
+    with Journal(journal_place(out / "video 0.mp4")) as journal:
+        journal.add(session.state)
+    (record,) = generate([job], out, settings)
+    expected = pipeline.generate(job.prompt, tmp_path / "x.mp4", height=32, width=32, seconds=0.5, video=given)
+    assert (record.status, record.continued_at) == ("done", 0)
+    assert (out / "video 0.mp4").read_bytes() == expected.read_bytes()
+
+
+def test_two_batches_at_once_do_not_touch_each_others_videos(settings, pipeline, tmp_path, monkeypatch):
+    """The second one comes when all chunks of the first one's are made, and only the file is not finished."""
+    (job,) = jobs(1)
+    whole, real, second = alone(pipeline, job, tmp_path / "alone.mp4"), GrowingVideo.finish, []
+
+    def finish(video):
+        monkeypatch.setattr(GrowingVideo, "finish", real)
+        second.extend(generate([job], tmp_path / "out", settings))
+        return real(video)
+
+    monkeypatch.setattr(GrowingVideo, "finish", finish)
+    (record,) = generate([job], tmp_path / "out", settings)
+    assert second[0].status == "failed" and "is being written by another run" in second[0].error
+    assert record.status == "done" and (tmp_path / "out/video 0.mp4").read_bytes() == whole
+
+
+def test_a_state_of_which_nothing_is_known_is_no_ones_beginning(settings, pipeline, tmp_path):
+    state, (job,) = tmp_path / "video 0.safetensors", jobs(1, save_state=True)
+    pipeline.generate("other", tmp_path / "x.mp4", height=32, width=32, seconds=1.5, state_out=state)
+    before = state.read_bytes()
+    for given in (job, replace(job, state_in=str(state))):
+        (record,) = generate([given], tmp_path, settings)
+        assert record.status == "failed" and "no video 0.json beside it" in record.error
+    assert state.read_bytes() == before
+
+
+def test_a_job_whose_state_is_gone_is_not_whole(settings, tmp_path):
+    (job,) = jobs(1, save_state=True)
+    generate([job], tmp_path, settings)
+    (tmp_path / "video 0.safetensors").unlink()
+    (record,) = generate([job], tmp_path, settings)
+    assert (record.status, record.found) == ("done", False) and (tmp_path / "video 0.safetensors").is_file()
+
+
+def test_a_job_that_its_workers_die_of_fails_in_the_end(settings, pipeline, tmp_path):
+    (job,) = jobs(1)
+
+    def dies():
+        raise SystemExit
+
+    for _ in range(3):
+        with pytest.raises(SystemExit):
+            making_module.make(job, settings, tmp_path, dies, "first run")
+    record = making_module.make(job, settings, tmp_path, dies, "first run")
+    assert record.status == "failed" and "3 workers have died" in record.error
+    assert making_module.make(job, settings, tmp_path, lambda: pipeline, "second run").status == "done"
+
+
+@pytest.mark.parametrize(("made", "said"), [("out", "is a file"), ("out/index.jsonl/", "is a folder")])
+def test_a_folder_that_cannot_hold_the_videos_is_told_before_anything_is_made(
+    settings, tmp_path, monkeypatch, made, said
+):
+    monkeypatch.setattr(Settings, "load", lambda *_: pytest.fail("loaded"))
+    (tmp_path / made).mkdir(parents=True) if made.endswith("/") else (tmp_path / made).touch()
+    with pytest.raises(OSError, match=said):
+        generate(jobs(1), tmp_path / "out", settings)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--shard", "2/2"], "from 0 to n - 1"),
         (["--shard", "x"], "--shard takes i/n"),
         (["--workers", "2"], "are Ray's"),
+        (["--gpus", "0.5"], "are Ray's"),
+        (["--ray", "--workers", "0"], "number of workers must be at least 1"),
+        (["--ray", "--cpus", "nan"], "CPUs of a worker must be a number"),
         (["--window", "1", "--sink", "3"], "window"),
     ],
 )

@@ -1,13 +1,20 @@
 """A batch on a real Ray: two actors, one of which is killed halfway, and jobs that cannot be made."""
 
 import json
+import os
 import threading
 import time
+from dataclasses import asdict, replace
+from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from rolling_kv.batch import Job, RayMaker, Settings, generate
+from rolling_kv.batch.making import read_record
+from rolling_kv.batch.on_ray import _Texts, _Videos
 from rolling_kv.batch.running import LocalMaker
 from rolling_kv.batch.texts import KnownTexts
 from rolling_kv.text import load_text_encoder
@@ -63,6 +70,28 @@ def test_twelve_jobs_on_two_actors_of_which_one_is_killed(settings, tmp_path):
         job = Job.read(next(job for job in jobs if job["name"] == name))
         (record,) = LocalMaker(settings, tmp_path)([job])
         assert (out / record.file).read_bytes() == (tmp_path / record.file).read_bytes()
+
+
+def test_a_worker_that_cannot_begin_ends_the_batch_with_what_it_says(settings, tmp_path):
+    """Where it went on, one machine without the model would fail all jobs of the others."""
+    wrong = replace(settings, text_encoder=str(tmp_path / "none.safetensors"))
+    row = {"job": np.array([json.dumps(asdict(Job(prompt="x", name="a")))])}
+    told = _Videos(wrong, tmp_path, ".", "run")(row)
+    assert "none.safetensors" in told["stopped"][0] and read_record(tmp_path, "a").status == "begun"
+    texts = _Texts(wrong, ".")(row)
+    assert "none.safetensors" in texts["stopped"][0]
+    assert "none.safetensors" in _Videos(settings, tmp_path, ".", "run")(texts)["stopped"][0]
+
+
+def test_names_of_files_mean_what_they_mean_where_the_batch_was_begun(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "start.png")
+    (tmp_path / "elsewhere").mkdir()
+    row = {"job": np.array([json.dumps(asdict(Job(prompt="x", image="start.png", seconds=0.5, name="a")))])}
+    begun_in = os.getcwd()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    told = _Videos(settings, Path("out"), begun_in, "run")(row)
+    assert json.loads(told["record"][0])["status"] == "done" and (tmp_path / "out/a.mp4").is_file()
 
 
 def test_prompts_that_were_encoded_elsewhere_are_the_same(settings):
