@@ -206,6 +206,8 @@ class RollingSession:
         self.sampling.check_length(chunks, frames, self.model.geometry)
         check_vae(self.cache_config, self.sampling, self.state, chunks, self._vae)
         sampling, seeds = self.sampling, checked_seeds(seed, self.batch)
+        if self._shards is not None:
+            self._shards.check_same(seeds, chunks, frames, tuple(self._prompts.wanted.prompt.shape))
         pieces = None if source is None else self._pieces_of(source, chunks)
         if pieces is not None:
             sampling = sampling.at_strength(strength)

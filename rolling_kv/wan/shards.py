@@ -11,6 +11,7 @@ them, S * dim each, and at the end as much of the S * 64 values of the flow (Wan
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator
@@ -83,10 +84,24 @@ class HeadShards:
 
     def any(self, mine: bool) -> bool:
         """Whether it is so in any of the processes, told to all of them."""
+        return max(self._told(int(mine))) > 0
+
+    def check_same(self, *mine: object) -> None:
+        """Raise ValueError, in all processes, unless each of them has the same: else they would wait, or mix videos."""
+        digest = hashlib.sha256(repr(mine).encode()).digest()
+        if len(set(self._told(int.from_bytes(digest[:7], "little")))) > 1:
+            raise ValueError(
+                "the processes that share a video are not to make the same one: give each of them the same seed, number of "
+                f"chunks, state and length of prompt; process {self.rank} has {', '.join(map(str, mine))}"
+            )
+
+    def _told(self, number: int) -> list[int]:
+        """The numbers of all processes."""
         on_gpu = dist.get_backend(self.group) == "nccl"
-        told = torch.tensor(int(mine), device="cuda" if on_gpu else "cpu")
-        dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group)
-        return bool(told)
+        mine = torch.tensor([number], device="cuda" if on_gpu else "cpu")
+        came = [torch.empty_like(mine) for _ in range(self.ranks)]
+        dist.all_gather(came, mine, group=self.group)
+        return torch.cat(came).tolist()
 
     def _exchange(self, split: torch.Tensor) -> torch.Tensor:
         """Send the i-th of [ranks, ...] to process i; returns what came from each."""
@@ -107,7 +122,12 @@ def shared_by_torchrun(device: torch.device) -> Iterator[tuple[HeadShards | None
         yield None, device
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if number >= count:
+            raise ValueError(
+                f"there are {count} GPUs on this machine, and {number + 1} processes or more: take one for each GPU"
+            )
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:

@@ -72,6 +72,17 @@ def made(transformer, shards: HeadShards | None, case: dict[str, Any]) -> tuple[
     return session.state.latents(), held, (shards.sent - before if shards else 0)
 
 
+def refuses_other_seeds(transformer, shards: HeadShards) -> bool:
+    """Whether this process is told that each has a seed of its own."""
+    model = CausalModel(transformer, ModelPreset("cases", sampling=FEW, cache=WINDOW))
+    with RollingSession(model, prompts(transformer)[0], height=SIDE, width=SIDE, shards=shards) as session:
+        try:
+            next(session.generate(1, seed=shards.rank))
+        except ValueError as error:
+            return "same seed" in str(error)
+    return False
+
+
 def main(weights: str, out: str) -> None:
     """Make every case with the processes of this group, and in the first one alone; tell what came of it."""
     torch.set_num_threads(1)
@@ -92,6 +103,7 @@ def main(weights: str, out: str) -> None:
             "whole": whole,
             "sent": sent,
         }
+    told["seeds"] = {"refused": shards._told(int(refuses_other_seeds(transformer, shards)))}
     if shards.first:
         Path(out).write_text(json.dumps(told))
     dist.destroy_process_group()

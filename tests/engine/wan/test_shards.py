@@ -19,7 +19,7 @@ from rolling_kv.step_cache import METHODS
 from rolling_kv.tiny import make_tiny
 from rolling_kv.video import read_frames
 from rolling_kv.wan.attachment import apply_rolling_kv_cache
-from rolling_kv.wan.shards import HeadShards
+from rolling_kv.wan.shards import HeadShards, shared_by_torchrun
 from tools.comfyui.env import PACK
 
 HEADS = 4
@@ -78,6 +78,19 @@ def test_bytes_sent_are_those_of_the_formula(told, transformer):
     flow = tokens // ranks * 64 * 4 * (ranks - 1)
     denoising, context = layers * 4 * part + flow, (layers - 1) * 4 * part + 2 * part
     assert cases["plain"]["sent"] == 12 * denoising + 5 * context
+
+
+def test_processes_with_other_seeds_are_all_told_where_they_would_mix_their_videos(told):
+    ranks, cases = told
+    assert cases["seeds"]["refused"] == [1] * ranks
+
+
+def test_a_process_without_a_gpu_of_its_own_is_told(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="there are 2 GPUs on this machine, and 4 processes or more"):
+        shared_by_torchrun(torch.device("cuda")).__enter__()
 
 
 class Alone(HeadShards):
