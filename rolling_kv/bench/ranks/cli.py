@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...config import SamplingConfig
+from ...geometry import WAN_21
 from .. import options
 from ..figures import hardware, machine, markdown, write_json
 from ..random_model import SIZES
@@ -44,9 +45,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 def make_experiment(args: argparse.Namespace) -> RanksExperiment:
-    """What to measure. Raises ValueError for counts of processes that cannot share the heads and tokens evenly."""
-    size, counts = SIZES[args.size], (1, *(count for count in args.ranks if count != 1))
+    """What to measure. Raises ValueError for no size of a video, and for counts of processes that cannot share it evenly."""
+    size, counts = SIZES[args.size], tuple(dict.fromkeys((1, *args.ranks)))
     height, width = args.height or size.height, args.width or size.width
+    WAN_21.latent_size(height, width)
     heads, tokens = size.heads, tokens_of(height, width, 1)
     for count in counts:
         if count < 1 or heads % count or tokens % count:

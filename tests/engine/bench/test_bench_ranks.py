@@ -1,11 +1,13 @@
 """What the benchmarks of several processes and of several videos print, and the paper model in the documentation."""
 
+import argparse
 import json
 
 import pytest
 
 from rolling_kv.bench.random_model import SIZES
 from rolling_kv.bench.ranks import paper
+from rolling_kv.bench.ranks.cli import add_arguments, make_experiment
 from rolling_kv.bench.ranks.formula import sent
 from rolling_kv.cli import main
 from tools.comfyui.env import PACK
@@ -27,10 +29,23 @@ def test_two_processes_send_what_the_formula_counts_and_hold_half(tmp_path, caps
     assert told[0]["cache"] == 2 * told[1]["cache"] and told[1]["error"] < 1e-5
 
 
-@pytest.mark.parametrize(("given", "said"), [(["--ranks", "3"], "4 heads"), (["--ranks", "0"], "shared out")])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--ranks", "3"], "4 heads"),
+        (["--ranks", "0"], "shared out"),
+        (["--height", "100"], "height must be a multiple of 16"),
+    ],
+)
 def test_counts_that_cannot_share_are_refused(given, said):
     with pytest.raises(SystemExit, match=said):
         main(["bench", "ranks", "--size", "mid", "--device", "cpu", *given])
+
+
+def test_a_count_that_is_given_twice_is_measured_once():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert make_experiment(parser.parse_args(["--device", "cpu", "--ranks", "2", "1", "2"])).ranks == (1, 2)
 
 
 def test_videos_together_are_those_one_by_one(capsys):
