@@ -49,5 +49,24 @@ def test_hooks(run):
     torch.testing.assert_close(torch.cat(video), torch.cat(expected), atol=1e-3, rtol=0)
 
 
+def test_shared_by_a_single_process(run):
+    assert run("shared")["shards"] is None
+    assert read_video_info("shared.mp4").frames >= 2 * read_video_info("shared.mp4").fps
+
+
+def test_streams(run):
+    run("streams")
+    for name in ("first.mp4", "second.mp4"):
+        info = read_video_info(name)
+        assert (info.width, info.frames) == (384, 33)  # of nine latent frames
+
+
 def test_all_examples_are_run():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"minimal", "two_prompts", "resume", "hooks"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "minimal",
+        "two_prompts",
+        "resume",
+        "hooks",
+        "shared",
+        "streams",
+    }

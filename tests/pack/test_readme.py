@@ -37,7 +37,7 @@ def test_command_lines_are_accepted(line):
 
 def test_each_command_is_shown():
     assert {line.split()[3] for line in commands("python -m rolling_kv")} == {
-        "generate", "inspect", "make-tiny", "bench"
+        "generate", "batch", "inspect", "make-tiny", "bench"
     }  # fmt: skip
     assert len(commands("bash run.sh")) == len(commands("bash test.sh")) == 1
 
