@@ -11,17 +11,18 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorRange
 from PIL import Image
 from torch import Tensor
 
 from .fitting import BLACK, Clip, Fitting
 from .geometry import WAN_21
+
+if TYPE_CHECKING:
+    import av
 
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 """Those that read the alpha channel too; the decoders that are chosen of themselves leave it out."""
@@ -68,6 +69,8 @@ class Footage:
         start: seconds to leave out at the beginning. seconds: to take from there, 0 for all.
         Raises ValueError for a file that holds no picture, or none that can be shown as it is meant.
         """
+        import av
+
         in_memory = isinstance(file, io.BytesIO)
         name = "the video" if in_memory else str(file)
         if not in_memory and not Path(file).is_file():
@@ -149,6 +152,8 @@ class Footage:
 
     def _as_seen(self, frame: av.VideoFrame) -> Tensor:
         """A frame as uint8 [H, W, 3], or [H, W, 4] where it has an alpha channel."""
+        from av.video.reformatter import ColorRange
+
         alpha = frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)
         # PyAV before 18 heeds the colour tags only when it is told a range.
         picture = frame.reformat(format="rgba" if alpha else "rgb24", dst_color_range=ColorRange.JPEG).to_ndarray()
@@ -170,6 +175,8 @@ def read_picture(
 @contextmanager
 def _opened(file: str | io.BytesIO):
     """The container, and the stream in it that players show."""
+    import av
+
     if isinstance(file, io.BytesIO):
         file.seek(0)
     with av.open(file) as container:
@@ -196,6 +203,8 @@ def _stamp(item) -> int | None:
 
 def _decoded(container, stream) -> Iterator[av.VideoFrame]:
     """The frames of a stream in the order in which they are seen, without those that are damaged."""
+    import av
+
     decoder: Any = stream.codec_context
     tags = {key.lower(): value for key, value in stream.metadata.items()}
     if tags.get("alpha_mode") == "1" and decoder.name in _ALPHA_DECODERS:

@@ -6,8 +6,6 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-import av
-
 from .atomic import replacing
 from .video import FINISHED, VideoWriter, open_mp4
 
@@ -76,6 +74,8 @@ class GrowingVideo(VideoWriter):
         if not self.frames:
             self.discard()
             raise ValueError(f"no frames were written to {self.path}")
+        import av
+
         whole = whole_length(self.growing)
         if not whole:
             raise OSError(f"no frame of {self.path} is whole on the disk")
@@ -94,6 +94,8 @@ class GrowingVideo(VideoWriter):
         self.growing.unlink(missing_ok=True)
 
     def _reorder(self) -> None:
+        import av
+
         with replacing(self.path, what="video") as part, av.open(os.path.abspath(self.growing)) as source:
             with open_mp4(part, FINISHED, self.metadata) as container:
                 stream = container.add_stream_from_template(source.streams.video[0])

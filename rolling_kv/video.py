@@ -1,4 +1,7 @@
-"""Video files through PyAV: an mp4 written frame by frame, read back for tests and benchmarks."""
+"""Video files through PyAV: an mp4 written frame by frame, read back for tests and benchmarks.
+
+PyAV is imported where a file is opened or written: everything else, benchmarks of a GPU above all, goes without it.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import av
 import torch
-from av.container import OutputContainer
-from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
 from .atomic import check_place, replacing
 from .geometry import WAN_21
+
+if TYPE_CHECKING:
+    from av.container import OutputContainer
 
 H264_SIDE = 16384
 """Most pixels along one side of a picture that libx264 takes."""
@@ -93,6 +97,8 @@ class VideoWriter:
         return self
 
     def _open(self, place: Path, options: dict[str, str]) -> None:
+        from av.video.reformatter import ColorRange
+
         self._container = open_mp4(place, options, self.metadata)
         options = {"crf": str(self.crf), "x264-params": X264}
         self._stream = self._container.add_stream("libx264", rate=self.fps, options=options)
@@ -104,6 +110,9 @@ class VideoWriter:
 
     def write(self, frames: Tensor) -> None:
         """Append frames: floats [3, T, H, W] or [1, 3, T, H, W] in [-1, 1], or uint8 [T, H, W, 3]."""
+        import av
+        from av.video.reformatter import ColorRange, Colorspace
+
         for picture in self._pictures(frames):
             picture = picture.repeat_interleave(self.scale, 0).repeat_interleave(self.scale, 1)
             frame = av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")
@@ -142,6 +151,8 @@ class VideoWriter:
 
 def open_mp4(place: Path, options: dict[str, str], metadata: dict[str, str]) -> OutputContainer:
     """An mp4 file to write to. options: of the muxer, `movflags` among them. metadata: tags for the file."""
+    import av
+
     flags = options["movflags"] + ("+use_metadata_tags" if metadata else "")
     # A relative name with a colon in it would be taken for a protocol.
     container = av.open(os.path.abspath(place), "w", format="mp4", options=options | {"movflags": flags})
@@ -170,6 +181,8 @@ class VideoInfo:
 
 def read_video_info(path: str | Path) -> VideoInfo:
     """Describe the first video stream of a file; the frames are counted, not taken from the header."""
+    import av
+
     with av.open(os.path.abspath(path)) as container:
         stream = container.streams.video[0]
         frames = sum(packet.size > 0 for packet in container.demux(stream))
@@ -188,6 +201,9 @@ def read_video_info(path: str | Path) -> VideoInfo:
 
 def read_frames(path: str | Path) -> Tensor:
     """All frames of a video as uint8 [T, H, W, 3], by the colour tags of the file. For tests and benchmarks."""
+    import av
+    from av.video.reformatter import ColorRange
+
     with av.open(str(path)) as container:
         # PyAV before 18 heeds the tags only when it is told a range.
         frames = (f.reformat(format="rgb24", dst_color_range=ColorRange.JPEG) for f in container.decode(video=0))
