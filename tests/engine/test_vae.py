@@ -17,7 +17,17 @@ from safetensors.torch import save_file
 from rolling_kv.checkpoints.readers import CheckpointError
 from rolling_kv.geometry import GEOMETRIES, WAN_21, WAN_22
 from rolling_kv.platforms import Platform
-from rolling_kv.vae import ARCHITECTURES, LATENTS_MEAN, LATENTS_STD, STATISTICS, WanVAE, load_vae, to_model, to_raw
+from rolling_kv.vae import (
+    ARCHITECTURES,
+    LATENTS_MEAN,
+    LATENTS_STD,
+    STATISTICS,
+    WanVAE,
+    load_vae,
+    streamline,
+    to_model,
+    to_raw,
+)
 
 
 class Cancelled(BaseException):
@@ -301,6 +311,55 @@ def stream_features(vae):
     stream = vae.decoder()
     stream.decode(latents(3, channels=vae.geometry.channels))
     return stream._features
+
+
+@pytest.mark.parametrize("make", [make_vae, make_vae_22], ids=["2.1", "2.2"])
+def test_a_streamlined_vae_makes_the_same_up_to_rounding(make):
+    vae = make()
+    stock, channels = copy.deepcopy(vae), vae.config.z_dim
+    for module in vae.modules():
+        if hasattr(module, "gamma"):
+            module.gamma += torch.rand(module.gamma.shape)
+    stock.load_state_dict(vae.state_dict())
+    streamline(vae)
+    raw, given = latents(3, channels=channels), pixels(5, 32, 64)
+    ours, theirs = (list(WanVAE(each).decoder().decode_frames(raw)) for each in (vae, stock))
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)  # `make_vae` magnifies rounding forty times
+    torch.testing.assert_close(
+        WanVAE(vae).encoder().encode(given), WanVAE(stock).encoder().encode(given), atol=1e-4, rtol=0
+    )
+    assert all(torch.equal(tensor, stock.state_dict()[name]) for name, tensor in vae.state_dict().items())
+    again = copy.deepcopy(vae)
+    for module in again.modules():
+        if hasattr(module, "gamma"):
+            module.gamma.zero_()
+    assert not torch.equal(WanVAE(again).decoder().decode(raw), torch.cat(ours, 2)), "a copy has norms of its own"
+
+
+def test_a_streamlined_norm_of_nothing_is_nothing():
+    vae = make_vae()
+    streamline(vae)
+    assert torch.equal(vae.decoder.norm_out(torch.zeros(1, 4, 1, 2, 2)), torch.zeros(1, 4, 1, 2, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_norm_in_half_precision_is_as_near_to_the_exact_one_as_the_stock_one(dtype):
+    vae, x = make_vae(), torch.randn(1, 4, 2, 3, 5, generator=torch.Generator().manual_seed(3)) * 9
+    exact, half = vae.decoder.norm_out(x.to(dtype).double()), copy.deepcopy(vae).to(dtype)
+    stock = half.decoder.norm_out(x.to(dtype))
+    streamline(half)
+    ours = half.decoder.norm_out(x.to(dtype))
+    assert ours.dtype == dtype
+    assert (ours.double() - exact).abs().max() <= (stock.double() - exact).abs().max()
+
+
+def test_only_half_precision_is_loaded_streamlined(tmp_path):
+    file = write_layout("original", make_vae(), tmp_path)
+    layouts = [
+        load_vae(file, dtype=dtype).vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last_3d)
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert layouts == [False, True]
 
 
 # ---- files
