@@ -17,16 +17,17 @@ from tqdm import tqdm
 from . import options
 from .batch.cli import add_command as add_batch
 from .bench.cli import add_command as add_bench
-from .bench.figures import BenchError
+from .bench.figures import BenchError, markdown
 from .bundled import BUNDLED_SIZE, check_model, default_size
 from .devices import is_out_of_memory
 from .fitting import FITS, Fitting, read_colour
 from .footage import Footage
 from .geometry import GEOMETRIES, WAN_21, WAN_22
-from .inspection import inspect_checkpoint
+from .inspection import CheckpointInfo, inspect_checkpoint
 from .listening import listen
 from .messages import printable
 from .pipeline import LAST_PROMPT_SECONDS, Interrupted, Pipeline, clip_of, plan_prompts, seconds_anew, start_of
+from .planning import CHOICE_HEAD, OVERHEAD, choices, outline, told_choice
 from .presets import PRESETS
 from .sampling.state_file import check_state_path, is_state_file, read_state
 from .sampling.steering import Steering
@@ -218,6 +219,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     for side in ("width", "height"):
         inspect.add_argument(f"--{side}", type=int, help="pixels (default: what such models were trained at)")
+    inspect.add_argument(
+        "--card", type=float, metavar="GIB", help="memory of a GPU: tells which settings fit it, and proposes some"
+    )
 
     tiny = commands.add_parser("make-tiny", help="write a complete model of a few MB, with random weights")
     tiny.set_defaults(run=_make_tiny)
@@ -401,6 +405,25 @@ def _inspect(args: argparse.Namespace) -> None:
         f"a run      {_size(run.device)} beside the weights: cache {_size(run.cache)}, prompts {_size(run.prompts)}, "
         f"activations {_size(run.activations)}"
     )
+
+    if args.card is not None:
+        _inspect_card(args.file, info, args.card)
+
+
+def _inspect_card(path: Path, info: CheckpointInfo, gibibytes: float) -> None:
+    if not gibibytes > 0:
+        raise ValueError(f"--card is the memory of a GPU in GiB, such as 12; got {gibibytes:g}")
+    model = {"model": outline(path, dtype="bfloat16")}
+    if not model["model"].packed:
+        model["float8"] = outline(path, dtype="bfloat16", storage="float8")
+    found = choices(model, info.height, info.width, round(gibibytes * 2**30))
+    print(
+        f"\non {gibibytes:g} GiB, {OVERHEAD / 2**30:.1f} of them for CUDA, in bfloat16 at {info.width}x{info.height}:\n"
+    )
+    rows = [[*told_choice(choice), "yes" if choice.known.fits else ""] for choice in found]
+    print("\n".join(markdown([*CHOICE_HEAD, "fits"], rows)))
+    fitting = next((choice for choice in found if choice.known.fits), None)
+    print(f"\nproposed   {'nothing of these fits: make the picture smaller' if fitting is None else fitting.options()}")
 
 
 def _inspect_state(path: Path) -> None:

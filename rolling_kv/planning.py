@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ class Outline(NamedTuple):
     dtype: that it will compute in.
     weights: bytes that its weights will take.
     weight_sets: 2 where context passes have weights of their own.
+    packed: whether they are those of a GGUF file, which keeps its own packing.
     """
 
     transformer: WanTransformer3DModel
@@ -38,6 +40,7 @@ class Outline(NamedTuple):
     dtype: torch.dtype
     weights: int
     weight_sets: int
+    packed: bool = False
 
 
 def outline(
@@ -54,13 +57,17 @@ def outline(
     if packings:
         weights = sum(file.stat().st_size for file in checkpoint.files)
     else:
-        small = 1 if storage == "float8" else computed.itemsize
-        weights = sum(
-            weight.numel() * (small if weight.ndim == 2 and name.startswith("blocks.") else computed.itemsize)
-            for tensors in sets
-            for name, weight in tensors.items()
-        )
-    return Outline(transformer, chosen, computed, weights, len(sets))
+        weights = sum(weight_bytes(tensors, computed, storage) for tensors in sets)
+    return Outline(transformer, chosen, computed, weights, len(sets), bool(packings))
+
+
+def weight_bytes(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, storage: str) -> int:
+    """Bytes of weights by diffusers' names, which compute in `dtype`. storage: one of `WEIGHT_STORAGES`."""
+    small = 1 if storage == "float8" else dtype.itemsize
+    return sum(
+        weight.numel() * (small if weight.ndim == 2 and name.startswith("blocks.") else dtype.itemsize)
+        for name, weight in tensors.items()
+    )
 
 
 class Forecast(NamedTuple):
@@ -129,6 +136,104 @@ def forecast(
     run, device, host = taken(cache)
     remedies = () if fits(cache) else tuple(what_fits(fits, sampling, cache, frames))
     return Forecast(model.weights, run, frames * per_frame, device, host, not remedies, remedies)
+
+
+OVERHEAD = round(0.6 * 2**30)
+"""Bytes of a card that a CUDA context and the workspaces of its libraries take, about."""
+WAYS = (
+    ("model", "model", False),
+    ("model", "int8", False),
+    ("float8", "model", False),
+    ("float8", "int8", False),
+    ("float8", "int8", True),
+)
+"""Storage of the weights and of the cache, and whether that is offloaded: each takes less of the card, and costs more."""
+SHORT_WINDOW = 6
+"""Latent frames; the shortest window that a family was trained with."""
+
+
+class Choice(NamedTuple):
+    """A way to run a model on a card.
+
+    weights: how they are stored. cache: its settings. known: what that takes.
+    device: bytes of the card, with `OVERHEAD`.
+    """
+
+    weights: str
+    cache: CacheConfig
+    known: Forecast
+
+    @property
+    def device(self) -> int:
+        return self.known.device + OVERHEAD
+
+    def options(self) -> str:
+        """As options of the command line, which say also what is the default."""
+        offload = " --offload-cache" if self.cache.offload else ""
+        return f"--window {self.cache.window} --weight-storage {self.weights} --cache-storage {self.cache.storage}{offload}"
+
+
+CHOICE_HEAD = [
+    "window",
+    "weights",
+    "cache",
+    "weights, GiB",
+    "beside them, GiB",
+    "with CUDA's own, GiB",
+    "CPU memory, GiB",
+]
+
+
+def told_choice(choice: Choice) -> list[str]:
+    """A row for people, under `CHOICE_HEAD`."""
+    cache, known = choice.cache, choice.known
+    sizes = known.weights, known.run.device, choice.device, known.host
+    return [
+        str(cache.window), choice.weights, cache.storage + (", offloaded" if cache.offload else ""),
+        *(f"{size / 2**30:.2f}" for size in sizes),
+    ]  # fmt: skip
+
+
+def choices(model: Mapping[str, Outline], height: int, width: int, card: int) -> list[Choice]:
+    """Ways to run a model on a card of so many bytes, the one that changes least first; `known.fits` says which fit.
+
+    model: by the storage of its weights, "model" among them. height, width: pixels.
+    """
+    preset = model["model"].preset
+    sampling = preset.sampling
+    limit = preset.cache.limit
+    windows = [preset.cache]
+    if limit is None or limit > SHORT_WINDOW:
+        shorter = replace(preset.cache, window=SHORT_WINDOW)
+        windows += [shorter] if goes(sampling, shorter) else []
+    seconds = Geometry.of(model["model"].transformer).seconds
+    frames = next(count for chunks in range(1, 1000) if seconds(count := sampling.frames_of(chunks)) >= CHOICE_SECONDS)
+    found = []
+    for window in windows:
+        for weights, storage, offload in WAYS:
+            if weights in model:
+                cache = replace(window, storage=storage, offload=offload)
+                known = forecast(
+                    model[weights], height, width, sampling=sampling, cache=cache, frames=frames,
+                    room=card - OVERHEAD, host_room=ANY_ROOM,
+                )  # fmt: skip
+                found.append(Choice(weights, cache, known))
+    return found
+
+
+CHOICE_SECONDS = 5.0
+"""Of the video that ways to run a model are told for; beyond the window only CPU memory depends on it."""
+ANY_ROOM = 2**60
+"""Bytes that no machine has: nothing is asked of its CPU memory."""
+
+
+def goes(sampling: SamplingConfig, cache: CacheConfig) -> bool:
+    """Whether these settings go together."""
+    try:
+        sampling.check_cache(cache)
+    except ValueError:
+        return False
+    return True
 
 
 def last_window(sampling: SamplingConfig, cache: CacheConfig, frames: int) -> FrameWindow:

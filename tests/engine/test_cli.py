@@ -238,6 +238,20 @@ def test_an_interrupt_during_the_imports_shows_no_traceback(tmp_path):
     assert (ended.returncode, ended.stderr.strip()) == (1, b"cancelled; nothing was written")
 
 
+def test_inspect_tells_what_fits_a_card_and_proposes_it(folder, capsys):
+    main(["inspect", str(folder), "--card", "12"])
+    out = capsys.readouterr().out
+    assert "on 12 GiB, 0.6 of them for CUDA, in bfloat16 at 832x480:" in out
+    rows = [line for line in out.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 11 and all(row.endswith("| yes  |") for row in rows[1:])
+    assert "proposed   --window 9 --weight-storage model --cache-storage model\n" in out
+    main(["inspect", str(folder), "--card", "0.64"])
+    assert "proposed   --window 9 --weight-storage model --cache-storage model\n" not in capsys.readouterr().out
+    main(["inspect", str(folder), "--card", "0.5"])
+    assert "nothing of these fits: make the picture smaller" in capsys.readouterr().out
+    assert "--card is the memory of a GPU in GiB" in said(["inspect", folder, "--card", "nan"], capsys)
+
+
 def test_inspect_tells_the_rules_of_the_preset(folder, tmp_path, capsys):
     file = tmp_path / "longlive.safetensors"
     file.write_bytes((folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes())

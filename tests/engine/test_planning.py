@@ -9,7 +9,7 @@ from rolling_kv.bundled import BUNDLED
 from rolling_kv.checkpoints.model import load_model
 from rolling_kv.checkpoints.readers import CheckpointError
 from rolling_kv.config import CacheConfig, SamplingConfig
-from rolling_kv.planning import forecast, last_window, outline, window_after
+from rolling_kv.planning import OVERHEAD, choices, forecast, last_window, outline, window_after
 from rolling_kv.sampling.memory import estimate
 from rolling_kv.sampling.session import RollingSession
 
@@ -131,3 +131,32 @@ def test_a_window_that_cannot_hold_a_chunk_of_the_log_is_refused():
         list(session.generate(3, seed=7))
     with pytest.raises(ValueError, match="does not fit a window"):
         window_after(session.state.records, CacheConfig(1))
+
+
+def ways(card: int, **changes):
+    model = {storage: outline(BUNDLED, dtype="bfloat16", storage=storage) for storage in ("model", "float8")}
+    return choices({name: made._replace(**changes) for name, made in model.items()}, 64, 64, card)
+
+
+def test_ways_to_run_on_a_card_begin_with_the_least_change_and_take_less_and_less():
+    found = ways(2**40)
+    rows = [(way.cache.window, way.weights, way.cache.storage, way.cache.offload) for way in found]
+    kinds = [("model", "model", False), ("model", "int8", False), ("float8", "model", False), ("float8", "int8", False)]
+    kinds.append(("float8", "int8", True))
+    assert rows == [(window, *kind) for window in (9, 6) for kind in kinds]
+    assert all(way.known.fits for way in found)
+    plain = found[0]
+    assert plain.device == plain.known.weights + plain.known.run.device + OVERHEAD
+    assert [way.device for way in found[:2]] == sorted((way.device for way in found[:2]), reverse=True)
+    assert found[4].device < found[3].device and found[4].known.host > plain.known.host
+
+
+def test_a_way_fits_a_card_to_the_byte():
+    needed = ways(2**40)[3].device
+    assert ways(needed)[3].known.fits and not ways(needed - 1)[3].known.fits
+    assert ways(needed)[3].options() == "--window 9 --weight-storage float8 --cache-storage int8"
+
+
+def test_packed_weights_have_no_other_storage():
+    model = {"model": outline(BUNDLED, dtype="bfloat16")._replace(packed=True)}
+    assert {way.weights for way in choices(model, 64, 64, 2**40)} == {"model"}

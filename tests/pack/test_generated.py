@@ -7,7 +7,7 @@ import pytest
 
 from rolling_kv.presets import PRESETS
 from tools.comfyui.env import PACK
-from tools.generate import help_pages, models, readme, schemas
+from tools.generate import help_pages, memory, models, readme, schemas
 from tools.generate.examples import WORKFLOWS
 from tools.generate.workflows import layout
 
@@ -28,6 +28,12 @@ def test_the_table_of_families_is_the_presets():
     assert page == models.generated(), DUE
     assert all(f"| `{name}` " in page for name in PRESETS)
     assert all(preset.licence in page and preset.source in page and preset.note in page for preset in PRESETS.values())
+
+
+def test_the_table_of_cards_is_counted_from_the_models():
+    page = memory.PAGE.read_text(encoding="utf-8")
+    assert page == memory.generated(), DUE
+    assert all(f"(`{name}`)" in page for name in memory.MODELS)
 
 
 @pytest.mark.parametrize("language", help_pages.HEADS)

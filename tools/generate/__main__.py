@@ -11,6 +11,7 @@ Without a URL it starts a ComfyUI of its own. It writes
   workflows/, workflows/api/     the examples, built and saved by the real frontend, with their thumbnails
   README.md                      the tables of files and models
   docs/models.md                 the table of families
+  docs/memory.md                 the table of cards
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from ..comfyui.client import ComfyClient
 from ..comfyui.env import ComfyError, find_install, install_missing
 from ..comfyui.server import ComfyServer
-from . import help_pages, models, pictures, readme, schemas, workflows
+from . import help_pages, memory, models, pictures, readme, schemas, workflows
 from .examples import WORKFLOWS
 
 
@@ -29,6 +30,7 @@ def generate(client: ComfyClient, names: list[str], models_folder: Path | None =
     """models_folder: of the server, where it is one of our own: it then shows no files as missing in the pictures."""
     readme.generate()
     models.generate()
+    memory.generate()
     help_pages.generate()
     if models_folder is not None:
         workflows.write_stand_ins(models_folder)
