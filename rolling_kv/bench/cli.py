@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from . import options
+from .cases import cli as cases
 from .chunks import cli as chunks
+from .decode import cli as decode
 from .kernels import cli as kernels
 from .passes import cli as passes
+from .pipeline import cli as pipeline
 from .preview import cli as preview
 from .ranks import cli as ranks
+from .report import cli as report
 from .states import cli as states
 from .step_caches import cli as step_caches
 from .storage import cli as storage
@@ -25,16 +29,28 @@ def add_command(commands) -> None:
     parser.set_defaults(run=chunks.main)
     chunks.add_arguments(parser)
     more = parser.add_subparsers(
-        metavar="[kernels | passes | caching | storage | states | preview | ranks | streams]",
+        metavar="[report | kernels | passes | decode | pipeline | cases | caching | storage | states | preview | ranks | streams]",
         required=False,
         action=options.Subcommands,
     )
+    everything = more.add_parser("report", help="measure all that is to be known of a GPU, in some minutes")
+    everything.set_defaults(run=report.main)
+    report.add_arguments(everything)
     rates = more.add_parser("kernels", help="measure attention by each of PyTorch's kernels, and the matrix products")
     rates.set_defaults(run=kernels.main)
     kernels.add_arguments(rates)
     single = more.add_parser("passes", help="take one pass apart: time by kind of kernel, bytes announced and real")
     single.set_defaults(run=passes.main)
     passes.add_arguments(single)
+    pictures = more.add_parser("decode", help="measure the VAE: time of a latent frame, bytes announced and real")
+    pictures.set_defaults(run=decode.main)
+    decode.add_arguments(pictures)
+    whole = more.add_parser("pipeline", help="measure the way from a prompt to a file, and the share of each part")
+    whole.set_defaults(run=pipeline.main)
+    pipeline.add_arguments(whole)
+    recorded = more.add_parser("cases", help="make the recorded cases on this device, and compare")
+    recorded.set_defaults(run=cases.main)
+    cases.add_arguments(recorded)
     steps = more.add_parser("caching", help="measure every step cache at several strengths, in time and quality")
     steps.set_defaults(run=step_caches.main)
     step_caches.add_arguments(steps)

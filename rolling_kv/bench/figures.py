@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Sequence
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -12,6 +15,9 @@ import torch
 
 from ..atomic import replacing
 from ..config import CacheConfig, SamplingConfig
+
+VERSIONS = ("diffusers", "transformers", "triton", "sageattention", "flash_attn", "comfy_kitchen")
+"""Packages whose version decides what is measured, where they are installed."""
 
 
 class BenchError(ValueError):
@@ -31,11 +37,50 @@ def span(numbers: Sequence[int]) -> str:
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
-    """What the figures were measured on."""
+    """What the figures were measured on, and with what."""
     known = {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     if device.type == "cuda":
-        known["gpu"] = torch.cuda.get_device_name(device)
-    return known | {"python": platform.python_version(), "system": platform.system()}
+        card = torch.cuda.get_device_properties(device)
+        known |= {
+            "gpu": card.name,
+            "gpu_bytes": card.total_memory,
+            "capability": f"{card.major}.{card.minor}",
+            "multiprocessors": card.multi_processor_count,
+            "driver": _driver(),
+            "cuda": str(torch.version.cuda or torch.version.hip),
+            "cudnn": torch.backends.cudnn.version() or 0,
+        }
+    known |= {package: metadata.version(package) for package in VERSIONS if find_spec(package)}
+    return known | {"python": platform.python_version(), "system": platform.system(), "revision": revision()}
+
+
+def revision(root: Path = Path(__file__).parents[2]) -> str:
+    """The git revision of a checkout, empty where there is none. What was changed and not committed does not show."""
+    try:
+        git = root / ".git"
+        if git.is_file():  # a worktree
+            git = Path(root, git.read_text(encoding="utf-8").removeprefix("gitdir:").strip())
+        head = (git / "HEAD").read_text(encoding="utf-8").strip()
+        if not head.startswith("ref: "):
+            return head
+        name, common = head.removeprefix("ref: "), git / "commondir"
+        shared = git / common.read_text(encoding="utf-8").strip() if common.is_file() else git
+        if (shared / name).is_file():
+            return (shared / name).read_text(encoding="utf-8").strip()
+        packed = (shared / "packed-refs").read_text(encoding="utf-8").splitlines()
+        return next((line.split()[0] for line in packed if line.endswith(f" {name}")), "")
+    except OSError:
+        return ""
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver; where the system does not tell it, that of the newest CUDA that it knows."""
+    told = Path("/proc/driver/nvidia/version")
+    if told.is_file():
+        found = re.search(r"\d+\.\d+(\.\d+)*", told.read_text(encoding="utf-8", errors="replace"))
+        return found[0] if found else ""
+    newest = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
+    return f"CUDA {newest // 1000}.{newest % 1000 // 10}" if newest else ""
 
 
 def hardware(device: torch.device) -> str:

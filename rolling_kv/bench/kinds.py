@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -54,12 +54,18 @@ def taken_apart(work: Callable[[], object], device: torch.device, show: int = 12
     with profile(activities=activities) as seen:
         work()
         now(device)
-    kinds, names, launches = Counter(), Counter(), 0
+    kinds: dict[str, float] = defaultdict(float)
+    names: dict[str, float] = defaultdict(float)
+    launches = 0
     for name, milliseconds, calls in _times(seen, device):
         kinds[kind_of(name)] += milliseconds
         names[name[:LONGEST_NAME]] += milliseconds
         launches += calls
-    return Kernels(dict(kinds.most_common()), launches, asked * 1e3, names.most_common(show))
+    return Kernels(dict(_longest(kinds)), launches, asked * 1e3, _longest(names)[:show])
+
+
+def _longest(times: dict[str, float]) -> list[tuple[str, float]]:
+    return sorted(times.items(), key=lambda pair: -pair[1])
 
 
 def _times(seen: profile, device: torch.device) -> Iterator[tuple[str, float, int]]:

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from ..checkpoints.model import CausalModel
 from ..checkpoints.transformer import build_transformer
 from ..config import CacheConfig, SamplingConfig
-from ..geometry import TEXT_LENGTH
+from ..geometry import TEXT_LENGTH, WAN_21
 from ..presets import ModelPreset
+from ..taehv import Taehv
 
 HEAD_DIM = 128
 """Of every Wan model; ComfyUI takes it for granted."""
@@ -48,6 +50,29 @@ SIZES = {
     "14B": BenchSize(40, 5120, 13824, 480, 832, window=21),
 }
 """1.3B and 14B are Wan 2.1's. mid is for CPUs, tiny for tests."""
+
+
+VAE_SIZES = {"tiny": 8, "full": 96}
+"""Base widths of Wan 2.1's VAE: the true one, and one for tests."""
+TAEHV = ((256, 128, 64, 64), (1, 2, 2), 1)
+"""Widths, frames that each frame becomes, and patch of the file taew2_1."""
+
+
+@torch.inference_mode(False)
+def random_vae(name: str, dtype: torch.dtype, device: torch.device) -> AutoencoderKLWan:
+    """A stock VAE of Wan 2.1's shape, of the width that `VAE_SIZES` names."""
+    with torch.device(device):
+        vae = AutoencoderKLWan(base_dim=VAE_SIZES[name])
+    for parameter in vae.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return vae.eval().requires_grad_(False)
+
+
+@torch.inference_mode(False)
+def random_taehv(dtype: torch.dtype, device: torch.device) -> Taehv:
+    """A tiny decoder of the shape of taew2_1."""
+    with torch.device(device):
+        return Taehv(WAN_21.channels, *TAEHV).to(dtype).eval().requires_grad_(False)
 
 
 @torch.inference_mode(False)

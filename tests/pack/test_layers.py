@@ -50,8 +50,12 @@ LAYERS: list[tuple[list[str], list[str]]] = [
 BENCH_IS_IMPORTED_BY = ["cli"]
 """Of the engine; ABOVE may import everything else."""
 
-DOORS = {("rolling_kv/bench/chunks/cli.py", "tools.comfyui.sampler")}
-"""What is loaded by name at run time and lies outside: ComfyUI's own sampler, which only the source repository can start."""
+DOORS = {
+    ("rolling_kv/bench/chunks/cli.py", "tools.comfyui.sampler"),
+    ("rolling_kv/bench/cases/cli.py", "cases"),
+}
+"""What is loaded by name at run time and lies outside: ComfyUI's own sampler, which only the source repository can start, and the
+recorded cases."""
 
 OUTSIDE = (
     "nodes",

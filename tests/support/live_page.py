@@ -58,8 +58,7 @@ def put_strip(stage, run: str, chunk: int, frames: int = 3, columns: int = 2, si
     sheet.save(file, "WEBP", lossless=True)
     stage.strips[run, chunk] = file.getvalue()
     url = f"/rolling_kv/runs/{run}/chunks/{chunk}.webp"
-    shape = {"frames": frames, "width": width, "height": height, "columns": columns}
-    return {"chunk": chunk, "url": url, "seconds": frames / 8, **shape}
+    return {"chunk": chunk, "url": url, "frames": frames, "width": width, "height": height, "columns": columns}
 
 
 class LivePage:

@@ -39,10 +39,8 @@ def main(args: argparse.Namespace) -> None:
         print(
             f"kernels of {args.size} at {load.height}x{load.width}, {load.dtype}\n{hardware(load.device)}", flush=True
         )
-        attention, products = (
-            run(load, args.repeats, say=lambda text: print(f"  {text}", flush=True))
-            for run in (measure_attention, measure_products)
-        )
+        attention = measure_attention(load, args.repeats, say=_say)
+        products = measure_products(load, args.repeats, say=_say)
     print("\n" + "\n".join(tables(attention, products)))
     if args.json:
         figures = {
@@ -50,6 +48,10 @@ def main(args: argparse.Namespace) -> None:
             "products": [row._asdict() for row in products],
         }
         write_json(args.json, {"machine": machine(load.device), "size": args.size, **figures})
+
+
+def _say(text: str) -> None:
+    print(f"  {text}", flush=True)
 
 
 def tables(attention: list[Attention], products: list[Product]) -> list[str]:

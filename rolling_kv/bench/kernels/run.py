@@ -64,11 +64,15 @@ def measure_attention(load: Workload, repeats: int, say: Callable[[str], None]) 
     rows = []
     for frames in sorted({chunk, max(window // 2, 1), window}):
         views = [heads.transpose(1, 2) for heads in (query, *cached[:, :, : frames * frame])]
-        expected = F.scaled_dot_product_attention(*views)
+        expected = _attend(*views)
         for backend in BACKENDS:
             rows.append(_attention(backend, frames, views, expected, load.device, repeats))
             say(f"attention, {frames} frames, {backend}")
     return rows
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 def _attention(
@@ -76,9 +80,9 @@ def _attention(
 ) -> Attention:
     def attend(tensors: Sequence[Tensor] = views) -> Tensor:
         if backend == DEFAULT:
-            return F.scaled_dot_product_attention(*tensors)
+            return _attend(*tensors)
         with sdpa_kernel(getattr(SDPBackend, backend)):
-            return F.scaled_dot_product_attention(*tensors)
+            return _attend(*tensors)
 
     try:
         seconds = _seconds(attend, device, repeats)

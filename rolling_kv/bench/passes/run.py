@@ -86,22 +86,23 @@ def measure(experiment: PassExperiment) -> PassResult:
             now(device)
             held, peak = memory.live, memory.peak
             if device.type == "cuda":
-                times = _timed(experiment, passes)
+                step, context, kernels = _timed(experiment, passes)
         if device.type != "cuda":
             start = now(device)
             with _opened(load, transformer, execution, x) as passes:
                 _warm_up(passes)
                 ready = now(device) - start
-                times = _timed(experiment, passes)
-    return PassResult(*times[:2], ready, weights, announced, held, peak, times[2])
+                step, context, kernels = _timed(experiment, passes)
+    return PassResult(step, context, ready, weights, announced, held, peak, kernels)
 
 
 @contextmanager
 def _opened(load: Workload, transformer, execution: ExecutionConfig, x: torch.Tensor) -> Iterator[Passes]:
     """A step and a context pass of a chunk for which frames have left the window."""
-    cache = RollingKVCache(CacheShape.of(transformer, 1, *x.shape[3:], load.dtype), load.cache, load.device)
+    frames, height, width = x.shape[2:]
+    cache = RollingKVCache(CacheShape.of(transformer, 1, height, width, load.dtype), load.cache, load.device)
     cache.window.end = 2 * (load.cache.limit or 0)
-    cache.begin(x.shape[2])
+    cache.begin(frames)
     branch = Branch(cache, PromptCache(load.prompt))
     with apply_rolling_kv_cache(transformer, execution) as attached:
         yield (

@@ -144,9 +144,9 @@ class Case:
         )
         return CausalModel(transformer, ModelPreset("case", self.sampling(), self.cache()))
 
-    def make(self, *, dtype: torch.dtype = torch.float32, exact: bool) -> Made:
+    def make(self, *, dtype: torch.dtype = torch.float32, exact: bool, device: str = "cpu") -> Made:
         """Everything the engine makes of the case, and where its cache stands then."""
-        model, prompts = self.model(dtype), self.prompts()
+        model, prompts = self.model(dtype).to(device), self.prompts()
         height, width = model.geometry.pixel_size(self.config["height"], self.config["width"])
         session = RollingSession(
             model,
@@ -202,9 +202,9 @@ class Case:
         """Embeddings of the negative prompt, [B or 1, L, D]; None without guidance."""
         return self.tensors.get("negative_prompt_embeds")
 
-    def run(self, *, dtype: torch.dtype = torch.float32, exact: bool) -> torch.Tensor:
+    def run(self, *, dtype: torch.dtype = torch.float32, exact: bool, device: str = "cpu") -> torch.Tensor:
         """The clean latents that the engine makes of the case, [B, F, C, H, W]."""
-        return self.make(dtype=dtype, exact=exact).output
+        return self.make(dtype=dtype, exact=exact, device=device).output
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
