@@ -101,9 +101,9 @@ class Job:
         self._decoder = decoder
         # What is said to an open session may switch as the family does.
         joint = "joint" in self._switches or (standing and self.model.cache.switch == "joint")
-        size = {"height": self.start.height, "width": self.start.width}
-        beside = {"vae": self._vae, "decoder": decoder}
-        takes = dict(
+        size: dict[str, Any] = {"height": self.start.height, "width": self.start.width}
+        beside: dict[str, Any] = {"vae": self._vae, "decoder": decoder}
+        takes: dict[str, Any] = dict(
             sampling=self.sampling, cache=self.model.cache, batch=self.start.batch, frames=self.frames,
             step_cache=self.model.step_cache, weight_sets=len(self.model.engine.transformers), joint_switch=joint,
         )  # fmt: skip

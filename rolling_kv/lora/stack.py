@@ -213,7 +213,8 @@ class LoraStack:
             self._inject(transformer, name, lora)
         transformer.set_adapters(list(layered), [strength for _, strength in layered.values()])
         transformer.requires_grad_(False)
-        kept = sum(layer.weight.nbytes for layer in modules.values())
+        weights: list[Any] = [layer.weight for layer in modules.values()]
+        kept = sum(weight.nbytes for weight in weights)
         fits = kept <= _MOST_KEPT and all(map(_is_plain, modules.values()))
         if self.fuse is False or self.fuse is None and not fits:
             return
