@@ -34,7 +34,7 @@ class LinearPreview:
     """
 
     def __init__(self, factors: Sequence[Sequence[float]], bias: Sequence[float]):
-        self._factors, self._bias = torch.tensor(factors), torch.tensor(bias)
+        self._factors, self._bias = (torch.tensor(numbers, dtype=torch.float32) for numbers in (factors, bias))
         self._side = math.isqrt(self._bias.numel() // 3)
         if self._bias.ndim != 1 or self._factors.shape[1:] != (3 * self._side**2,) or not self._side:
             raise ValueError(f"factors are {list(self._factors.shape)}, and the bias is {list(self._bias.shape)}")

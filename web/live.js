@@ -27,11 +27,15 @@
  * @property {string} schedule
  * @property {[number, number]} size width and height of the video
  * @property {Strip[]} strips
+ * @property {number} news when something was heard of it last, counted by this page
+ *
+ * @typedef {Omit<Run, "strips" | "news">} Told a run as the server has it
  */
 import {
   addView, call, describeSetting, extend, fit, isElsewhere, isOpen, onEvent, pathTo, setting, widgetOf, withholdPreviews,
 } from "./comfy.js"
 import { Panel } from "./panel.js"
+import { isGoing } from "./steering.js"
 
 const WIDTH = 300 // pixels that a node needs at least, so that all of the prompt line is to be read
 const NODES = new Set(["RollingKVSample", "RollingKVStreamVideo"])
@@ -44,6 +48,7 @@ const KNOWN = 32, STRIPS = 512 // runs, and strips of each
 const runs = new Map()
 /** @type {WeakMap<ComfyNode, Panel>} */
 const panels = new WeakMap()
+let news = 0 // how often something was heard
 
 /** Where a run is shown: its node, and the subgraph nodes around it. @param {Run} run @returns {ComfyNode[]} */
 function nodesOf(run) {
@@ -66,12 +71,16 @@ function show(run) {
   }
 }
 
-/** Take what an event or the list of runs tells. @param {Omit<Run, "strips">} told @param {(Strip | null)[]} strips */
+/** @param {Told} run */
+const keyOf = run => `${run.workflow} ${run.node}`
+
+/** Take what an event or the list of runs tells. @param {Told} told @param {(Strip | null)[]} strips */
 function hear(told, strips) {
-  const key = `${told.workflow} ${told.node}`, known = runs.get(key)
+  const key = keyOf(told), known = runs.get(key)
   const before = known?.run === told.run ? known.strips : []
   const fresh = strips.filter(strip => strip && !before.some(other => other.chunk === strip.chunk))
-  const run = /** @type {Run} */ ({ ...told, strips: [...before, ...fresh].slice(-STRIPS) })
+  const all = /** @type {Strip[]} */ ([...before, ...fresh]).sort((one, other) => one.chunk - other.chunk)
+  const run = { ...told, strips: all.slice(-STRIPS), news: ++news }
   runs.delete(key)
   runs.set(key, run)
   if (runs.size > KNOWN) runs.delete(runs.keys().next().value ?? "")
@@ -80,7 +89,17 @@ function hear(told, strips) {
 
 /** What the server knows: after the page was loaded, and after it was cut off. */
 async function catchUp() {
-  for (const { strips, ...run } of (await call("runs").catch(() => ({ runs: [] }))).runs) hear(run, strips)
+  const asked = news, answer = await call("runs").catch(() => undefined)
+  if (!answer) return // it is asked again when it is there
+  // What an event has told since is newer than the answer: that the run has ended, for instance, which no other event will tell.
+  const newer = new Set([...runs.values()].filter(run => run.news > asked).map(keyOf))
+  for (const { strips, ...told } of answer.runs) {
+    const known = newer.has(keyOf(told)) ? runs.get(keyOf(told)) : told
+    if (known?.run === told.run) hear(known, strips)
+  }
+  const listed = new Set(answer.runs.map((/** @type {Told} */ told) => told.run))
+  for (const run of [...runs.values()].filter(isGoing)) // those of a server that was ended meanwhile
+    if (run.news <= asked && !listed.has(run.run)) hear({ ...run, status: "cancelled" }, [])
 }
 
 /** Tell the server what the settings say. */
@@ -107,7 +126,10 @@ extend({
   async setup() {
     onEvent("rolling_kv.run", run => hear(run, []))
     onEvent("rolling_kv.chunk", ({ strip, ...run }) => hear(run, [strip]))
-    onEvent("reconnected", catchUp)
+    onEvent("reconnected", () => {
+      tellSettings() // the server may have begun anew
+      catchUp()
+    })
     await catchUp()
   },
   // Another workflow is shown, or this one anew: after undo, for instance.

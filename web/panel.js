@@ -49,7 +49,7 @@ export class Panel {
   /** @param {Run} run */
   show(run) {
     if (run.run !== this.run?.run) {
-      this.player.reset(run.fps, run.size)
+      this.player.reset(run.size)
       this.player.canvas.hidden = true
     }
     this.run = run

@@ -2,7 +2,8 @@
  * Plays the strips of a run, looping, on a canvas: each strip is a WebP with the frames of a chunk, row by row. Nothing is played, and
  * no time is spent, while the canvas is not to be seen.
  *
- * @typedef {{ chunk: number, url: string, frames: number, width: number, height: number, columns: number }} Strip what the server tells of a chunk's picture
+ * @typedef {{ chunk: number, url: string, frames: number, seconds: number, width: number, height: number, columns: number }} Strip what the
+ *   server tells of a chunk's picture; seconds: of the video that its frames show, evenly
  */
 
 /** Most pixels of all strips that are held, decoded 256 MiB: half a minute at 256 x 256. */
@@ -20,8 +21,7 @@ export class Player {
     this.strips = [] // in the order of their chunks
     /** Chunks whose strip was taken, those that were let go again too. @type {Set<number>} */
     this.taken = new Set()
-    this.fps = 16
-    this.position = 0 // in frames, from the first one that is held
+    this.position = 0 // in seconds, from the first frame that is held
     this.seen = false
     this.still = matchMedia("(prefers-reduced-motion: reduce)")
     this.request = 0
@@ -32,9 +32,9 @@ export class Player {
     this.watcher.observe(this.canvas)
   }
 
-  /** How many frames there are to play. */
-  get frames() {
-    return this.playable.reduce((sum, strip) => sum + strip.frames, 0)
+  /** How much video there is to play. */
+  get seconds() {
+    return this.playable.reduce((sum, strip) => sum + strip.seconds, 0)
   }
 
   /** The strips that have arrived, up to the first that has not. */
@@ -64,7 +64,7 @@ export class Player {
   forget() {
     const pixels = () => this.strips.reduce((sum, strip) => sum + strip.frames * strip.width * strip.height, 0)
     while (this.strips.length > 1 && this.strips[0].ready && pixels() > HELD) {
-      this.position = Math.max(this.position - this.strips[0].frames, 0)
+      this.position = Math.max(this.position - this.strips[0].seconds, 0)
       this.drop(this.strips[0])
     }
   }
@@ -76,11 +76,10 @@ export class Player {
     this.strips = this.strips.filter(other => other !== strip)
   }
 
-  /** Begin anew, with nothing. @param {number} fps frames per second @param {[number, number]} size of the video, whose shape the canvas gets */
-  reset(fps, [width, height]) {
+  /** Begin anew, with nothing. @param {[number, number]} size of the video, whose shape the canvas gets */
+  reset([width, height]) {
     this.strips.forEach(strip => this.drop(strip))
     this.taken.clear()
-    this.fps = fps
     this.position = 0
     this.canvas.width = width
     this.canvas.height = height
@@ -92,25 +91,24 @@ export class Player {
   wake() {
     cancelAnimationFrame(this.request)
     this.before = undefined
-    if (this.seen && this.frames) this.request = requestAnimationFrame(now => this.step(now))
+    if (this.seen && this.seconds) this.request = requestAnimationFrame(now => this.step(now))
   }
 
   /** @param {number} now milliseconds */
   step(now) {
-    const frames = this.frames
-    if (!frames) return // begun anew since: what arrives next wakes it
-    if (this.still.matches) this.position = frames - 1 // somebody who wants no motion sees the newest frame
-    else if (this.before !== undefined) this.position = (this.position + (now - this.before) * this.fps / 1000) % frames
+    const seconds = this.seconds
+    if (!seconds) return // begun anew since: what arrives next wakes it
+    if (this.before !== undefined) this.position = (this.position + (now - this.before) / 1000) % seconds
     this.before = now
-    this.draw(Math.floor(this.position))
+    this.draw(this.still.matches ? Infinity : this.position) // somebody who wants no motion sees the newest frame
     if (!this.still.matches) this.request = requestAnimationFrame(next => this.step(next))
   }
 
-  /** @param {number} index of a frame, from the first one that is held */
-  draw(index) {
-    const strip = this.playable.find(candidate => (index -= candidate.frames) < 0)
+  /** @param {number} position in seconds, from the first frame that is held; beyond all of them it is the last one's */
+  draw(position) {
+    const strips = this.playable, strip = strips.find(({ seconds }) => (position -= seconds) < 0) ?? strips[strips.length - 1]
     if (!strip) return
-    const number = index + strip.frames, shown = `${strip.chunk}:${number}`
+    const number = Math.min(Math.floor((position / strip.seconds + 1) * strip.frames), strip.frames - 1), shown = `${strip.chunk}:${number}`
     if (this.canvas.dataset.frame === shown) return
     const { image, width, height, columns } = strip
     if (this.canvas.width !== width || this.canvas.height !== height) Object.assign(this.canvas, { width, height })

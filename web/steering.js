@@ -26,6 +26,9 @@ const ROW = 26, ANSWER = 20 // pixels, with the gap before it
 const BLEND = "blend"
 const FEWEST = 2, MOST = 16 // chunks of a blend
 
+/** Whether a run can be steered still. @param {{ status: Run["status"] }} run */
+export const isGoing = ({ status }) => status === "running" || status === "paused"
+
 export class Steering {
   /** @param {() => void} resized called when it needs another height */
   constructor(resized) {
@@ -54,14 +57,14 @@ export class Steering {
 
   /** @param {Run} run */
   show(run) {
-    const before = this.height, going = run.status === "running" || run.status === "paused"
+    const before = this.height
     if (run.run !== this.run?.run) {
       this.say("")
       this.stopping = false
     }
     if (run.failure && run.failure !== this.run?.failure) this.say(run.failure, true)
     this.run = run
-    this.root.hidden = !going
+    this.root.hidden = !isGoing(run)
     this.offer(run)
     for (const control of [this.prompt, this.how, this.chunks]) {
       control.disabled = run.steerable !== ""

@@ -97,7 +97,6 @@ def plan(said: dict) -> dict[str, Any]:
 
 def _room(device) -> int:
     """Bytes that a run can have on a device: what is free, and what ComfyUI has loaded there and can unload."""
-    loaded = [
-        known.model_loaded_memory() for known in mm.current_loaded_models if known.device == device and known.model
-    ]
-    return int(mm.get_free_memory(device) + sum(loaded))
+    # Whatever runs meanwhile may let go of any of them.
+    loaded = [known.model for known in mm.current_loaded_models if known.device == device]
+    return int(mm.get_free_memory(device) + sum(model.loaded_size() for model in loaded if model is not None))

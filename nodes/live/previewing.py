@@ -25,7 +25,10 @@ TINY_DECODERS = {WAN_21.channels: ("taew2_1", "lighttaew2_1"), WAN_22.channels: 
 
 
 def preview_of(model: ModelHandle, vae) -> Preview:
-    """What makes pictures of the latents of a model. vae: the one that is connected, on the device; None without one."""
+    """What makes pictures of the latents of a model. vae: the one that is connected, on the device; None without one.
+
+    A file that cannot be used, for whatever reason, is told of and left out: no preview is worth a run.
+    """
     if vae is not None:
         return DecodedPreview(vae.model.decoder, vae.model.compute_device())
     return _fitted(model) or _tiny_decoder(model.geometry, model.patcher.load_device) or _linear(model.geometry)
@@ -35,7 +38,7 @@ def _fitted(model: ModelHandle) -> Preview | None:
     """The map that lies beside the model's own VAE."""
     try:
         return None if model.path is None else load_fitted(model.path)
-    except (ValueError, OSError) as error:
+    except Exception as error:
         logger.warning("%s", printable(str(error)))
         return None
 
@@ -44,8 +47,10 @@ def _tiny_decoder(geometry: Geometry, device: torch.device) -> Preview | None:
     for name in folder_paths.get_filename_list("vae_approx"):
         if Path(name).stem in TINY_DECODERS[geometry.channels]:
             try:
-                taehv = load_taehv(Path(folder_paths.get_full_path("vae_approx", name)), geometry, device)
-            except (ValueError, OSError) as error:
+                # A link that leads nowhere is listed, too.
+                path = Path(folder_paths.get_full_path_or_raise("vae_approx", name))
+                taehv = load_taehv(path, geometry, device)
+            except Exception as error:
                 logger.warning("the preview is made without a tiny decoder: %s", printable(str(error)))
             else:
                 return DecodedPreview(taehv.stream, device, raw=False)

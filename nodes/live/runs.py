@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -162,6 +162,7 @@ class Run:
         self._pieces: deque[tuple[int, torch.Tensor]] = deque()  # frames of the video that are not in a strip yet
         self._ends: deque[tuple[int, int, int]] = deque()  # chunks that wait for them: number, first latent frame, end
         self._assembling = Lock()
+        self._telling = RLock()
         self._newest: Image.Image | None = None
 
     @property
@@ -214,9 +215,10 @@ class Run:
         url = f"{ROUTE}/runs/{self.id}/chunks/{chunk}.webp"
         return {"chunk": chunk, "url": url} | {name: getattr(strip, name) for name in STRIP}
 
-    def tell(self) -> None:
-        """Tell every page how the run is now."""
-        self._runs.send("rolling_kv.run", self.about())
+    def tell(self, event: str = "run", **more: Any) -> None:
+        """Tell every page how the run is now, in the order in which it came to be so, whichever threads tell it."""
+        with self._telling:
+            self._runs.send(f"rolling_kv.{event}", self.about() | more)
 
     def steer(self, action: str, prompt: str = "", how: str = "") -> str:
         """Do what a page asks for: one of ACTIONS. Returns what is to be said of a prompt's words; every page is told.
@@ -229,7 +231,10 @@ class Run:
         remark = steered.say(prompt, how) if action == "prompt" else ""
         if action != "prompt":
             {"pause": self._steering.pause, "resume": self._steering.resume, "stop": self._steering.stop}[action]()
-        self.tell()
+        with self._telling:
+            if self.has_ended:  # meanwhile: it is told of no more
+                raise LookupError
+            self.tell()
         return remark
 
     def settle(self) -> None:
@@ -325,7 +330,7 @@ class Run:
             self._newest = strip.newest
             self._runs.keep(self, chunk, strip)
             about = self.about_strip(chunk, strip)
-        self._runs.send("rolling_kv.chunk", {**self.about(), "strip": about})
+        self.tell("chunk", strip=about)
 
 
 def window_of(window: FrameWindow, nbytes: int, free: int) -> dict[str, Any]:

@@ -52,6 +52,13 @@ def test_each_cell_becomes_its_pixels_by_the_numbers_and_the_first_video_is_show
             assert picture[row, column].tolist() == to_uint8(torch.stack([red, torch.tensor(-1.0), blue])).tolist()
 
 
+def test_whole_numbers_are_colours_too():
+    pictures = LinearPreview([[0, 1, 0]], [-1, 0, 1]).pictures(
+        lambda first, last: torch.ones(1, 1, last - first, 2, 2), 0, 3
+    )
+    assert pictures.shape == (3, 2, 2, 3) and pictures[0, 0, 0].tolist() == [0, 255, 255]
+
+
 def test_the_numbers_that_ship_are_those_of_the_bundled_vae(made, decoded):
     """To be fitted anew whenever the VAE changes: python -m tools.fit_preview."""
     pictures = load_fitted(BUNDLED).pictures(made[1].frames_between, 0, 9).float()

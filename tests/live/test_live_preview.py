@@ -263,6 +263,13 @@ def test_a_tiny_decoder_is_used_where_there_is_one(server, page, plain_model):
     assert page.chunks("sample")[0]["strip"]["width"] == 64
 
 
+def test_a_link_that_leads_nowhere_is_told_of_and_ends_no_run(server, page, plain_model):
+    plain_model.symlink_to("gone.pth")
+    result(page, one_sampler(2, seed=10) | {"model": loaders(model="plain")["model"]})
+    assert [event["strip"]["frames"] for event in page.chunks("sample")] == [3, 3]
+    assert "the preview is made without a tiny decoder" in server.log
+
+
 def test_another_file_in_its_place_is_told_of_and_the_preview_is_a_linear_one(server, page, plain_model):
     torch.save({"decoder.1.weight": torch.ones(2, 2)}, plain_model)
     result(page, one_sampler(2, seed=9) | {"model": loaders(model="plain")["model"]})

@@ -261,6 +261,39 @@ def test_a_pause_is_told_of_and_is_no_work(live, runs, told, monkeypatch):
     assert [event["status"] for event in told.of("run")] == ["running", *["paused"] * 3, "running", "ended"]
 
 
+def test_the_end_is_what_is_told_last_whoever_steers_meanwhile(live, runs, told, monkeypatch):
+    """A page asks for a pause, and while that is being told the run ends: it was told to be paused for good."""
+    spoken, ended, about = threading.Event(), threading.Event(), live.runs.Run.about
+    sampling = threading.current_thread()
+
+    def slowly(run):
+        known = about(run)
+        if threading.current_thread() is not sampling:
+            spoken.set()
+            ended.wait(0.5)
+        return known
+
+    monkeypatch.setattr(live.runs.Run, "about", slowly)
+    with a_run(live, runs, preview=Preview()) as run:
+        page = threading.Thread(target=run.steer, args=["pause"])
+        page.start()
+        assert spoken.wait(60)
+    ended.set()
+    page.join()
+    assert [event["status"] for event in told.of("run")] == ["running", "paused", "ended"]
+
+
+def test_a_run_that_ends_while_it_is_steered_is_told_of_no_more(live, runs, told):
+    """The next run of its node has begun by then, whose place it would take on every page."""
+    steered = SimpleNamespace(
+        steering=Steering(refusal="no prompt is known here"), say=lambda *_: run.__exit__(None, None, None)
+    )
+    run = a_run(live, runs, steered=steered, preview=Preview()).__enter__()
+    with pytest.raises(LookupError):
+        run.steer("prompt", "a blue circle")
+    assert [event["status"] for event in told.of("run")] == ["running", "ended"]
+
+
 def test_memory_is_bounded_the_oldest_strips_and_runs_go_first(live, runs, told, monkeypatch):
     made = []
     for _ in range(7):

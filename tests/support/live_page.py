@@ -58,7 +58,8 @@ def put_strip(stage, run: str, chunk: int, frames: int = 3, columns: int = 2, si
     sheet.save(file, "WEBP", lossless=True)
     stage.strips[run, chunk] = file.getvalue()
     url = f"/rolling_kv/runs/{run}/chunks/{chunk}.webp"
-    return {"chunk": chunk, "url": url, "frames": frames, "width": width, "height": height, "columns": columns}
+    shape = {"frames": frames, "width": width, "height": height, "columns": columns}
+    return {"chunk": chunk, "url": url, "seconds": frames / 8, **shape}
 
 
 class LivePage:

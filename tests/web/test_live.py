@@ -2,6 +2,7 @@
 
 import json
 import struct
+import threading
 
 import pytest
 from live_page import NODE, colour, put_strip, told
@@ -180,6 +181,69 @@ def test_after_a_reconnect_it_catches_up(live):
     live.stage.sockets[0].close()
     live.plays(3)
     assert live.panels.locator(".numbers").inner_text().startswith("chunk 3 of 8")
+
+
+@ONE_RENDERER
+def test_what_is_heard_while_the_list_of_runs_is_on_its_way_is_newer_than_the_list(live, monkeypatch):
+    """The run ends meanwhile, of which no other event tells."""
+    node = opened_at_sampler(live)
+    live.begin(node, chunk=1)
+    strips = [put_strip(live.stage, "a" * 16, chunk) for chunk in (1, 2)]
+    live.stage.runs = [
+        told(node, "e" * 16, workflow=live.workflow, status="ended") | {"strips": []},
+        told(node, workflow=live.workflow, chunk=2) | {"strips": strips},
+    ]
+    asked, may, get = threading.Event(), threading.Event(), live.stage.get
+
+    def slowly(path):
+        if path.endswith("/rolling_kv/runs"):
+            asked.set()
+            may.wait(60)
+        return get(path)
+
+    monkeypatch.setattr(live.stage, "get", slowly)
+    live.stage.sockets[0].close()
+    while not asked.is_set():
+        live.page.wait_for_timeout(50)
+    live.begin(node, chunk=3, status="ended")
+    live.panels.get_by_text("done · chunk 3 of 8").wait_for()
+    may.set()
+    live.plays(2)
+    assert live.panels.locator(".numbers").inner_text().startswith("done · chunk 3 of 8")
+
+
+@ONE_RENDERER
+def test_a_server_that_began_anew_has_no_run_and_is_told_the_settings(live):
+    node = opened_at_sampler(live)
+    live.begin(node, chunk=3)
+    live.page.get_by_role("button", name="Pause").wait_for()
+    live.stage.sockets[0].close()
+    live.panels.get_by_text("cancelled · chunk 3 of 8").wait_for()
+    assert live.page.locator(".rkv-steering").is_hidden()
+    assert ("preview", {"on": True, "size": 256}) in live.stage.posts
+
+
+@ONE_RENDERER
+def test_a_strip_lasts_as_long_as_the_video_that_it_shows(live):
+    """A picture for each latent frame, as there is without a VAE, is four frames of the video."""
+    script = """async strips => {
+      const { Player } = await import('/extensions/rolling-kv/player.js'), player = new Player(url => url)
+      for (const strip of strips) player.append(strip)
+      for (const strip of player.strips) strip.ready = true
+      const shown = []
+      for (let now = 0; now < 2000; now += 125) {
+        player.step(now)
+        cancelAnimationFrame(player.request)
+        shown.push(player.canvas.dataset.frame)
+      }
+      return shown
+    }"""
+    strips = [
+        put_strip(live.stage, "a" * 16, 1, frames=2) | {"seconds": 5 / 8},
+        put_strip(live.stage, "a" * 16, 2, frames=2) | {"seconds": 1.0},
+    ]
+    shown = live.page.evaluate(script, strips)
+    assert shown[:13] == [*["1:0"] * 3, *["1:1"] * 2, *["2:0"] * 4, *["2:1"] * 4] and shown[13:] == ["1:0"] * 3
 
 
 @ONE_RENDERER
