@@ -4,9 +4,9 @@
  *
  * @import { ComfyNode } from "./comfy.d.ts"
  */
-import { addView, call, extend, fit, onEvent, onOutputs, t } from "./comfy.js"
+import { addView, call, extend, fit, isThere, onEvent, onOutputs, t } from "./comfy.js"
 import { WindowStrip, size } from "./window.js"
-import { inputsOf, isThere, modelOf, samplerOfRun, samplersBehind } from "./wired.js"
+import { inputsOf, modelOf, samplerOfRun, samplersBehind } from "./wired.js"
 
 const CACHE = "RollingKVAttachCache", STATE = "RollingKVInspectState"
 const WAIT = 250 // milliseconds without a change before the server is asked
@@ -51,7 +51,7 @@ class Inspector {
     else if (plan.window) this.plan(plan)
   }
 
-  /** @param {any} plan see nodes/plan.py */
+  /** @param {any} plan see nodes/live/planning.py */
   plan({ window, parts, device, needed, free, host_free, fits, remedies, preset, size: [width, height], seconds }) {
     const named = ["weights", "cache", "prompts", "passes"].map(name => /** @type {[string, number]} */ ([t(`cache.parts.${name}`), parts[name]]))
     const planned = t("cache.planned", { width, height, seconds: Number(seconds.toFixed(2)), preset })

@@ -144,11 +144,14 @@ const NO_ID = "00000000-0000-0000-0000-000000000000"
  */
 export const isElsewhere = workflow => Boolean(workflow) && workflow !== NO_ID && workflow !== root()?.id
 
+/** The open workflow's graph and those of its subgraphs. */
+const graphs = () => [root(), ...(root()?.subgraphs?.values() ?? [])]
+
 /** Every node of the open workflow, those in subgraphs too. @returns {ComfyNode[]} */
-export function allNodes() {
-  const graphs = [root(), ...(root()?.subgraphs?.values() ?? [])]
-  return graphs.flatMap(graph => [...(graph?.nodes ?? [])])
-}
+export const allNodes = () => graphs().flatMap(graph => [...(graph?.nodes ?? [])])
+
+/** Whether a node is still in the open workflow: undo and opening another one make all of them anew, with their subgraphs. @param {ComfyNode} node */
+export const isThere = node => graphs().includes(node.graph ?? undefined) && node.graph?.getNodeById(node.id) === node
 
 /** Whether the node is in the graph that the canvas shows now. @param {ComfyNode} node */
 export const isOpen = node => node.graph === (app.canvas?.graph ?? root())

@@ -5,10 +5,10 @@
  * @import { ComfyNode } from "./comfy.d.ts"
  * @import { Schedule } from "./prompts.js"
  */
-import { addView, call, extend, fit, onEvent, onValue, setValue, source, t, widgetOf } from "./comfy.js"
+import { addView, call, extend, fit, isThere, onEvent, onValue, setValue, source, t, widgetOf } from "./comfy.js"
 import { numeral, write } from "./prompts.js"
 import { Timeline } from "./timeline.js"
-import { inputsOf, isThere, modelBefore, samplerOfRun, samplersOf } from "./wired.js"
+import { inputsOf, modelBefore, samplerOfRun, samplersOf } from "./wired.js"
 
 const NODE = "RollingKVPromptSchedule"
 const WAIT = 150 // milliseconds without a change before the server is asked

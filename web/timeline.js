@@ -3,7 +3,7 @@
  * what it is given, and tells what the user makes of it.
  *
  * @import { Grid, Schedule } from "./prompts.js"
- * @typedef {Schedule & { grid: Grid, seconds: number, notes: string[] }} Reading what the server has read; see nodes/plan.py
+ * @typedef {Schedule & { grid: Grid, seconds: number, notes: string[] }} Reading what the server has read; see nodes/live/planning.py
  */
 import { element, keepKeys, t } from "./comfy.js"
 import { appended, beginning, changed, inOneLine, moved, numeral, removed, snapped, split, stepped, write } from "./prompts.js"

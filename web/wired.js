@@ -9,9 +9,6 @@ const LOADER = "RollingKVLoadModel", CACHE = "RollingKVAttachCache"
 const SAMPLERS = ["RollingKVSample", "RollingKVStreamVideo"]
 const LONGEST = 64 // nodes one behind the other
 
-/** Whether a node is still in its graph: undo and opening another workflow make all of them anew. @param {ComfyNode} node */
-export const isThere = node => node.graph?.getNodeById(node.id) === node
-
 /** A node's inputs as an API prompt has them, without links. @param {ComfyNode} node */
 export const inputsOf = node => Object.fromEntries((node.widgets ?? [])
   .filter(({ name, serialize }) => serialize !== false && !source(node, name))

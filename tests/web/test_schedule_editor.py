@@ -67,6 +67,15 @@ def editor(bare):
     return bare(Editor)
 
 
+def test_nothing_is_asked_for_a_node_of_a_subgraph_that_is_no_more(editor):
+    """The frontends around 1.45 leave it in its graph when another workflow is opened; so does each undo."""
+    editor.open()
+    leave = "{ id: 'gone', nodes: [schedule], getNodeById: () => schedule }; schedule.widgets[0].value = '0: a wombat'"
+    editor.page.evaluate(f"() => {{ schedule.graph = {leave}; bare.tell('graphChanged') }}")
+    editor.page.wait_for_timeout(400)
+    assert "0: a wombat" not in [body["text"] for _, body in editor.posts]
+
+
 def test_each_prompt_is_a_block_where_it_is_in_time(editor):
     editor.open()
     assert editor.shown() == [
