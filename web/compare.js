@@ -141,6 +141,15 @@ function comparison(films, resized) {
     for (const video of videos) video.pause()
   }
 
+  /** Let the files go: a video that is shown no more holds a connection to the server otherwise, of which a page has few. */
+  function stop() {
+    pause()
+    for (const video of videos) {
+      video.removeAttribute("src")
+      video.load()
+    }
+  }
+
   /** Keep the other video in step; where it is over, played again it would begin anew. */
   function tick() {
     if (videos[lead].paused) return
@@ -190,7 +199,7 @@ function comparison(films, resized) {
   arrange(false)
   tell()
   if (!matchMedia("(prefers-reduced-motion: reduce)").matches) start()
-  return { root, stop: pause, height: (/** @type {number} */ width) => width * Math.max(...films.map(film => film.height / film.width)) / (beside ? 2 : 1) + CONTROLS }
+  return { root, stop, height: (/** @type {number} */ width) => width * Math.max(...films.map(film => film.height / film.width)) / (beside ? 2 : 1) + CONTROLS }
 }
 
 /** Show what a run of the node put out, if it did. @param {ComfyNode} node @param {{ compared?: Film[] }} [output] */

@@ -1,22 +1,24 @@
 /**
- * What a node shows of its run: the video so far, a line of numbers, and while it runs the prompt line.
+ * What a node shows of its run: the video so far, a line of numbers, while it runs the prompt line, and then its schedule to copy.
  *
  * @import { Run } from "./live.js"
  */
 import { address, element, t } from "./comfy.js"
 import { Player } from "./player.js"
-import { Steering } from "./steering.js"
+import { copyButton, isGoing, Steering } from "./steering.js"
 
 const STYLE = `
 .rkv-live { display: flex; flex-direction: column; gap: 4px; min-height: 0; box-sizing: border-box; font: 11px sans-serif; color: var(--input-text) }
 .rkv-live canvas { flex: 1 1 0; min-height: 0; width: 100%; object-fit: contain }
-.rkv-live .numbers { flex: none; height: 16px; line-height: 16px; overflow: hidden; white-space: nowrap; text-overflow: ellipsis;
+.rkv-live .line { flex: none; display: flex; gap: 4px; align-items: center }
+.rkv-live .line button { flex: none }
+.rkv-live .numbers { flex: 1 1 0; min-width: 0; height: 16px; line-height: 16px; overflow: hidden; white-space: nowrap; text-overflow: ellipsis;
   font-variant-numeric: tabular-nums; color: var(--descrip-text) }
 .rkv-live [hidden] { display: none !important }
 `
 document.head.append(element("style", {}, STYLE))
 
-const LINE = 20, LEAST = 96 // pixels
+const LINE = 20, BUTTON = 26, LEAST = 96 // pixels
 
 /** @param {number} seconds "8.4 s", "2:05" */
 const duration = seconds =>
@@ -29,7 +31,10 @@ export class Panel {
     this.player = new Player(address)
     this.numbers = element("div", { class: "numbers" })
     this.steering = new Steering(resized)
-    this.root = element("div", { class: "rkv-live" }, this.player.canvas, this.numbers, this.steering.root)
+    this.copied = copyButton(() => this.run)
+    this.copied.hidden = true
+    this.root = element("div", { class: "rkv-live" }, this.player.canvas, element("div", { class: "line" }, this.numbers, this.copied),
+      this.steering.root)
     /** @type {Run | undefined} */
     this.run = undefined
   }
@@ -43,7 +48,7 @@ export class Panel {
   height(width) {
     const [across, down] = this.run?.size ?? [16, 9]
     const picture = this.plays ? Math.max(Math.min((width - 20) * down / across, 360), LEAST) : 0
-    return picture + LINE + this.steering.height
+    return picture + (this.copied.hidden ? LINE : BUTTON) + this.steering.height
   }
 
   /** @param {Run} run */
@@ -57,6 +62,7 @@ export class Panel {
     this.player.canvas.hidden = run.strips.length === 0
     this.player.canvas.setAttribute("aria-label", t("live.picture", { seconds: run.seconds.toFixed(1) }))
     this.numbers.textContent = this.numbers.title = this.describe(run)
+    this.copied.hidden = isGoing(run) || !run.schedule // while it goes on, it stands beside the other buttons
     this.steering.show(run)
   }
 

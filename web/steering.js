@@ -8,15 +8,16 @@ import { call, copy, element, keepKeys, t, toast } from "./comfy.js"
 const STYLE = `
 .rkv-steering { flex: none; display: flex; flex-direction: column; gap: 4px }
 .rkv-steering .row { display: flex; gap: 4px; height: 22px }
-.rkv-steering input, .rkv-steering select, .rkv-steering button { box-sizing: border-box; height: 22px; padding: 0 6px; font: inherit;
+.rkv-live :is(input, select, button) { box-sizing: border-box; height: 22px; padding: 0 6px; font: inherit;
   color: var(--input-text); background: var(--comfy-input-bg); border: 1px solid var(--border-color); border-radius: 4px }
 .rkv-steering .prompt { flex: 1 1 0; min-width: 0 }
 .rkv-steering .chunks { flex: none; width: 44px }
 .rkv-steering select { flex: none; max-width: 45% }
-.rkv-steering button { flex: 1 1 auto; cursor: pointer; white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
-.rkv-steering button:hover:enabled { border-color: var(--descrip-text) }
-.rkv-steering :is(input, select, button):focus-visible { outline: 1px solid var(--input-text); outline-offset: -1px }
-.rkv-steering :disabled { opacity: .5; cursor: not-allowed }
+.rkv-steering button { flex: 1 1 auto }
+.rkv-live button { cursor: pointer; white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
+.rkv-live button:hover:enabled { border-color: var(--descrip-text) }
+.rkv-live :is(input, select, button):focus-visible { outline: 1px solid var(--input-text); outline-offset: -1px }
+.rkv-live :disabled { opacity: .5; cursor: not-allowed }
 .rkv-steering .answer { height: 16px; line-height: 16px; overflow: hidden; white-space: nowrap; text-overflow: ellipsis; color: var(--descrip-text) }
 .rkv-steering .answer.wrong { color: var(--error-text) }
 `
@@ -29,6 +30,12 @@ const FEWEST = 2, MOST = 16 // chunks of a blend
 /** Whether a run can be steered still. @param {{ status: Run["status"] }} run */
 export const isGoing = ({ status }) => status === "running" || status === "paused"
 
+/** A button that gives what a run has done as a schedule. @param {() => Run | undefined} run */
+export const copyButton = run => element("button", { type: "button", title: t("live.copyTip"), onclick: async () => {
+  if (await copy(run()?.schedule ?? "")) toast("success", t("live.copied"))
+  else toast("error", t("live.notCopied"))
+} }, t("live.copy"))
+
 export class Steering {
   /** @param {() => void} resized called when it needs another height */
   constructor(resized) {
@@ -40,7 +47,7 @@ export class Steering {
       "aria-label": t("live.blendChunks"), title: t("live.blendChunks") })
     this.pause = element("button", { type: "button", onclick: () => this.ask(this.run?.status === "paused" ? "resume" : "pause") })
     this.stop = element("button", { type: "button", title: t("live.stopTip"), onclick: () => this.ask("stop") }, t("live.stop"))
-    this.copied = element("button", { type: "button", title: t("live.copyTip"), onclick: () => this.copy() }, t("live.copy"))
+    this.copied = copyButton(() => this.run)
     this.answer = element("div", { class: "answer", role: "status", hidden: true })
     this.controls = [element("div", { class: "row" }, this.prompt, this.how, this.chunks),
       element("div", { class: "row" }, this.pause, this.stop, this.copied)]
@@ -130,11 +137,5 @@ export class Steering {
     this.answer.hidden = !text
     this.answer.classList.toggle("wrong", wrong)
     if (this.height !== before) this.resized()
-  }
-
-  async copy() {
-    const done = await copy(this.run?.schedule ?? "")
-    if (done) toast("success", t("live.copied"))
-    else toast("error", t("live.notCopied"))
   }
 }

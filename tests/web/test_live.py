@@ -137,6 +137,10 @@ def test_a_run_is_paused_resumed_stopped_and_copied(live):
     live.page.get_by_text("Ends with this chunk.").wait_for()
     assert button.is_disabled()
     assert [body["action"] for route, body in live.stage.posts if route == "steer"] == ["pause", "resume", "stop"]
+    live.begin(node, status="ended", schedule="0: a red circle\n1: [end]")
+    live.page.get_by_role("button", name="Stop here").wait_for(state="hidden")
+    live.page.get_by_role("button", name="Copy as schedule").click()  # what was stopped is to be had when it has ended
+    live.page.wait_for_function("async () => (await navigator.clipboard.readText()).endsWith('[end]')")
 
 
 @ONE_RENDERER
@@ -244,6 +248,21 @@ def test_a_strip_lasts_as_long_as_the_video_that_it_shows(live):
     ]
     shown = live.page.evaluate(script, strips)
     assert shown[:13] == [*["1:0"] * 3, *["1:1"] * 2, *["2:0"] * 4, *["2:1"] * 4] and shown[13:] == ["1:0"] * 3
+
+
+@ONE_RENDERER
+def test_videos_that_are_compared_no_more_are_let_go(live):
+    live.open("rolling_kv_compare")
+    script = """async () => {
+      const node = window.app.graph.nodes.find(made => made.type === 'RollingKVCompareVideos')
+      const film = { filename: 'gone.mp4', subfolder: '', type: 'temp', width: 64, height: 64, frames: 9, fps: 16 }
+      const shown = () => [...node.widgets.find(widget => widget.name === 'compared').element.querySelectorAll('video')]
+      node.onExecuted({ compared: [film, { ...film, filename: 'other.mp4' }] })
+      const before = shown()
+      node.onExecuted({ compared: [film, film] })
+      return [before, shown()].map(videos => videos.map(video => video.hasAttribute('src')))
+    }"""
+    assert live.page.evaluate(script) == [[False, False], [True, True]]
 
 
 @ONE_RENDERER
