@@ -17,7 +17,7 @@ from ..config import CacheConfig
 from ..devices import to_device
 from ..rope import rotate, rotations, time_shift_angles
 from .codecs import Parts
-from .rolling import RollingKVCache
+from .rolling import RollingKVCache, Turning
 from .sizes import CacheBytes, CacheShape
 
 
@@ -48,11 +48,12 @@ class JointKVCache(RollingKVCache):
         seen = max(config.limit or 0, config.sink + frames)
         return 2 * shape.batch * seen * shape.tokens_per_frame * shape.heads * shape.head_dim * shape.dtype.itemsize
 
-    def update(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        parts, window = self.write(layer, key, value), self.window
+    def update(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, turning: Turning | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        parts, window = self.write(layer, key, value, turning), self.window
         first = min(max(0, window.end + window.open - self.reach), self.config.sink) * self.shape.tokens_per_frame
-        keys, values = (tuple(part[kind, :, first : self._used] for part in parts) for kind in (0, 1))
-        return self.codec.unpack(keys), self.codec.unpack(values)
+        return self._read(parts, slice(first, self._used), turning)
 
 
 class Ahead(NamedTuple):
@@ -83,8 +84,12 @@ class JointPass:
         turn = rotations(time_shift_angles(self.shape.head_dim, self.working.start - self.anchor))
         self.turn = to_device(turn.to(torch.complex64), cache.device)
 
-    def update(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, turning: Turning | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values that the pass attends to, [B, S', H, D] each; see `RollingKVCache.update`."""
+        if turning is not None:
+            key = turning.turned(key)
         cache, dtype = self.cache, self.shape.dtype
         slots = [(0, self.anchor), *_runs([cache.window.slot(frame) for frame in self.working])]
         parts = cache.store.open(layer, cache.window.filled * self.shape.tokens_per_frame)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -30,6 +31,24 @@ Spans = list[tuple[int, int]]
 """(first token, count) each, in the buffer."""
 Work = Callable[[int, Parts], Spans]
 """What is to be done in a layer before a chunk is written there: (layer, its parts) -> where it wrote."""
+
+
+class Turning(Protocol):
+    """What makes keys of what was projected while it writes them, in the place of the codec: see `wan.kernels.Turn`."""
+
+    def turned(self, heads: torch.Tensor, /) -> torch.Tensor:
+        """The keys of projected [B, S, H, D], which nothing keeps."""
+        ...
+
+    def write(
+        self, parts: Parts, segments: Sequence[tuple[int, ...]], key: torch.Tensor, value: torch.Tensor, /
+    ) -> None:
+        """Write projected keys and values into the parts of a layer, by (first token, slot, count) of each segment."""
+        ...
+
+    def read(self, parts: Parts, dtype: torch.dtype, /) -> torch.Tensor:
+        """What some parts hold, in a dtype."""
+        ...
 
 
 class RollingKVCache:
@@ -191,20 +210,28 @@ class RollingKVCache:
         self.window.commit()
         self._work, self._worked, self._reach = [], set(), 0
 
-    def update(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, turning: Turning | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the open chunk's keys and values of one layer, and return everything it attends to.
 
         layer: index of the transformer block.
         key, value: [B, S, H, D] with S tokens of the open chunk, the key after RoPE.
+        turning: what makes keys of projections while it writes them; the key is such a projection then.
 
         Returns keys and values, [B, used tokens, H, D] each, valid until the next update: views of the buffer, or copies
         where the storage has another dtype.
         """
-        parts = self.write(layer, key, value)
-        keys, values = (tuple(part[kind, :, : self._used] for part in parts) for kind in (0, 1))
+        parts = self.write(layer, key, value, turning)
+        return self._read(parts, slice(self._used), turning)
+
+    def _read(self, parts: Parts, tokens: slice, turning: Turning | None) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (tuple(part[kind, :, tokens] for part in parts) for kind in (0, 1))
+        if turning is not None:
+            return turning.read(keys, self.shape.dtype), turning.read(values, self.shape.dtype)
         return self.codec.unpack(keys), self.codec.unpack(values)
 
-    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> Parts:
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor, turning: Turning | None = None) -> Parts:
         """The writing half of `update`; returns the layer's stored parts."""
         parts = self.store.open(layer, max(self._used, self._reach * self.shape.tokens_per_frame))
         written: Spans = [(slot, count) for _, slot, count in self._writes]
@@ -212,12 +239,18 @@ class RollingKVCache:
             for work in self._work:
                 written += work(layer, parts)
             self._worked.add(layer)
+        if turning is not None:
+            turning.write(parts, self._writes, key, value)
+        else:
+            self._pack(parts, key, value)
+        self.store.close(layer, written)
+        return parts
+
+    def _pack(self, parts: Parts, key: torch.Tensor, value: torch.Tensor) -> None:
         for kind, packed in enumerate((self.codec.pack(key), self.codec.pack(value))):
             for part, fresh in zip(parts, packed):
                 for source, slot, count in self._writes:
                     part[kind, :, slot : slot + count] = fresh[:, source : source + count]
-        self.store.close(layer, written)
-        return parts
 
     # What happens between two chunks.
 

@@ -32,6 +32,7 @@ class ExecutionConfig:
     compile: run the blocks through torch.compile. What changes from chunk to chunk (the cache's indices, the number of
         keys) stays outside the compiled parts, so a session compiles once per chunk size.
     cuda_graphs: once the window is full, record passes as CUDA graphs and repeat them; see `wan.graphs`.
+    plain: leave the Triton kernels out, with which passes in half precision run on a GPU where Triton is; see `wan.kernels`.
     """
 
     exact: bool = field(
@@ -48,10 +49,13 @@ class ExecutionConfig:
     cuda_graphs: bool = field(
         default=False, metadata={"help": "record passes as CUDA graphs and repeat them (not tried on a GPU yet)"}
     )
+    plain: bool = field(
+        default=False, metadata={"help": "use PyTorch's own operations alone, not the Triton kernels where Triton is"}
+    )
 
     def describe(self) -> list[str]:
         """What is not the default, as phrases for people."""
-        phrases = {"exact": "exact", "compile": "compiled", "cuda_graphs": "CUDA graphs"}
+        phrases = {"exact": "exact", "compile": "compiled", "cuda_graphs": "CUDA graphs", "plain": "plain"}
         chosen = [phrase for name, phrase in phrases.items() if getattr(self, name)]
         return chosen + ([f"attention by {self.backend}"] if self.backend else [])
 

@@ -20,7 +20,7 @@ from ..config import ExecutionConfig
 from .context import Pass, PassContext
 from .execution import best_kernels, compiled_code, weights_of
 from .framewise import framewise_forward
-from .fused import fused_forwards, is_plain, last_block_forward
+from .fused import fused_forwards, is_plain, kernels_for, last_block_forward
 from .graphs import CudaRecorder, PassGraphs, PassKey
 from .inputs import PassInputs, condition_forward, video_by_video
 from .processors import PromptCrossAttention, RollingSelfAttention
@@ -134,7 +134,8 @@ class RollingAttachment:
         context.rotation, context.sinusoid = rotation, sinusoid
         try:
             own_order = best_kernels(self.transformer) if self.execution.backend is None else nullcontext()
-            with compiled_code(self.execution), own_order:
+            # Triton's kernels run on the current device.
+            with compiled_code(self.execution), own_order, torch.cuda.device_of(latents):
                 texts = [branch.prompt.embeds for branch in context.running.branches]
                 embeds = torch.cat(texts) if len(texts) > 1 else texts[0]
                 sample = self.transformer(latents, timesteps, embeds, return_dict=False)[0]
@@ -159,6 +160,7 @@ class RollingAttachment:
     def _attach(self) -> None:
         blocks, context = self.transformer.blocks, self.context
         last, plain = blocks[-1], [is_plain(block) for block in blocks]
+        context.kernels = kernels_for(self.execution, blocks)
         for layer, block in enumerate(blocks):
             self._set_processor(block.attn1, RollingSelfAttention(context, layer))
             self._set_processor(block.attn2, PromptCrossAttention(context, layer))
@@ -171,7 +173,7 @@ class RollingAttachment:
             self._set_forward(project_out, output_forward(project_out.forward, self.shards, context))
         self._set_forward(embedder, condition_forward(embedder, context))
         if not self.execution.exact and not self.execution.compile:
-            for module, forward in fused_forwards(blocks):
+            for module, forward in fused_forwards(blocks, context.kernels):
                 self._set_forward(module, forward)
         for block, is_stock in zip(blocks, plain):
             self._set_forward(block, framewise_forward(block, block.forward, is_stock))

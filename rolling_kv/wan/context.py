@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -44,6 +45,7 @@ class PassContext:
 
     execution: how every pass is computed.
     detach: takes the attachment off.
+    kernels: the module `kernels`, where passes in half precision use it.
     shards: the processes that share the passes; None where this one makes them alone.
     current: the pass under way, None between passes.
     rotation: of the positions of its chunk, as `rope.rotate` takes it.
@@ -53,6 +55,7 @@ class PassContext:
     execution: ExecutionConfig
     detach: Callable[[], None]
     shards: HeadShards | None = None
+    kernels: Any = None
     current: Pass | None = None
     rotation: torch.Tensor | None = None
     sinusoid: torch.Tensor | None = None

@@ -11,11 +11,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from ..config import ExecutionConfig
 from .context import PassContext
 from .execution import eager
 from .framewise import modulated
@@ -28,15 +30,18 @@ ONEDNN_LINEAR: Callable[..., torch.Tensor] | None = (
 CUBLAS_LINEAR: Callable[..., torch.Tensor] | None = getattr(torch, "_addmm_activation", None)
 
 
-def fused_forwards(blocks) -> list[tuple[torch.nn.Module, Callable]]:
-    """Each module of the blocks that gets a fused `forward`, and that forward. Says once if blocks are left out."""
+def fused_forwards(blocks, kernels: Any = None) -> list[tuple[torch.nn.Module, Callable]]:
+    """Each module of the blocks that gets a fused `forward`, and that forward. Says once if blocks are left out.
+
+    kernels: the module `kernels`, where blocks in half precision use it.
+    """
     fusable = [block for block in blocks if may_fuse(block)]
     if len(fusable) < len(blocks):
         _warn_once(
             f"{len(blocks) - len(fusable)} of {len(blocks)} blocks run as diffusers has them, a little slower: another "
             "library has put a forward or a hook of its own on them"
         )
-    pairs = [(block, fused_forward(block, block.forward)) for block in fusable]
+    pairs = [(block, fused_forward(block, block.forward, kernels)) for block in fusable]
     return pairs + [(block.ffn, fused_feed_forward(block.ffn, block.ffn.forward)) for block in fusable]
 
 
@@ -45,7 +50,7 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def fused_forward(block, stock_forward):
+def fused_forward(block, stock_forward, kernels: Any = None):
     """A `forward` for one stock `WanTransformerBlock`; what is neither float32 nor `fuses_half` goes to `stock_forward`."""
 
     def forward(hidden_states, encoder_hidden_states, temb, rotary_emb):
@@ -65,6 +70,17 @@ def fused_forward(block, stock_forward):
         modulation = block.scale_shift_table + temb.float()
         modulation[:, 1::3].add_(1)  # both scales
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.chunk(6, dim=1)
+        if kernels is not None:
+            normed = kernels.normed(hidden_states, scale, shift, block.norm1.eps)
+            attended, affine = block.attn1(normed, None, None, rotary_emb), block.norm2
+            hidden_states, normed = kernels.summed_and_normed(
+                hidden_states, attended, gate, affine.weight[None], affine.bias[None], affine.eps
+            )
+            attended = block.attn2(normed, encoder_hidden_states, None, None)
+            hidden_states, normed = kernels.summed_and_normed(
+                hidden_states, attended, None, ff_scale, ff_shift, block.norm3.eps
+            )
+            return torch.addcmul(hidden_states, block.ffn(normed), ff_gate, out=hidden_states)
         attended = block.attn1(half_modulated_norm(hidden_states, block.norm1, scale, shift), None, None, rotary_emb)
         hidden_states = narrowed_sum(hidden_states, attended, gate)
         hidden_states += block.attn2(block.norm2(hidden_states), encoder_hidden_states, None, None)
@@ -123,13 +139,13 @@ def last_block_forward(block, block_forward, context: PassContext):
             normed = modulated(block.norm1(hidden_states.float()), scale, shift)
         elif context.execution.exact:
             normed = block.norm1(hidden_states.float()) * (1 + scale) + shift
+        elif fuses_half(hidden_states) and context.kernels is not None:
+            normed = context.kernels.normed(hidden_states, 1 + scale, shift, block.norm1.eps)
         elif fuses_half(hidden_states):
             normed = half_modulated_norm(hidden_states, block.norm1, 1 + scale, shift)
         else:
             normed = modulated_norm(hidden_states.float(), block.norm1, scale, shift)
-        processor = block.attn1.processor
-        key, value = processor.key_value(block.attn1, normed.type_as(hidden_states), rotary_emb)
-        processor.write(key, value)
+        block.attn1.processor.write_of(block.attn1, normed.type_as(hidden_states), rotary_emb)
 
     return forward
 
@@ -137,6 +153,44 @@ def last_block_forward(block, block_forward, context: PassContext):
 def may_fuse(block) -> bool:
     """Whether a fused `block` would pass over nothing of somebody else's, such as a hook that brings its weights in."""
     return all(map(is_plain, (block, block.norm1, block.norm3, block.ffn)))
+
+
+def kernels_for(execution: ExecutionConfig, blocks) -> Any:
+    """The module `kernels`, where passes in half precision through these blocks use it; None where they do without."""
+    device = blocks[0].scale_shift_table.device
+    if execution.plain or execution.exact or execution.compile or not all(map(_has_wans_norms, blocks)):
+        return None
+    if not kernels_run_on(device):
+        return None
+    from . import kernels
+
+    return kernels
+
+
+def _has_wans_norms(block) -> bool:
+    """Whether the norms of a block are Wan's, and run nothing of somebody else's: kernels stand in the place of these."""
+    over_heads = [attention.norm_k for attention in (block.attn1, block.attn2)] + [block.attn1.norm_q]
+    affine = getattr(block.norm2, "weight", None) is not None and getattr(block.norm2, "bias", None) is not None
+    known = affine and all(type(norm) is torch.nn.RMSNorm and norm.weight is not None for norm in over_heads)
+    return known and may_fuse(block) and all(map(is_plain, (block.norm2, *over_heads)))
+
+
+@lru_cache
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether Triton is there and can make code for a device. Says once why not, as where it finds no C compiler."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    from . import kernels
+
+    try:
+        row = torch.ones(1, 1, 16, device=device, dtype=torch.float16)
+        with torch.cuda.device(device):
+            kernels.normed(row, row.float(), row.float(), 1e-6)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        logger.warning(f"Triton cannot make kernels here ({reason[-1]}): passes use PyTorch's own, a little slower")
+        return False
+    return True
 
 
 def is_plain(module: torch.nn.Module) -> bool:

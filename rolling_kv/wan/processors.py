@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from ..rope import rotate
 from .context import PassContext
 from .execution import eager
-from .fused import rms_norm_
+from .fused import fuses_half, rms_norm_
 
 
 class RollingSelfAttention:
@@ -26,9 +26,37 @@ class RollingSelfAttention:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: Any = None):
         """hidden_states: [B, S, dim], the tokens of the open chunk. rotary_emb: see `rope.rotate`."""
+        if self._by_kernels(hidden_states):
+            return project(attn, self._attend_by_kernels(attn, hidden_states, rotary_emb))
         query = rotate(self._heads(attn, attn.to_q(hidden_states), attn.norm_q), rotary_emb)
         key, value = self.key_value(attn, hidden_states, rotary_emb)
         return project(attn, self._attend(query, key, value))
+
+    def _by_kernels(self, hidden_states) -> bool:
+        return self.context.kernels is not None and self.context.shards is None and fuses_half(hidden_states)
+
+    def _attend_by_kernels(self, attn, hidden_states, rotary_emb):
+        """The same with kernels, which make keys as they write them into the cache."""
+        query, key, value = (
+            projection(hidden_states).unflatten(2, (attn.heads, -1)) for projection in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        query = self._turn(attn.norm_q, rotary_emb).turned(query)
+        return joined(
+            attend(self, query, *branch.cache.update(self.layer, key, value, self._turn(attn.norm_k, rotation)))
+            for branch, (query, key, value, rotation) in self.context.running.apart(query, key, value, rotary_emb)
+        )
+
+    def _turn(self, norm, rotation):
+        return self.context.kernels.Turn(norm.weight, norm.eps, rotation)
+
+    def write_of(self, attn, hidden_states, rotary_emb) -> None:
+        """Write the keys and values of [B, S, dim], and attend to nothing."""
+        if not self._by_kernels(hidden_states):
+            self.write(*self.key_value(attn, hidden_states, rotary_emb))
+            return
+        key, value = (made(hidden_states).unflatten(2, (attn.heads, -1)) for made in (attn.to_k, attn.to_v))
+        for branch, (own, values, rotation) in self.context.running.apart(key, value, rotary_emb):
+            branch.cache.write(self.layer, own, values, self._turn(attn.norm_k, rotation))
 
     @eager
     def _attend(self, query, key, value):

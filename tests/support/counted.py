@@ -11,13 +11,22 @@ NOTHING = ("empty", "empty_like", "_unsafe_view", "detach")
 class Counted(TorchDispatchMode):
     """Counts what runs inside: kernels beside the matrix products, and the bytes that each of them reads and writes.
 
-    kernels: (name, bytes) of each, in their order. products: names of the matrix products.
+    kernels: (name, bytes) of each, in their order. products: names of the matrix products. inside: whether it counts now.
     """
 
     def __init__(self):
         super().__init__()
         self.kernels: list[tuple[str, int]] = []
         self.products: list[str] = []
+        self.inside = False
+
+    def __enter__(self):
+        self.inside = True
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.inside = False
+        return super().__exit__(*error)
 
     @property
     def nbytes(self) -> int:

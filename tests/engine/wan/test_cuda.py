@@ -128,6 +128,17 @@ def test_compiled_blocks_change_the_rounding_at_most():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("storage", CODECS)
+def test_triton_kernels_are_as_near_to_float32_as_torchs_own(storage, dtype):
+    cache = replace(WINDOW, storage=storage)
+    exact, made = video(model(), cache=WINDOW, chunks=4), model(dtype)
+    with_kernels = video(made, cache=cache, chunks=4)
+    plain = video(made, cache=cache, chunks=4, execution=ExecutionConfig(plain=True))
+    assert not torch.equal(with_kernels, plain)
+    assert (with_kernels - exact).norm() <= 1.3 * (plain - exact).norm()
+
+
 def test_memory_on_the_device_does_not_grow():
     made = model(torch.bfloat16)
     peaks = []

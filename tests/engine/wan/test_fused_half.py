@@ -1,5 +1,8 @@
 """The block in half precision: what the stock block gives, in fewer kernels and bytes. Counted on the meta device."""
 
+import importlib
+from importlib.util import find_spec
+
 import pytest
 import torch
 from builders import tiny_transformer
@@ -94,8 +97,32 @@ def test_the_feed_forward_makes_way_without_the_product(monkeypatch):
         assert torch.equal(fused_feed_forward(block.ffn, block.ffn.forward)(hidden), block.ffn(hidden))
 
 
-def counted_block(monkeypatch, heads, head_dim, batch=1, storage="model", fuse=True, keys_only=False):
+def count_kernels(monkeypatch, counted):
+    """Triton's kernels are not run: each tensor that one is given is read or written once, and counted where torch's are."""
+    monkeypatch.setattr(fused, "kernels_run_on", lambda device: True)
+    kernels = importlib.import_module("rolling_kv.wan.kernels")
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return self.launch
+
+        def launch(self, *given, **_):
+            tensors = {id(one): one for one in given if isinstance(one, torch.Tensor)}.values()
+            if counted.inside:
+                counted.kernels.append((self.name, sum(one.numel() * one.itemsize for one in tensors)))
+
+    for name in ("_norm", "_turn", "_widen"):
+        monkeypatch.setattr(kernels, name, Kernel(name))
+
+
+def counted_block(monkeypatch, heads, head_dim, batch=1, storage="model", fuse=True, triton=False):
     """What one block asks for in a pass over a chunk of 3 latent frames at 480x832, attention itself left out."""
+    counted = Counted()
+    if triton:
+        count_kernels(monkeypatch, counted)
     if not fuse:
         monkeypatch.setattr(fused, "fuses_half", lambda x: False)
     monkeypatch.setattr(processors, "dispatch_attention_fn", lambda query, *_, **__: query)
@@ -108,8 +135,8 @@ def counted_block(monkeypatch, heads, head_dim, batch=1, storage="model", fuse=T
     part = Branch(cache, PromptCache(prompt))
     latents = torch.empty(batch, 16, 3, 60, 104, device="meta", dtype=torch.bfloat16)
     with torch.no_grad(), apply_rolling_kv_cache(transformer) as attached:
-        block = transformer.blocks[-1 if keys_only else 0]
-        forward, counted = block.forward, Counted()
+        block = transformer.blocks[0]
+        forward = block.forward
 
         def counting(*inputs):
             with counted:
@@ -118,7 +145,7 @@ def counted_block(monkeypatch, heads, head_dim, batch=1, storage="model", fuse=T
         cache.begin(3)
         attached.forward(latents, 500.0, part)  # the prompt's keys
         block.forward = counting
-        attached.forward(latents, 500.0, part, keys_only=keys_only)
+        attached.forward(latents, 500.0, part)
         del block.forward
     return counted, counted.nbytes / (batch * 4680 * heads * head_dim)
 
@@ -146,3 +173,23 @@ def test_kernels_and_bytes_of_a_block(monkeypatch, heads, head_dim, batch):
     stock_block, moved = counted_block(monkeypatch, heads, head_dim, batch, fuse=False)
     assert len(stock_block.products) == 8
     assert len(stock_block.kernels) == 39 and 249 <= moved <= 251
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is for Linux")
+@pytest.mark.parametrize(("heads", "head_dim", "batch"), SIZES)
+def test_kernels_and_bytes_of_a_block_with_triton(monkeypatch, heads, head_dim, batch):
+    block, moved = counted_block(monkeypatch, heads, head_dim, batch, triton=True)
+    assert len(block.products) == 8
+    assert len(block.kernels) == 11 and 42 <= moved <= 44
+
+
+STORED = [("float8", False, 32, 155), ("int8", False, 46, 219), ("float8", True, 13, 47), ("int8", True, 13, 47)]
+
+
+@pytest.mark.parametrize(("storage", "triton", "kernels", "nbytes"), STORED)
+def test_kernels_and_bytes_of_a_block_with_a_packed_cache(monkeypatch, storage, triton, kernels, nbytes):
+    """A window of 6 frames, which every pass unpacks."""
+    if triton and find_spec("triton") is None:
+        pytest.skip("Triton is for Linux")
+    block, moved = counted_block(monkeypatch, 12, 128, storage=storage, triton=triton)
+    assert (len(block.kernels), round(moved)) == (kernels, nbytes)

@@ -1,0 +1,222 @@
+"""Triton kernels for half precision on a GPU: what a block does between its matrix products, each in one pass over memory.
+
+Imported only where passes use it, see `execution.kernels_for`. Beside each kernel is a plain path that gives the same to
+rounding: `fused` for the norms, `processors.normalise` and `rope.rotate` for queries and keys, the cache's codecs for what
+is kept. A program has one token; what it computes is float32, and rounded as it is stored.
+"""
+
+# Triton does not annotate that a kernel is indexed by its grid.
+# pyright: reportIndexIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..cache.codecs import Parts
+
+MODEL, FLOAT8, INT8 = 0, 1, 2
+"""In which form a part keeps its values: see `cache.codecs`."""
+FORMS = {torch.float8_e4m3fn: FLOAT8, torch.int8: INT8}
+WIDENED = 2048
+"""Values that one program of `_widen` unpacks."""
+
+
+def normed(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
+    """LayerNorm of [B, S, dim], then x * scale + shift; scale and shift end with dim, and have one row or one for each video."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch_norm(x, None, None, scale, shift, eps, out, out)
+    return out
+
+
+def summed_and_normed(
+    x: torch.Tensor,
+    added: torch.Tensor,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + added * gate for [B, S, dim], and of that what `normed` gives. gate: as scale and shift; None: 1."""
+    total, out = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    _launch_norm(x, added, gate, scale, shift, eps, total, out)
+    return total, out
+
+
+def _launch_norm(x, added, gate, scale, shift, eps, total, out) -> None:
+    batch, tokens, dim = x.shape
+    rows = [
+        given if given is None else given.expand(batch, *given.shape[1:]).view(batch, dim)
+        for given in (gate, scale, shift)
+    ]
+    strides = [0 if row is None else row.stride(0) for row in rows]
+    _norm[(tokens, batch)](
+        x, added, *rows, total, out, tokens, *x.stride(), *(added.stride() if added is not None else (0, 0, 0)), *strides,
+        eps, DIM=dim, BLOCK=triton.next_power_of_2(dim), num_warps=8 if dim > 2048 else 4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _norm(
+    x, added, gate, scale, shift, total, out, tokens, x_video, x_token, x_value, added_video, added_token, added_value,
+    gate_video, scale_video, shift_video, eps, DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token, video = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < DIM
+    place = (video * tokens + token) * DIM + at
+    row = tl.load(x + video * x_video + token * x_token + at * x_value, inside, 0.0).to(tl.float32)
+    if added is not None:
+        more = tl.load(added + video * added_video + token * added_token + at * added_value, inside, 0.0).to(tl.float32)
+        if gate is not None:
+            more *= tl.load(gate + video * gate_video + at, inside, 0.0)
+        narrow = (row + more).to(total.dtype.element_ty)
+        tl.store(total + place, narrow, inside)
+        row = narrow.to(tl.float32)
+    centred = tl.where(inside, row - tl.sum(row) / DIM, 0.0)
+    row = centred * tl.rsqrt(tl.sum(centred * centred) / DIM + eps)
+    row = row * tl.load(scale + video * scale_video + at, inside, 0.0) + tl.load(
+        shift + video * shift_video + at, inside, 0.0
+    )
+    tl.store(out + place, row.to(out.dtype.element_ty), inside)
+
+
+class Turn(NamedTuple):
+    """How the keys or queries of a pass are made of what was projected: RMSNorm over all heads, then RoPE.
+
+    weight, eps: of the norm. rotation: of each token, complex64, [B or 1, S, 1, D / 2].
+    """
+
+    weight: torch.Tensor
+    eps: float
+    rotation: torch.Tensor
+
+    def turned(self, heads: torch.Tensor) -> torch.Tensor:
+        """Those of projected [B, S, H, D]."""
+        out = torch.empty_like(heads, memory_format=torch.contiguous_format)
+        _put(heads, self, (out,))
+        return out
+
+    def write(self, parts: Parts, segments: Sequence[tuple[int, ...]], key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write projected keys and values, [B, S, H, D] each, into the parts of a layer; segments: (source, slot, count) each."""
+        for source, slot, count in segments:
+            here = self._replace(rotation=self.rotation[:, source : source + count])
+            for kind, fresh, turn in ((0, key, here), (1, value, None)):
+                _put(
+                    fresh[:, source : source + count], turn, tuple(part[kind, :, slot : slot + count] for part in parts)
+                )
+
+    def read(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        """What parts [B, S, H, ·] hold, in a dtype: a view of them if it is theirs."""
+        return widened(parts, dtype)
+
+
+def _put(heads: torch.Tensor, turn: Turn | None, parts: Parts) -> None:
+    """Store [B, S, H, D] in parts of that size, normalised and turned before if there is a turn."""
+    form, into, scales = _told_apart(parts)
+    if form == MODEL and turn is None:
+        into.copy_(heads)
+        return
+    batch, tokens, count, dim = heads.shape
+    weight = rotation = None
+    eps, rotation_strides = 0.0, (0, 0)
+    if turn is not None:
+        weight, eps = turn.weight, turn.eps
+        rotation = torch.view_as_real(turn.rotation.expand(batch, *turn.rotation.shape[1:]))
+        rotation_strides = rotation.stride()[:2]
+    _turn[(tokens, batch)](
+        heads, weight, rotation, into, scales, eps,
+        *heads.stride(), *rotation_strides, *into.stride()[:2], *scales.stride()[:2],
+        HEADS=count, DIM=dim, BLOCK_HEADS=triton.next_power_of_2(count), BLOCK=triton.next_power_of_2(dim), FORM=form,
+        num_warps=8 if count * dim > 2048 else 4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _turn(
+    heads, weight, rotation, into, scales, eps, video_stride, token_stride, head_stride, value_stride, rotation_video,
+    rotation_token, into_video, into_token, scales_video, scales_token, HEADS: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    token, video = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    head, at = tl.arange(0, BLOCK_HEADS)[:, None], tl.arange(0, BLOCK)[None, :]
+    inside = (head < HEADS) & (at < DIM)
+    place = heads + video * video_stride + token * token_stride
+    row = tl.load(place + head * head_stride + at * value_stride, inside, 0.0).to(tl.float32)
+    if weight is not None:
+        row = row * tl.rsqrt(tl.sum(row * row) / (HEADS * DIM) + eps)
+        row = row * tl.load(weight + head * DIM + at, inside, 0.0).to(tl.float32)
+        # Neighbouring values are the two parts of a complex number, and so are cosine and sine.
+        x, y = tl.split(tl.reshape(row, (BLOCK_HEADS, BLOCK // 2, 2)))
+        pair = tl.arange(0, BLOCK // 2)[None, :]
+        place = rotation + video * rotation_video + token * rotation_token + 2 * pair
+        cosine, sine = tl.load(place, 2 * pair < DIM, 0.0), tl.load(place + 1, 2 * pair < DIM, 0.0)
+        row = tl.reshape(tl.join(x * cosine - y * sine, x * sine + y * cosine), (BLOCK_HEADS, BLOCK))
+    place = into + video * into_video + token * into_token + head * DIM + at
+    if FORM == 0:
+        tl.store(place, row.to(into.dtype.element_ty), inside)
+    elif FORM == 1:
+        tl.store(place, _float8_code(row), inside)
+    else:
+        scale = tl.maximum(tl.max(tl.abs(row), axis=1, keep_dims=True), 1e-12) / 127
+        head = tl.arange(0, BLOCK_HEADS)[:, None]
+        tl.store(scales + video * scales_video + token * scales_token + head, scale, head < HEADS)
+        # Adding 1.5 * 2^23 leaves no bits for a fraction: the nearest integer, of two the even one.
+        tl.store(place, ((row / scale + 12582912.0) - 12582912.0).to(tl.int8), inside)
+
+
+@triton.jit
+def _float8_code(x):
+    """float8_e4m3fn of float32, rounded to nearest even and cut off at 448, on any GPU; not a number stays so."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - (141 << 23)
+    normal = (size + ((7 - 127) << 23) + 0x7FFFF + ((size >> 20) & 1)) >> 20
+    code = tl.where(size < (121 << 23), small, tl.minimum(normal, 0x7E))
+    code = tl.where(size > 0x7F800000, 0x7F, code)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+def widened(parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+    """What parts [B, S, H, ·] hold, in a dtype: a view of them if it is theirs."""
+    form, codes, scales = _told_apart(parts)
+    if form == MODEL:
+        return codes
+    batch, count = len(codes), codes[0].numel()
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    _widen[(triton.cdiv(count, WIDENED), batch)](
+        codes, scales, out, count, codes.stride(0), scales.stride(0),
+        WIDTH=codes.shape[-1], FORM=form, BLOCK=WIDENED,
+    )  # fmt: skip
+    return out
+
+
+def _told_apart(parts: Parts) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """The form of parts, their codes and their scales, or something in the place of these. Kernels see float8 as bytes."""
+    form = FORMS.get(parts[0].dtype, MODEL)
+    codes = parts[0].view(torch.uint8) if form == FLOAT8 else parts[0]
+    return form, codes, parts[1] if form == INT8 else codes
+
+
+@triton.jit
+def _widen(
+    codes, scales, out, count, codes_video, scales_video, WIDTH: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr
+):
+    video = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    code = tl.load(codes + video * codes_video + at, inside, 0)
+    if FORM == 1:
+        wide = code.to(tl.int32)
+        size = wide & 0x7F
+        normal = ((size << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+        value = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)
+        value = tl.where(size == 0x7F, float("nan"), value)
+        value = tl.where(wide >= 0x80, -value, value)
+    else:
+        value = code.to(tl.float32) * tl.load(scales + video * scales_video + at // WIDTH, inside, 0.0)
+    tl.store(out + video * count + at, value.to(out.dtype.element_ty), inside)

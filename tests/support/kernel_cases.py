@@ -1,0 +1,229 @@
+"""The Triton kernels against their plain paths. Run by test_kernels.py in a process of its own, where they are interpreted.
+
+Triton's interpreter cuts bfloat16 off where a GPU rounds to nearest: there a value may be its neighbour, and what is counted
+exactly is counted in float16.
+"""
+
+import pytest
+import torch
+from builders import tiny_transformer
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from rolling_kv.cache.codecs import CODECS
+from rolling_kv.checkpoints.model import CausalModel
+from rolling_kv.config import CacheConfig, ExecutionConfig, SamplingConfig
+from rolling_kv.presets import ModelPreset
+from rolling_kv.rope import rotary_rotations, rotate
+from rolling_kv.sampling.session import RollingSession
+from rolling_kv.wan import fused, kernels, processors
+from rolling_kv.wan.fused import half_modulated_norm, narrowed_sum
+from rolling_kv.wan.processors import normalise
+
+few = settings(max_examples=8, deadline=None, database=None, phases=[Phase.generate])
+dtypes = st.sampled_from([torch.bfloat16, torch.float16])
+layouts = st.sampled_from(["", "transposed", "a part of more"])
+counts, seeds = st.integers(1, 3), st.integers(0, 99)
+head_dims = st.sampled_from([6, 12, 24, 32])
+
+
+def some(shape, dtype, seed, layout=""):
+    """Random [B, S, ...], with the memory in another order or of a larger tensor."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    if layout == "transposed":
+        return values.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "a part of more":
+        more = torch.zeros(shape[0], shape[1] + 3, *shape[2:], dtype=dtype)
+        more[:, 2:-1] = values
+        return more[:, 2:-1]
+    return values
+
+
+def rows(batch, dim, shared, seed):
+    """Scale, shift and gate as `chunk` gives them, float32."""
+    made = some((1 if shared else batch, 6, dim), torch.float32, seed).chunk(6, dim=1)
+    return made[1] + 1, made[0], made[2]
+
+
+def assert_rounded_alike(made, plain, ulps=1):
+    assert made.dtype == plain.dtype and made.shape == plain.shape and made.is_contiguous()
+    eps = torch.finfo(plain.dtype).eps
+    torch.testing.assert_close(made, plain, atol=1e-5, rtol=ulps * eps)
+    assert plain.dtype == torch.bfloat16 or (made == plain).float().mean() >= 0.9
+
+
+@few
+@given(counts, counts, st.integers(1, 70), dtypes, layouts, st.booleans(), seeds)
+def test_normed(batch, tokens, dim, dtype, layout, shared, seed):
+    x = some((batch, tokens, dim), dtype, seed, layout)
+    scale, shift, _ = rows(batch, dim, shared, seed)
+    norm = torch.nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+    made = kernels.normed(x, scale, shift, norm.eps)
+    assert made.is_contiguous() and made.dtype == dtype
+    plain = half_modulated_norm(x, norm, scale, shift)
+    # Where scale and shift nearly cancel, the sum keeps the rounding of its parts.
+    torch.testing.assert_close(made, plain, atol=1e-5 if dim > 1 else 1e-3, rtol=torch.finfo(dtype).eps)
+
+
+@few
+@given(counts, counts, st.integers(2, 70), dtypes, layouts, layouts, st.booleans(), st.booleans(), seeds)
+def test_summed_and_normed(batch, tokens, dim, dtype, layout, other, shared, gated, seed):
+    x, added = some((batch, tokens, dim), dtype, seed, layout), some((batch, tokens, dim), dtype, seed + 1, other)
+    scale, shift, gate = rows(batch, dim, shared, seed)
+    before = x.clone(), added.clone()
+    norm = torch.nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+    total, made = kernels.summed_and_normed(x, added, gate if gated else None, scale, shift, norm.eps)
+    plain = narrowed_sum(x, added, gate) if gated else x + added
+    assert_rounded_alike(total, plain)
+    torch.testing.assert_close(
+        made, half_modulated_norm(total, norm, scale, shift), atol=1e-5, rtol=torch.finfo(dtype).eps
+    )
+    assert torch.equal(x, before[0]) and torch.equal(added, before[1])
+
+
+def test_an_affine_norm_has_one_row():
+    x, norm = some((2, 3, 20), torch.bfloat16, 0), torch.nn.LayerNorm(20)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    with torch.no_grad():
+        made = kernels.normed(x, norm.weight[None], norm.bias[None], norm.eps)
+        torch.testing.assert_close(made, norm(x.float()).bfloat16(), atol=1e-5, rtol=2**-7)
+
+
+def turn_of(heads, dim, batch, frames, start, weight_dtype, seed, own):
+    """A turn for tokens of `frames` frames of 1 x 2 tokens, and the norm it is of. own: a rotation for each video."""
+    norm = torch.nn.RMSNorm(heads * dim, eps=1e-6, dtype=weight_dtype)
+    norm.weight.data = some((heads * dim,), torch.float32, seed).abs().add(0.5).to(weight_dtype)
+    starts = range(start, start + batch) if own else [start]
+    rotation = torch.stack([rotary_rotations(dim, at, frames, 1, 2, torch.complex64)[:, None] for at in starts])
+    return kernels.Turn(norm.weight.detach(), norm.eps, rotation), norm
+
+
+def plainly_turned(x, turn, norm):
+    """In float32 all through, and as the plain path rounds it in between."""
+    with torch.no_grad():
+        exact = rotate(norm.float()(x.float().flatten(2)).unflatten(2, x.shape[2:]), turn.rotation)
+        norm.to(turn.weight.dtype)
+        stepwise = rotate(normalise(x.flatten(2), norm, False).unflatten(2, x.shape[2:]), turn.rotation)
+    return exact, stepwise.to(x.dtype)
+
+
+@few
+@given(
+    st.integers(1, 3), counts, head_dims, st.integers(1, 3), st.sampled_from([0, 7, 4000]), dtypes, layouts, st.booleans(),
+    st.booleans(), seeds,
+)  # fmt: skip
+def test_turned(batch, heads, dim, frames, start, dtype, layout, wide_weight, own, seed):
+    x = some((batch, 2 * frames, heads, dim), dtype, seed, layout)
+    turn, norm = turn_of(heads, dim, batch, frames, start, torch.float32 if wide_weight else dtype, seed, own)
+    made = turn.turned(x)
+    exact, stepwise = plainly_turned(x, turn, norm)
+    assert_rounded_alike(made, exact.to(dtype))
+    error, allowed = (made.float() - exact).norm(), (stepwise.float() - exact).norm()
+    assert error <= allowed * (1.05 if dtype == torch.float16 else 2) + 1e-6  # the plain path rounds more often
+
+
+@few
+@given(
+    st.sampled_from(sorted(CODECS)),
+    st.integers(1, 2),
+    counts,
+    head_dims,
+    st.integers(1, 4),
+    st.integers(0, 7),
+    dtypes,
+    layouts,
+    seeds,
+)
+def test_written_into_the_slots_and_read(storage, batch, heads, dim, frames, first, dtype, layout, seed):
+    """A ring of 8 frames of two tokens: the segments wrap, and what lies beside them is left alone."""
+    key, value = (some((batch, 2 * frames, heads, dim), dtype, seed + n, layout) for n in (0, 1))
+    turn, norm = turn_of(heads, dim, batch, frames, 5, dtype, seed, own=False)
+    codec = CODECS[storage](dtype)
+    made = tuple(torch.ones(2, batch, 16, heads, width).to(kept) for width, kept in codec.widths(dim))
+    plain = tuple(part.clone() for part in made)
+    before_the_end = min(frames, 8 - first)
+    segments = [(0, 2 * first, 2 * before_the_end)]
+    if before_the_end < frames:
+        segments.append((2 * before_the_end, 0, 2 * (frames - before_the_end)))
+    turn.write(made, segments, key, value)
+    exact, _ = plainly_turned(key, turn, norm)
+    for kind, packed in enumerate((codec.pack(exact), codec.pack(value))):
+        for part, fresh in zip(plain, packed):
+            for source, slot, count in segments:
+                part[kind, :, slot : slot + count] = fresh[:, source : source + count]
+    assert alike(made[0], plain[0]) >= 0.97 or (storage, dtype) == ("model", torch.bfloat16)
+    torch.testing.assert_close(made[-1].float(), plain[-1].float(), atol=1, rtol=0.13)
+    for kind in (0, 1):
+        there, stored = (tuple(part[kind, :, :11] for part in parts) for parts in (made, plain))
+        read = turn.read(there, dtype)
+        torch.testing.assert_close(read, codec.unpack(there), atol=0, rtol=torch.finfo(dtype).eps)
+        assert storage != "float8" or torch.equal(read, codec.unpack(there))
+        wide, expected = read.float(), codec.unpack(stored).float()
+        step = {"model": torch.finfo(dtype).eps, "float8": 2**-3, "int8": 2 / 127}[storage]
+        allowed = step * (expected.abs().amax(-1, keepdim=True) if storage == "int8" else expected.abs()) + 2**-9
+        assert ((wide - expected).abs() <= allowed).all()
+
+
+def alike(made, plain):
+    return (made.float() == plain.float()).float().mean()
+
+
+def test_float8_is_torchs_to_the_bit():
+    """Every exponent, ties, what is too large, infinities and what is no number."""
+    x = torch.cat([torch.arange(0, 2**16, 7).to(torch.int32) << 16, torch.arange(2**14) * 2**17 + 2**16]).to(
+        torch.int32
+    )
+    x = torch.cat([x.view(torch.float32), torch.tensor([448.0, 464.0, 464.1, 480.0, torch.inf, -torch.inf, torch.nan])])
+    x = torch.nn.functional.pad(x, (0, -len(x) % 4096)).view(1, -1, 1, 4096)
+    codec = CODECS["float8"](torch.bfloat16)
+    (plain,) = codec.pack(x)
+    made = torch.zeros_like(plain)
+    kernels._put(x, None, (made,))
+    number = ~x.isnan()
+    assert torch.equal(made.view(torch.uint8)[number], plain.view(torch.uint8)[number])
+    assert made.float()[~number].isnan().all()
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, 1, 1, 256)
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.testing.assert_close(kernels.widened((codes,), dtype), codes.to(dtype), atol=0, rtol=0, equal_nan=True)
+
+
+def test_int8_rounds_ties_to_even_and_keeps_zeros():
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -127.0, 3.2], [0.0] * 8]).view(1, 1, 2, 8).bfloat16()
+    codes, scales = torch.ones(1, 1, 2, 8, dtype=torch.int8), torch.zeros(1, 1, 2, 1)
+    kernels._put(x, None, (codes, scales))
+    plain = CODECS["int8"](torch.bfloat16).pack(x)
+    assert torch.equal(codes, plain[0])
+    torch.testing.assert_close(scales, plain[1])
+
+
+def test_a_video_is_as_near_to_float32_as_without_kernels(monkeypatch):
+    """Steps, context passes and a window that wraps; a batch of two."""
+    monkeypatch.setattr(fused, "fuses_half", lambda x: x.dtype == torch.float16)
+    monkeypatch.setattr(processors, "fuses_half", fused.fuses_half)
+    monkeypatch.setattr(fused, "kernels_run_on", lambda device: True)
+    launched = []
+    put = kernels._put
+    monkeypatch.setattr(kernels, "_put", lambda *given: launched.append(1) or put(*given))
+    exact = video(torch.float32, CacheConfig(3, sink=1))
+    cache = CacheConfig(3, sink=1, storage="int8")
+    assert not launched
+    plain = video(torch.float16, cache, ExecutionConfig(plain=True))
+    assert not launched
+    made = video(torch.float16, cache)
+    # Of each of 2 layers: a query, a key and a value in each of 4 chunks' 2 steps and in 3 context passes, all but the last.
+    assert len(launched) >= 2 * 3 * 8
+    assert (made - exact).norm() <= 1.3 * (plain - exact).norm()
+
+
+def video(dtype, cache, execution=None):
+    transformer = tiny_transformer(num_attention_heads=2, attention_head_dim=12, cross_attn_norm=True).to(dtype)
+    model = CausalModel(transformer, ModelPreset("test", SamplingConfig(chunk=1, denoising_steps=(1000, 500)), cache))
+    prompt = torch.randn(1, 6, transformer.config.text_dim, generator=torch.Generator().manual_seed(0))
+    with RollingSession(model, prompt, height=16, width=32, batch=2, execution=execution) as session:
+        for _ in session.generate(4, seed=[7, 8]):
+            pass
+    return session.state.latents().float()
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__]))
