@@ -5,8 +5,8 @@ rounding: `fused` for the norms, `processors.normalise` and `rope.rotate` for qu
 is kept. A program has one token; what it computes is float32, and rounded as it is stored.
 """
 
-# Triton does not annotate that a kernel is indexed by its grid.
-# pyright: reportIndexIssue=false
+# Triton does not annotate that a kernel is indexed by its grid, and then takes numbers and options of its own.
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ..cache.codecs import Parts
+from ..cache.codecs import CODECS, Parts
+from ..rope import rotary_rotations, rotate
 
 MODEL, FLOAT8, INT8 = 0, 1, 2
 """In which form a part keeps its values: see `cache.codecs`."""
 FORMS = {torch.float8_e4m3fn: FLOAT8, torch.int8: INT8}
+CLOSE = {"model": 2**-8, "float8": 2**-3, "int8": 2**-5}
+"""How far the numbers of `check`, of size 1, may lie from those of the plain path when they are kept in each form."""
 WIDENED = 2048
 """Values that one program of `_widen` unpacks."""
 
@@ -220,3 +224,36 @@ def _widen(
     else:
         value = code.to(tl.float32) * tl.load(scales + video * scales_video + at // WIDTH, inside, 0.0)
     tl.store(out + video * count + at, value.to(out.dtype.element_ty), inside)
+
+
+def check(device: torch.device | str) -> None:
+    """Make a few numbers with every kernel on a device, and compare them with those of the plain path.
+
+    Raises RuntimeError where they are others, and whatever Triton raises where it cannot make code for the device.
+    """
+    random = torch.Generator().manual_seed(0)
+    x, added = (torch.randn(1, 3, 32, generator=random).to(device, torch.float16) for _ in range(2))
+    gate, scale, shift = (torch.randn(1, 1, 32, generator=random).to(device) for _ in range(3))
+    total, out = summed_and_normed(x, added, gate, scale, shift, 1e-6)
+    _compare("sums", total, x.float() + added.float() * gate)
+    _compare("norms", out, F.layer_norm(total.float(), (32,), eps=1e-6) * scale + shift)
+    heads, rotation = (
+        x.unflatten(2, (2, 16)),
+        rotary_rotations(16, 5, 3, 1, 1, torch.complex64)[None, :, None].to(device),
+    )
+    turn = Turn(shift[0, 0].half(), 1e-6, rotation)
+    wide = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6) * turn.weight.float()
+    turned = rotate(wide.unflatten(2, (2, 16)), rotation)
+    for name, codec in CODECS.items():
+        widths = codec(torch.float16).widths(16)
+        parts = tuple(torch.zeros(2, 1, 3, 2, width, device=device).to(kept) for width, kept in widths)
+        turn.write(parts, [(0, 1, 2), (2, 0, 1)], heads, heads)
+        keys, values = (turn.read(tuple(part[kind] for part in parts), torch.float16) for kind in (0, 1))
+        _compare(f"keys as {name}", keys.roll(-1, 1), turned, CLOSE[name])
+        _compare(f"values as {name}", values.roll(-1, 1), heads, CLOSE[name])
+
+
+def _compare(what: str, made: torch.Tensor, plain: torch.Tensor, close: float = CLOSE["model"]) -> None:
+    error = float((made.float() - plain.float()).abs().amax() / plain.float().abs().amax().clamp(min=1))
+    if not error <= close:
+        raise RuntimeError(f"its {what} are off by {error:.2g} of the largest")

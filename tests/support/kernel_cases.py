@@ -197,6 +197,37 @@ def test_int8_rounds_ties_to_even_and_keeps_zeros():
     torch.testing.assert_close(scales, plain[1])
 
 
+def broken_norm(*given):
+    kernels_norm(*given)
+    given[-1].mul_(1.5)
+
+
+def unturned(heads, turn, parts):
+    kernels_put(heads, None, parts)
+
+
+def half_as_large(parts, dtype):
+    return kernels_widened(parts, dtype) * (0.5 if parts[0].dtype == torch.int8 else 1)
+
+
+kernels_norm, kernels_put, kernels_widened = kernels._launch_norm, kernels._put, kernels.widened
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "what"),
+    [
+        ("_launch_norm", broken_norm, "norms"),
+        ("_put", unturned, "keys as model"),
+        ("widened", half_as_large, "keys as int8"),
+    ],
+)
+def test_kernels_that_give_other_numbers_are_noticed_before_they_are_used(monkeypatch, name, broken, what):
+    kernels.check("cpu")
+    monkeypatch.setattr(kernels, name, broken)
+    with pytest.raises(RuntimeError, match=f"its {what} are off by"):
+        kernels.check("cpu")
+
+
 def test_a_video_is_as_near_to_float32_as_without_kernels(monkeypatch):
     """Steps, context passes and a window that wraps; a batch of two."""
     monkeypatch.setattr(fused, "fuses_half", lambda x: x.dtype == torch.float16)
