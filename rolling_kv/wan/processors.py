@@ -74,8 +74,8 @@ class RollingSelfAttention:
         """Write the chunk's keys and values of this block, [B, S, H, D] each, and attend to nothing."""
         if (shards := self.context.shards) is not None:
             key, value = shards.to_heads(self.context.frames, key, value)
-        for branch, own in self.context.running.apart(key, value):
-            branch.cache.write(self.layer, *own)
+        for branch, (own, values) in self.context.running.apart(key, value):
+            branch.cache.write(self.layer, own, values)
 
     def key_value(self, attn, hidden_states, rotary_emb) -> tuple[torch.Tensor, torch.Tensor]:
         """The chunk's own keys, after RoPE, and values, [B, S, H, D] each."""
