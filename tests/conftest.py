@@ -17,8 +17,6 @@ def pytest_collection_modifyitems(items):
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
         if folder == "live":
             item.add_marker(pytest.mark.live)
-        # Where tests run in several processes, all that share servers or a page stay in one, and so does each other file.
-        item.add_marker(pytest.mark.xdist_group(folder if folder in ("live", "web") else item.path.stem))
         if {"frontend", "every_frontend"} & set(item.fixturenames):
             item.add_marker(pytest.mark.browser)
 

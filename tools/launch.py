@@ -113,10 +113,8 @@ def main(name, arguments):
     os.chdir(str(PACK))
     make_venv()
     install(name)
-    if (
-        name == "test" and not arguments
-    ):  # everything: what needs a server in one process, the rest beside it in another
-        arguments = ["tests", "-n", "2", "--dist", "loadgroup"]
+    if name == "test" and not arguments:  # in two processes, each file in one: its tests share what they need
+        arguments = ["tests", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     command = [str(venv_python()), *COMMANDS[name], *arguments]
     sys.stdout.flush()
     if WINDOWS:  # there, exec would return to the prompt before the program has ended

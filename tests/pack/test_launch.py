@@ -73,7 +73,7 @@ def test_the_first_run_makes_the_environment_and_the_next_one_goes_straight_on(p
 
     tests = bash(project / "test.sh")
     assert "Installing requirements-test.txt" in tests.stdout
-    whole = ["-c", "tests/pytest.ini", "tests", "-n", "2", "--dist", "loadgroup"]
+    whole = ["-c", "tests/pytest.ini", "tests", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     assert tests.stdout.endswith(f"ARGUMENTS {whole} a project\n"), tests.stderr
     some = bash(project / "test.sh", "tests/pack", "-k", "a or b")
     assert some.stdout == "ARGUMENTS ['-c', 'tests/pytest.ini', 'tests/pack', '-k', 'a or b'] a project\n"
