@@ -1,29 +1,16 @@
 """Which kernel of attention the loader chooses, under a ComfyUI that a stand-in plays."""
 
-import importlib
-import sys
-from types import ModuleType
-
 import pytest
 import torch
-
-from tools.comfyui.env import PACK
+from node_modules import node_module
 
 CUDA, HALF = torch.device("cuda"), torch.bfloat16
 
 
 @pytest.fixture
-def attention(monkeypatch):
-    """nodes/attention.py as a module of a package whose own start, which registers nodes, is left out."""
-    stubs = {name: ModuleType(name) for name in ("comfy", "comfy.model_management", "pack", "pack.nodes")}
-    stubs["comfy"].model_management = stubs["comfy.model_management"]
-    stubs["pack"].__path__, stubs["pack.nodes"].__path__ = [str(PACK)], [str(PACK / "nodes")]
-    for name, stub in stubs.items():
-        monkeypatch.setitem(sys.modules, name, stub)
-    module = importlib.import_module("pack.nodes.attention")
-    yield module
-    for name in [name for name in sys.modules if name.startswith("pack.")]:
-        del sys.modules[name]
+def attention():
+    with node_module("attention") as module:
+        yield module
 
 
 @pytest.fixture

@@ -1,32 +1,22 @@
 """What becomes of CONDITIONING and LATENT at the border to the engine, where no server is needed to see it."""
 
-import importlib
-import sys
 from functools import partial
-from types import ModuleType
 
 import pytest
 import torch
+from node_modules import node_module
 
 from rolling_kv.config import SamplingConfig
 from rolling_kv.geometry import WAN_21, WAN_22
 from rolling_kv.presets import PRESETS
 from rolling_kv.sampling.state import CacheState, ChunkRecord
 from rolling_kv.vae import to_model
-from tools.comfyui.env import PACK
 
 
 @pytest.fixture
-def borders(monkeypatch):
-    """nodes/borders.py as a module of a package whose own start, which registers nodes, is left out."""
-    stubs = {name: ModuleType(name) for name in ("comfy", "comfy.model_management", "pack", "pack.nodes")}
-    stubs["comfy"].model_management = stubs["comfy.model_management"]
-    stubs["pack"].__path__, stubs["pack.nodes"].__path__ = [str(PACK)], [str(PACK / "nodes")]
-    for name, stub in stubs.items():
-        monkeypatch.setitem(sys.modules, name, stub)
-    yield importlib.import_module("pack.nodes.borders")
-    for name in [name for name in sys.modules if name.startswith("pack.")]:
-        del sys.modules[name]
+def borders():
+    with node_module("borders") as module:
+        yield module
 
 
 LATENTS = torch.randn(1, 48, 4, 2, 2, generator=torch.Generator().manual_seed(0))
