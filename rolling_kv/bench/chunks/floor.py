@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ...geometry import TEXT_LENGTH
+from ...platforms import attending_with, attention_kernels, platform_of
 from ..random_model import HEAD_DIM
 from .contenders import Contender
 
@@ -13,8 +14,9 @@ from .contenders import Contender
 class Floor(Contender):
     """(e) Every Linear of the blocks with its own weights, and SDPA over as many keys as the engine has at that chunk.
 
-    As the engine: a context pass of the chunk before, whose last block needs only keys and values, then the steps. The
-    inputs are the same few tensors over and over, which is at least as fast as fresh ones.
+    As the engine: a context pass of the chunk before, whose last block needs only keys and values, then the steps; attention
+    tries the same kernels in the same order. The inputs are the same few tensors over and over, which is at least as fast as
+    fresh ones.
     """
 
     letter = "e"
@@ -35,11 +37,12 @@ class Floor(Contender):
         self.query = random(1, tokens, size.heads, HEAD_DIM)
         self.cached = random(2, 1, keys, size.heads, HEAD_DIM)
         self.prompt = random(2, 1, TEXT_LENGTH, size.heads, HEAD_DIM)
+        self.kernels = attention_kernels(platform_of(device), dtype)
         self.blocks = [_block_linears(weights, f"blocks.{index}.") for index in range(size.layers)]
 
     def chunk(self, index):
         workload = self.workload
-        with torch.inference_mode():
+        with torch.inference_mode(), attending_with(self.kernels):
             if index:
                 self._pass(workload.frames_used(index - 1), keys_only=True)
             for _ in workload.steps:
