@@ -1,10 +1,9 @@
 """Real ComfyUI servers and a real browser, each started once and only when a test asks for it."""
 
 import signal
-from contextlib import contextmanager
 
 import pytest
-from browser import Frontend
+from browser import fresh_page
 from servers import start
 from stage import newest_frontend
 
@@ -107,21 +106,10 @@ def every_client(every_server):
     return every_server.client
 
 
-@contextmanager
-def opened(chromium, client, in_vue: bool):
-    """The frontend of a server in a fresh browser profile."""
-    client.post("/settings/Comfy.VueNodes.Enabled", in_vue)
-    context = chromium.new_context(viewport={"width": 1600, "height": 1000})
-    try:
-        yield Frontend(context.new_page(), client)
-    finally:
-        context.close()
-
-
 @pytest.fixture(params=[False, True], ids=["classic-nodes", "nodes-2"])
 def frontend(request, chromium, client):
     """ComfyUI's own frontend, drawing nodes on the canvas, then as Vue components (Nodes 2.0)."""
-    with opened(chromium, client, request.param) as page:
+    with fresh_page(chromium, client, request.param) as page:
         yield page
 
 
@@ -130,5 +118,5 @@ def frontend(request, chromium, client):
 def every_frontend(request, chromium, watch_log):
     """ComfyUI's own frontend and the newest one, each with both ways to draw nodes."""
     name, in_vue = request.param
-    with opened(chromium, watch_log(request.getfixturevalue(f"{name}_server")).client, in_vue) as page:
+    with fresh_page(chromium, watch_log(request.getfixturevalue(f"{name}_server")).client, in_vue) as page:
         yield page

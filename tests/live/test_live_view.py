@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from browser import RUN_BUTTON
+from browser import RUN_BUTTON, fresh_page
 from graphs import loaders, node, prompt, read_video
 from live_page import CENTRE, NODE
 from test_browser import with_numbers
@@ -95,9 +95,7 @@ def test_what_it_plays_is_the_video(every_frontend, tmp_path):
 
 @pytest.fixture
 def classic(chromium, client):
-    from conftest import opened as page_of
-
-    with page_of(chromium, client, False) as page:
+    with fresh_page(chromium, client, False) as page:
         yield page
         client.interrupt()  # a test that failed leaves nothing that runs on
 

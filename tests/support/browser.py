@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -55,6 +56,17 @@ RECTANGLES = """() => {
 def find_chromium() -> str | None:
     """The path of a Chromium: $CHROMIUM_PATH, else the first known name on PATH; None without one."""
     return os.environ.get("CHROMIUM_PATH") or next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+
+
+@contextmanager
+def fresh_page(chromium, client, in_vue: bool):
+    """The frontend of a server in a fresh browser profile."""
+    client.post("/settings/Comfy.VueNodes.Enabled", in_vue)
+    context = chromium.new_context(viewport={"width": 1600, "height": 1000})
+    try:
+        yield Frontend(context.new_page(), client)
+    finally:
+        context.close()
 
 
 class Frontend:

@@ -43,7 +43,8 @@ class Page:
         return self.follow(answer["prompt_id"], on_event)
 
     def follow(self, prompt_id: str | None, on_event: Callable[[str, dict], None] = lambda name, data: None) -> str:
-        """Take what is told until a prompt has ended; None: until a run has."""
+        """Take what is told until a prompt has ended and is in the history; None: until a run has."""
+        ending = None
         while True:
             message = self._connection.recv()
             if isinstance(message, bytes):
@@ -61,7 +62,9 @@ class Page:
                 name in ("execution_success", "execution_error", "execution_interrupted")
                 and data["prompt_id"] == prompt_id
             ):
-                return name
+                ending = name
+            elif ending and name == "executing" and data["node"] is None and data["prompt_id"] == prompt_id:
+                return ending  # the server writes its history between the two
 
     def chunks(self, node: str) -> list[dict]:
         return [data for name, data in self.events if name == "rolling_kv.chunk" and data["node"] == node]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -21,6 +22,10 @@ TEXT_EVENT = 3
 
 SILENCE = 900
 """Seconds without any message after which a running prompt counts as lost."""
+
+
+WRITING = 100
+"""Tenths of a second within which the history tells of a prompt that has ended."""
 
 
 class PromptRejected(RuntimeError):
@@ -113,8 +118,13 @@ class ComfyClient:
         return self.outputs(prompt_id)
 
     def outputs(self, prompt_id: str) -> dict:
-        """What each node of a finished prompt put out, by node id."""
-        return json.loads(self.get(f"/history/{prompt_id}"))[prompt_id]["outputs"]
+        """What each node of a finished prompt put out, by node id. Raises KeyError for one that did not finish."""
+        for _ in range(WRITING):  # the server tells of the end before it writes its history
+            history = json.loads(self.get(f"/history/{prompt_id}"))
+            if prompt_id in history:
+                break
+            time.sleep(0.1)
+        return history[prompt_id]["outputs"]
 
     def _queue(self, prompt: dict) -> str:
         prompt_id = str(uuid.uuid4())
