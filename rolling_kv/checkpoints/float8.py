@@ -1,26 +1,43 @@
-"""Weights in float8: the scales of scaled files, and storage through diffusers' layerwise casting."""
+"""Weights in float8: the scales of scaled files, and which layers of a model are kept so."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..float8_linear import FLOAT8, Float8Linear
 from ..messages import shortened
 from .dtypes import check_floating
 from .gguf import is_packed, plain
 from .readers import CheckpointError
 
 
-def store_float8(transformer: WanTransformer3DModel, dtype: torch.dtype | None = None) -> None:
+def store_float8(transformer: WanTransformer3DModel, scales: Mapping[str, Tensor] | None = None) -> None:
     """Keep the Linear layers of the blocks in float8_e4m3fn, one byte per value.
 
-    dtype: that they compute in, by default the transformer's.
+    scales: of weights that are float8 already, by the name of the weight.
 
-    Embeddings, norms, modulation and the output projection are left alone (diffusers' own skip patterns).
+    Embeddings, norms, modulation and the output projection are left alone.
     """
-    dtype = dtype or transformer.patch_embedding.weight.dtype
-    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+    for name, layer in list(transformer.blocks.named_modules()):
+        if type(layer) is nn.Linear:
+            parent, _, last = name.rpartition(".")
+            scale = (scales or {}).get(f"blocks.{name}.weight")
+            setattr(transformer.blocks.get_submodule(parent), last, Float8Linear.of(layer, scale))
+
+
+def kept_scales(weights: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the scales that a `Float8Linear` keeps beside its weight as a file has it, float32 [1, 1] or [out, 1]."""
+    kept = {}
+    for name, scale in scales.items():
+        weight = weights.get(name) if name.startswith("blocks.") else None
+        if weight is not None and weight.dtype == FLOAT8 and weight.ndim == 2:
+            if scale.numel() == 1 or tuple(scale.shape) == (len(weight), 1):
+                kept[name] = scale.float().reshape(-1, 1)
+    return kept
 
 
 def split_scales(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from ..geometry import GEOMETRIES, WAN_21
 from .detect import transformer_metadata
 from .dtypes import choose_dtype
 from .fingerprint import check_finite
-from .float8 import load_tensor, split_scales, store_float8
+from .float8 import kept_scales, load_tensor, split_scales, store_float8
 from .gguf import is_packed, pack_linears, unpack, unpacked_shapes
 from .names import (
     LORA,
@@ -67,7 +67,8 @@ def build_transformer(
 
     copy: whether the model has tensors of its own throughout, as those that are mapped from a file ask for. Else those
         that already have the dtype and device are used as they are.
-    float8: keep the blocks' Linear layers in float8, each narrowed as soon as it is read: see `store_float8`.
+    float8: keep the blocks' Linear layers in float8, each narrowed as soon as it is read: see `store_float8`. Those that a
+        file has in float8 with a scale stay as they are.
 
     Raises CheckpointError.
     """
@@ -75,16 +76,20 @@ def build_transformer(
     packed = _packed(state_dict)
     transformer = empty_transformer(weights, config)
     dtype = choose_dtype(dtype, weights, runs_on or device)
+    kept = {}
     if float8:
-        store_float8(transformer, dtype)
+        kept = kept_scales(weights, scales)
+        store_float8(transformer, kept)
     narrow = {name for name, tensor in transformer.state_dict().items() if tensor.dtype == torch.float8_e4m3fn}
     float32_parts = set(WanTransformer3DModel._keep_in_fp32_modules) if dtype.itemsize < 4 else set()
     weights |= packed
     stay_packed = pack_linears(transformer, packed, dtype, float32_parts)
     loaded = {name: load_tensor(weights.pop(name), None, dtype, device, copy=copy) for name in stay_packed}
+    loaded |= {f"{name.removesuffix('weight')}scale": scale.to(device) for name, scale in kept.items()}
     for name in list(weights):
         target = torch.float32 if float32_parts.intersection(name.split(".")) else dtype
-        tensor = load_tensor(unpack(weights.pop(name)), scales.get(name), target, device, copy=copy)
+        scale = None if name in kept else scales.get(name)
+        tensor = load_tensor(unpack(weights.pop(name)), scale, target, device, copy=copy)
         if name in narrow:
             check_finite({name: tensor})
             tensor = tensor.to(torch.float8_e4m3fn)

@@ -10,7 +10,7 @@ import pytest
 
 from tools.comfyui.env import PACK
 
-GROUND = ["geometry", "rope", "devices", "platforms", "atomic", "messages", "installed"]
+GROUND = ["geometry", "rope", "devices", "platforms", "atomic", "messages", "installed", "float8_linear"]
 SETTINGS = ["config", "presets"]
 ABOVE = [
     "batch",

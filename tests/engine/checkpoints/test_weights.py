@@ -6,16 +6,18 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from builders import original_names, tiny_transformer, with_prefix
+from builders import original_names, scaled_float8, tiny_transformer, with_prefix
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rolling_kv.checkpoints import gguf as weights_module
 from rolling_kv.checkpoints import transformer as loading
-from rolling_kv.checkpoints.model import load_model
+from rolling_kv.checkpoints.model import CausalModel, load_model
 from rolling_kv.checkpoints.readers import CheckpointError
 from rolling_kv.checkpoints.transformer import build_transformer
 from rolling_kv.config import CacheConfig, SamplingConfig
+from rolling_kv.float8_linear import Float8Linear
 from rolling_kv.geometry import WAN_22
 from rolling_kv.inspection import inspect_checkpoint
 from rolling_kv.lora.reader import read_lora
@@ -129,16 +131,69 @@ def test_float8_computes_what_rounded_weights_do(checkpoint, weights):
 def test_one_layer_at_a_time_leaves_float8(checkpoint, monkeypatch):
     model = load_model(checkpoint, dtype="bfloat16", storage="float8")
     layers = [model.transformer.blocks.get_submodule(name) for name in LAYERS]
-    seen = []
-    linear = nn.functional.linear
+    seen, wide = [], weakref.WeakSet()
+    widened = Float8Linear.widened
 
-    def counting(*args):
-        seen.append(sum(layer.weight.dtype != torch.float8_e4m3fn for layer in layers))
-        return linear(*args)
+    def counting(layer, dtype):
+        wide.add(weight := widened(layer, dtype))
+        seen.append(len(wide))
+        return weight
 
-    monkeypatch.setattr(nn.functional, "linear", counting)
+    monkeypatch.setattr(Float8Linear, "widened", counting)
     flow(model)
-    assert len(seen) > len(layers) and max(seen) == 1
+    assert len(seen) >= len(layers) and max(seen) == 1
+    assert all(layer.weight.dtype == torch.float8_e4m3fn for layer in layers)
+
+
+def test_a_call_of_a_float8_layer_reads_each_weight_once_and_writes_it_once():
+    """A byte read and two written for each, as bfloat16, and nothing is narrowed afterwards."""
+    layer = Float8Linear.of(nn.Linear(256, 128, device="meta"))
+    with Traffic() as traffic:
+        layer(torch.empty(3, 256, dtype=torch.bfloat16, device="meta"))
+    assert traffic.casts == [
+        (torch.float8_e4m3fn, torch.bfloat16, 128),
+        (torch.float8_e4m3fn, torch.bfloat16, 256 * 128),
+    ]
+
+
+class Traffic(TorchDispatchMode):
+    """Notes what is cast from which dtype to which, and how many values."""
+
+    def __init__(self):
+        super().__init__()
+        self.casts = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default:
+            self.casts.append((args[0].dtype, made.dtype, made.numel()))
+        return made
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_scaled_file_keeps_its_scales_in_float8(rows, weights, tmp_path):
+    stored, meant = scaled_float8(weights)
+    if rows:
+        for name in in_blocks(weights):
+            scale = weights[name].abs().amax(1, keepdim=True) / 448
+            stored[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
+            stored[name.removesuffix("weight") + "scale_weight"] = scale
+            meant[name] = stored[name].float() * scale
+    for name in in_blocks(weights):
+        part = name.removesuffix("weight") + "bias"
+        meant[part] = meant[part].to(torch.float8_e4m3fn).float()
+    save_file(stored, tmp_path / "scaled.safetensors")
+    model = load_model(tmp_path / "scaled.safetensors", dtype="float32", storage="float8")
+    for name in in_blocks(weights):
+        layer = model.transformer.get_submodule(name.removesuffix(".weight"))
+        assert torch.equal(layer.weight.view(torch.uint8), stored[name].view(torch.uint8))
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(layer.widened(dtype), meant[name].to(dtype))
+    other = tiny_transformer(**SIZE)
+    other.load_state_dict(meant)
+    assert distance(flow(model), flow(CausalModel(other))) < 1e-6
+    latents = video(model)
+    assert torch.equal(latents, video(model)) and model.identity != CausalModel(other).identity
 
 
 def test_loading_widens_one_weight_at_a_time(weights, tmp_path, monkeypatch):
