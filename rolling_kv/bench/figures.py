@@ -24,9 +24,12 @@ class BenchError(ValueError):
     """What was measured is of no use: it fails, or does other work than what it is compared with."""
 
 
-def full_window(chunks: int, sampling: SamplingConfig, cache: CacheConfig) -> list[int]:
-    """Numbers (from 0) of the chunks whose passes all see a full window; the last chunk alone if there are none."""
-    full = [i for i in range(chunks) if cache.limit is not None and i * sampling.chunk >= cache.limit]
+def full_window(chunks: int, sampling: SamplingConfig, cache: CacheConfig, spare: int = 0) -> list[int]:
+    """Numbers (from 0) of the chunks whose passes all see a full window; the last chunk alone if there are none.
+
+    spare: chunks with a full window to leave out before.
+    """
+    full = [i for i in range(chunks) if cache.limit is not None and (i - spare) * sampling.chunk >= cache.limit]
     return full or [chunks - 1]
 
 

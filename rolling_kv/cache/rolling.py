@@ -33,6 +33,10 @@ Work = Callable[[int, Parts], Spans]
 """What is to be done in a layer before a chunk is written there: (layer, its parts) -> where it wrote."""
 
 
+Places = Sequence[tuple[int, ...]] | torch.Tensor
+"""Where the tokens of a chunk go: (first token, slot, count) of each segment, or the slot of each token, int64 [S]."""
+
+
 class Turning(Protocol):
     """What makes keys of what was projected while it writes them, in the place of the codec: see `wan.kernels.Turn`."""
 
@@ -40,10 +44,8 @@ class Turning(Protocol):
         """The keys of projected [B, S, H, D], which nothing keeps."""
         ...
 
-    def write(
-        self, parts: Parts, segments: Sequence[tuple[int, ...]], key: torch.Tensor, value: torch.Tensor, /
-    ) -> None:
-        """Write projected keys and values into the parts of a layer, by (first token, slot, count) of each segment."""
+    def write(self, parts: Parts, places: Places, key: torch.Tensor, value: torch.Tensor, /) -> None:
+        """Write projected keys and values into their places in the parts of a layer."""
         ...
 
     def read(self, parts: Parts, dtype: torch.dtype, /) -> torch.Tensor:
@@ -178,6 +180,7 @@ class RollingKVCache:
             window.begin(frames)
         tokens = self.shape.tokens_per_frame
         self._writes = [tuple(tokens * n for n in segment) for segment in window.segments()]
+        self._slots = None
         self._used = window.filled * tokens
 
     def _open(self, frames: int) -> None:
@@ -194,15 +197,22 @@ class RollingKVCache:
         self._place_kept()
 
     @property
-    def layout(self) -> tuple | None:
-        """Where a pass over the open chunk writes, and how far it reads: all that the CPU decides about it.
+    def repeats(self) -> bool:
+        """Whether a pass over the open chunk differs from one over a later chunk of its size in `slots` alone.
 
-        None where no later chunk will find the same: the window is not full yet, kept frames move with every chunk, or
-        offloaded layers come and go.
+        Not while the window is not full yet, nor in a chunk's first pass where kept frames move, nor where offloaded layers
+        come and go.
         """
-        config = self.config
-        plain = config.positions == "absolute" and config.leaving == "drop" and not config.offload and not self._work
-        return (self._used, *self._writes) if plain and self.window.filled == config.limit else None
+        done = not self._work or len(self._worked) == self.shape.layers
+        return done and not self.config.offload and self.window.filled == self.config.limit
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """The slot of each token of the open chunk, int64 [S] on the device: `Places` that passes can share."""
+        if self._slots is None:
+            slots = torch.cat([torch.arange(slot, slot + count) for _, slot, count in self._writes])
+            self._slots = to_device(slots, self.device)
+        return self._slots
 
     def commit(self) -> None:
         """The open chunk, as last written, becomes part of the past."""
@@ -211,18 +221,24 @@ class RollingKVCache:
         self._work, self._worked, self._reach = [], set(), 0
 
     def update(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor, turning: Turning | None = None
+        self,
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        turning: Turning | None = None,
+        slots: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the open chunk's keys and values of one layer, and return everything it attends to.
 
         layer: index of the transformer block.
         key, value: [B, S, H, D] with S tokens of the open chunk, the key after RoPE.
         turning: what makes keys of projections while it writes them; the key is such a projection then.
+        slots: where the device finds the tokens' slots, see `slots`; None: the CPU tells them.
 
         Returns keys and values, [B, used tokens, H, D] each, valid until the next update: views of the buffer, or copies
         where the storage has another dtype.
         """
-        parts = self.write(layer, key, value, turning)
+        parts = self.write(layer, key, value, turning, slots)
         return self._read(parts, slice(self._used), turning)
 
     def _read(self, parts: Parts, tokens: slice, turning: Turning | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,7 +247,14 @@ class RollingKVCache:
             return turning.read(keys, self.shape.dtype), turning.read(values, self.shape.dtype)
         return self.codec.unpack(keys), self.codec.unpack(values)
 
-    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor, turning: Turning | None = None) -> Parts:
+    def write(
+        self,
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        turning: Turning | None = None,
+        slots: torch.Tensor | None = None,
+    ) -> Parts:
         """The writing half of `update`; returns the layer's stored parts."""
         parts = self.store.open(layer, max(self._used, self._reach * self.shape.tokens_per_frame))
         written: Spans = [(slot, count) for _, slot, count in self._writes]
@@ -240,15 +263,18 @@ class RollingKVCache:
                 written += work(layer, parts)
             self._worked.add(layer)
         if turning is not None:
-            turning.write(parts, self._writes, key, value)
+            turning.write(parts, self._writes if slots is None else slots, key, value)
         else:
-            self._pack(parts, key, value)
+            self._pack(parts, key, value, slots)
         self.store.close(layer, written)
         return parts
 
-    def _pack(self, parts: Parts, key: torch.Tensor, value: torch.Tensor) -> None:
+    def _pack(self, parts: Parts, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor | None) -> None:
         for kind, packed in enumerate((self.codec.pack(key), self.codec.pack(value))):
             for part, fresh in zip(parts, packed):
+                if slots is not None:
+                    put_at(slots, part[kind], fresh)
+                    continue
                 for source, slot, count in self._writes:
                     part[kind, :, slot : slot + count] = fresh[:, source : source + count]
 
@@ -470,3 +496,10 @@ class RollingKVCache:
             self.codec.unpack(tuple(torch.cat([part[kind, :, span] for span in spans], dim=1) for part in parts))
             for kind in (0, 1)
         ]
+
+
+def put_at(slots: torch.Tensor, part: torch.Tensor, fresh: torch.Tensor) -> None:
+    """Write tokens [B, S, ...] to their slots in [B, all slots, ...]. slots: int64 [S]."""
+    if part.dtype == torch.float8_e4m3fn:  # for which devices lack this
+        part, fresh = part.view(torch.uint8), fresh.view(torch.uint8)
+    part.index_copy_(1, slots, fresh.to(part.dtype))

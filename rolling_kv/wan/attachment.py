@@ -21,7 +21,7 @@ from .context import Pass, PassContext
 from .execution import best_kernels, compiled_code, weights_of
 from .framewise import framewise_forward
 from .fused import fused_forwards, is_plain, kernels_for, last_block_forward
-from .graphs import CudaRecorder, PassGraphs, PassKey
+from .graphs import Addresses, CudaRecorder, PassGraphs, PassKey
 from .inputs import PassInputs, condition_forward, video_by_video
 from .processors import PromptCrossAttention, RollingSelfAttention
 from .shards import HeadShards, output_forward, patches_forward
@@ -37,7 +37,8 @@ class RollingAttachment:
         self.context = PassContext(execution, self.detach, shards)
         self.inputs = PassInputs(transformer, execution)
         device = transformer.patch_embedding.weight.device
-        self.graphs = PassGraphs(CudaRecorder(device)) if execution.cuda_graphs else None
+        recorded = execution.cuda_graphs
+        self.graphs = PassGraphs(CudaRecorder(device), Addresses(transformer)) if recorded else None
         self._undo: list[Callable[[], object]] = []
 
     def forward(
@@ -108,18 +109,17 @@ class RollingAttachment:
             if self.shards is not None:
                 rotation = self.shards.own(rotation, frames)
             inputs = latents, timesteps, rotation, self.inputs.sinusoid(timestep, latents.device)
-            if self.graphs is None or len(branches) > 1 or (layout := caches[0].layout) is None:
+            if self.graphs is None or len(branches) > 1 or not caches[0].repeats:
                 return self._run(*inputs)
             key = PassKey(
                 caches[0],
                 context.current.branch.prompt,
-                layout,
                 latents.shape,
                 context.current.time_rows,
                 framewise,
                 keys_only,
             )
-            return self.graphs.run(key, self._run, *inputs)
+            return self.graphs.run(key, self._run, *inputs, caches[0].slots)
         finally:
             context.current = None
 
@@ -129,9 +129,9 @@ class RollingAttachment:
         assert flow is not None
         return flow
 
-    def _run(self, latents, timesteps, rotation, sinusoid) -> torch.Tensor | None:
+    def _run(self, latents, timesteps, rotation, sinusoid, slots=None) -> torch.Tensor | None:
         context = self.context
-        context.rotation, context.sinusoid = rotation, sinusoid
+        context.rotation, context.sinusoid, context.slots = rotation, sinusoid, slots
         try:
             own_order = best_kernels(self.transformer) if self.execution.backend is None else nullcontext()
             # Triton's kernels run on the current device.
@@ -140,7 +140,7 @@ class RollingAttachment:
                 embeds = torch.cat(texts) if len(texts) > 1 else texts[0]
                 sample = self.transformer(latents, timesteps, embeds, return_dict=False)[0]
         finally:
-            context.rotation = context.sinusoid = None
+            context.rotation = context.sinusoid = context.slots = None
         return None if context.running.keys_only else sample
 
     def detach(self) -> None:

@@ -50,6 +50,7 @@ class PassContext:
     current: the pass under way, None between passes.
     rotation: of the positions of its chunk, as `rope.rotate` takes it.
     sinusoid: of its timestep, [channels], or of one timestep a frame, [f, channels].
+    slots: where it writes in the cache, see `RollingKVCache.slots`; None where the CPU tells.
     """
 
     execution: ExecutionConfig
@@ -59,6 +60,7 @@ class PassContext:
     current: Pass | None = None
     rotation: torch.Tensor | None = None
     sinusoid: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
 
     @property
     def running(self) -> Pass:

@@ -1,8 +1,9 @@
 """CUDA graphs of whole model passes: a recorded pass is started as one, not kernel by kernel.
 
 That helps where the CPU takes longer to launch the kernels than the GPU to run them: small models and pictures, chunks of
-one frame. A graph repeats the same kernels on the same memory. So one graph serves every pass that finds the cache in the
-same layout, and what differs from pass to pass comes in through tensors that stay where they are.
+one frame. A graph repeats the same kernels on the same memory. So one graph serves every step once the window is full, and
+another every context pass: what differs from pass to pass, the chunk's places in the cache too, comes in through tensors
+that stay where they are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cache.prompt import PromptCache
 from ..cache.rolling import RollingKVCache
@@ -25,7 +26,6 @@ class PassKey(NamedTuple):
 
     cache: RollingKVCache  # graphs write and read its memory, and that of the prompt's cache
     prompt: PromptCache
-    layout: tuple
     shape: torch.Size
     time_rows: int
     framewise: bool
@@ -66,19 +66,39 @@ class CudaRecorder:
         return replay, output
 
 
+class Addresses:
+    """Where the parameters and buffers of a module lie. Looked at before every pass, so the module tree is walked once."""
+
+    def __init__(self, module: nn.Module):
+        tables = [table for part in module.modules() for table in (part._parameters, part._buffers)]
+        self._tables = [table for table in tables if table]
+
+    def __call__(self) -> tuple[int, ...]:
+        return tuple(tensor.data_ptr() for table in self._tables for tensor in table.values() if tensor is not None)
+
+
 class PassGraphs:
     """Runs passes, and from the second one with the same key on repeats a recording of them.
 
-    The first one runs as it is: it also fills what is computed once per prompt. record: see `CudaRecorder`.
+    The first one runs as it is: it also fills what is computed once per prompt.
+
+    record: see `CudaRecorder`.
+    addresses: of what passes read beside their inputs and the caches. Recordings go when one of them changes, as where
+        weights have been in CPU memory meanwhile.
     """
 
-    def __init__(self, record: Callable):
+    def __init__(self, record: Callable, addresses: Callable[[], tuple[int, ...]]):
         self.record = record
+        self.addresses = addresses
+        self._at: tuple[int, ...] = ()
         self._seen: set[PassKey] = set()
         self._recorded: dict[PassKey, Recorded] = {}
 
     def run(self, key: PassKey, forward: Forward, *inputs: Tensor) -> Tensor | None:
         """What `forward(*inputs)` gives, in memory of its own."""
+        if (at := self.addresses()) != self._at:
+            self.clear()
+            self._at = at
         if key not in self._seen:
             self._forget_other_prompts(key)
             self._seen.add(key)

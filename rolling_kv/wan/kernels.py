@@ -10,7 +10,6 @@ is kept. A program has one token; what it computes is float32, and rounded as it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ..cache.codecs import CODECS, Parts
+from ..cache.rolling import Places, put_at
 from ..rope import rotary_rotations, rotate
 
 MODEL, FLOAT8, INT8 = 0, 1, 2
@@ -105,9 +105,13 @@ class Turn(NamedTuple):
         _put(heads, self, (out,))
         return out
 
-    def write(self, parts: Parts, segments: Sequence[tuple[int, ...]], key: torch.Tensor, value: torch.Tensor) -> None:
-        """Write projected keys and values, [B, S, H, D] each, into the parts of a layer; segments: (source, slot, count) each."""
-        for source, slot, count in segments:
+    def write(self, parts: Parts, places: Places, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write projected keys and values, [B, S, H, D] each, into their places in the parts of a layer."""
+        if isinstance(places, torch.Tensor):
+            for kind, fresh, turn in ((0, key, self), (1, value, None)):
+                _put(fresh, turn, tuple(part[kind] for part in parts), places)
+            return
+        for source, slot, count in places:
             here = self._replace(rotation=self.rotation[:, source : source + count])
             for kind, fresh, turn in ((0, key, here), (1, value, None)):
                 _put(
@@ -119,11 +123,17 @@ class Turn(NamedTuple):
         return widened(parts, dtype)
 
 
-def _put(heads: torch.Tensor, turn: Turn | None, parts: Parts) -> None:
-    """Store [B, S, H, D] in parts of that size, normalised and turned before if there is a turn."""
+def _put(heads: torch.Tensor, turn: Turn | None, parts: Parts, slots: torch.Tensor | None = None) -> None:
+    """Store [B, S, H, D] in parts, normalised and turned before if there is a turn.
+
+    slots: of each token in the parts, int64 [S]; None: parts are of the tokens' size.
+    """
     form, into, scales = _told_apart(parts)
     if form == MODEL and turn is None:
-        into.copy_(heads)
+        if slots is None:
+            into.copy_(heads)
+        else:
+            put_at(slots, into, heads)
         return
     batch, tokens, count, dim = heads.shape
     weight = rotation = None
@@ -133,7 +143,7 @@ def _put(heads: torch.Tensor, turn: Turn | None, parts: Parts) -> None:
         rotation = torch.view_as_real(turn.rotation.expand(batch, *turn.rotation.shape[1:]))
         rotation_strides = rotation.stride()[:2]
     _turn[(tokens, batch)](
-        heads, weight, rotation, into, scales, eps,
+        heads, weight, rotation, into, scales, slots, eps,
         *heads.stride(), *rotation_strides, *into.stride()[:2], *scales.stride()[:2],
         HEADS=count, DIM=dim, BLOCK_HEADS=triton.next_power_of_2(count), BLOCK=triton.next_power_of_2(dim), FORM=form,
         num_warps=8 if count * dim > 2048 else 4,
@@ -142,8 +152,8 @@ def _put(heads: torch.Tensor, turn: Turn | None, parts: Parts) -> None:
 
 @triton.jit
 def _turn(
-    heads, weight, rotation, into, scales, eps, video_stride, token_stride, head_stride, value_stride, rotation_video,
-    rotation_token, into_video, into_token, scales_video, scales_token, HEADS: tl.constexpr, DIM: tl.constexpr,
+    heads, weight, rotation, into, scales, slots, eps, video_stride, token_stride, head_stride, value_stride,
+    rotation_video, rotation_token, into_video, into_token, scales_video, scales_token, HEADS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     token, video = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -160,6 +170,8 @@ def _turn(
         place = rotation + video * rotation_video + token * rotation_token + 2 * pair
         cosine, sine = tl.load(place, 2 * pair < DIM, 0.0), tl.load(place + 1, 2 * pair < DIM, 0.0)
         row = tl.reshape(tl.join(x * cosine - y * sine, x * sine + y * cosine), (BLOCK_HEADS, BLOCK))
+    if slots is not None:
+        token = tl.load(slots + token)
     place = into + video * into_video + token * into_token + head * DIM + at
     if FORM == 0:
         tl.store(place, row.to(into.dtype.element_ty), inside)

@@ -42,7 +42,11 @@ class RollingSelfAttention:
         )
         query = self._turn(attn.norm_q, rotary_emb).turned(query)
         return joined(
-            attend(self, query, *branch.cache.update(self.layer, key, value, self._turn(attn.norm_k, rotation)))
+            attend(
+                self,
+                query,
+                *branch.cache.update(self.layer, key, value, self._turn(attn.norm_k, rotation), self.context.slots),
+            )
             for branch, (query, key, value, rotation) in self.context.running.apart(query, key, value, rotary_emb)
         )
 
@@ -56,7 +60,7 @@ class RollingSelfAttention:
             return
         key, value = (made(hidden_states).unflatten(2, (attn.heads, -1)) for made in (attn.to_k, attn.to_v))
         for branch, (own, values, rotation) in self.context.running.apart(key, value, rotary_emb):
-            branch.cache.write(self.layer, own, values, self._turn(attn.norm_k, rotation))
+            branch.cache.write(self.layer, own, values, self._turn(attn.norm_k, rotation), self.context.slots)
 
     @eager
     def _attend(self, query, key, value):
@@ -64,7 +68,7 @@ class RollingSelfAttention:
         if shards is not None:
             query, key, value = shards.to_heads(context.frames, query, key, value)
         heads = joined(
-            attend(self, query, *branch.cache.update(self.layer, key, value))
+            attend(self, query, *branch.cache.update(self.layer, key, value, slots=context.slots))
             for branch, (query, key, value) in context.running.apart(query, key, value)
         )
         return heads if shards is None else shards.to_tokens(context.frames, heads)
@@ -75,7 +79,7 @@ class RollingSelfAttention:
         if (shards := self.context.shards) is not None:
             key, value = shards.to_heads(self.context.frames, key, value)
         for branch, (own, values) in self.context.running.apart(key, value):
-            branch.cache.write(self.layer, own, values)
+            branch.cache.write(self.layer, own, values, slots=self.context.slots)
 
     def key_value(self, attn, hidden_states, rotary_emb) -> tuple[torch.Tensor, torch.Tensor]:
         """The chunk's own keys, after RoPE, and values, [B, S, H, D] each."""

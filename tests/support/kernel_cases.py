@@ -146,7 +146,10 @@ def test_written_into_the_slots_and_read(storage, batch, heads, dim, frames, fir
     segments = [(0, 2 * first, 2 * before_the_end)]
     if before_the_end < frames:
         segments.append((2 * before_the_end, 0, 2 * (frames - before_the_end)))
+    indexed = tuple(part.clone() for part in made)
     turn.write(made, segments, key, value)
+    turn.write(indexed, torch.cat([torch.arange(slot, slot + count) for _, slot, count in segments]), key, value)
+    assert all(torch.equal(one.view(torch.uint8), other.view(torch.uint8)) for one, other in zip(indexed, made))
     exact, _ = plainly_turned(key, turn, norm)
     for kind, packed in enumerate((codec.pack(exact), codec.pack(value))):
         for part, fresh in zip(plain, packed):

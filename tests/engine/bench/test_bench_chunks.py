@@ -23,7 +23,7 @@ from rolling_kv.bench.gauges import TensorBytes, storage_bytes
 from rolling_kv.bench.random_model import SIZES, BenchSize, weight_shapes
 from rolling_kv.checkpoints.transformer import build_transformer
 from rolling_kv.cli import main
-from rolling_kv.config import CacheConfig, SamplingConfig
+from rolling_kv.config import CacheConfig, ExecutionConfig, SamplingConfig
 from tools.comfyui import sampler as comfyui_sampler
 from tools.comfyui.env import ComfyInstall
 
@@ -181,6 +181,12 @@ def test_full_window_begins_when_every_pass_sees_it():
     assert workload(chunks=6).full_window == [3, 4, 5]  # chunk 2's context pass, timed with chunk 3, is the first
     assert workload(chunks=2).full_window == [1]
     assert workload(chunks=5, window="all").full_window == [4]
+
+
+def test_passes_are_measured_after_they_have_been_recorded(monkeypatch):
+    monkeypatch.setattr(ExecutionConfig, "_check_cuda_graphs", lambda *_: None)
+    recorded = workload(chunks=8, execution=ExecutionConfig(cuda_graphs=True))
+    assert workload(chunks=8).full_window == [3, 4, 5, 6, 7] and recorded.full_window == [5, 6, 7]
 
 
 def test_figures_are_medians_over_the_full_window():

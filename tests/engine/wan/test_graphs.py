@@ -1,6 +1,7 @@
 """Recorded passes: the same bits as passes that run one by one, with a recorder that needs no GPU."""
 
 import contextlib
+from dataclasses import replace
 from inspect import getsource
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rolling_kv.bench.storage.experiment import pack
+from rolling_kv.cache.rolling import RollingKVCache
 from rolling_kv.checkpoints.model import CausalModel
 from rolling_kv.checkpoints.transformer import build_transformer
 from rolling_kv.config import ALL_FRAMES, RECORDABLE_PACKINGS, CacheConfig, ExecutionConfig, SamplingConfig
@@ -21,7 +23,7 @@ from rolling_kv.wan.attachment import apply_rolling_kv_cache
 
 CHUNK, WINDOW, SINK = 2, 5, 1
 SAMPLING = SamplingConfig(chunk=CHUNK, denoising_steps=(1000, 750, 500))
-LAYOUTS = 2  # places of a chunk in a ring of 4 frames
+LAYOUTS = 1  # a chunk's places in the ring are an input
 SIZE = dict(height=32, width=48)
 
 
@@ -92,7 +94,7 @@ def video(model, chunks=8, switch=None, **options):
     return session.state.latents(), held
 
 
-@pytest.mark.parametrize("storage", ["model", "int8"])
+@pytest.mark.parametrize("storage", ["model", "float8", "int8"])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_recorded_passes_change_no_bit(model, recorders, guidance, storage):
     options = dict(
@@ -104,7 +106,7 @@ def test_recorded_passes_change_no_bit(model, recorders, guidance, storage):
     recorded, held = video(model, execution=ExecutionConfig(cuda_graphs=True), **options)
     assert torch.equal(recorded, plain)
     assert held == recorders[0].recorded == 2 * LAYOUTS * branches  # denoising and context passes
-    # The third chunk fills the window. Its layout and the fourth chunk's run once as they are, 3 steps and a context pass.
+    # The third chunk fills the window. Its first step and its context pass run as they are.
     assert recorders[0].replayed == branches * (6 * 3 + 5 - 2 * LAYOUTS)
 
 
@@ -118,13 +120,67 @@ def test_another_prompt_has_graphs_of_its_own_and_the_old_ones_go(model, recorde
 
 @pytest.mark.parametrize(
     "cache",
-    [CacheConfig(ALL_FRAMES), CacheConfig(WINDOW, SINK, offload=True), CacheConfig(WINDOW, SINK, positions="window")],
-    ids=["unlimited", "offloaded", "window"],
+    [CacheConfig(ALL_FRAMES), CacheConfig(WINDOW, SINK, offload=True)],
+    ids=["unlimited", "offloaded"],
 )
 def test_passes_that_no_other_repeats_are_not_recorded(model, recorders, cache):
     plain, _ = video(model, chunks=5, cache=cache)
     recorded, _ = video(model, chunks=5, cache=cache, execution=ExecutionConfig(cuda_graphs=True))
     assert torch.equal(recorded, plain) and recorders[0].recorded == 0
+
+
+@pytest.mark.parametrize("storage", ["model", "int8"])
+@pytest.mark.parametrize(
+    "cache",
+    [
+        CacheConfig(WINDOW, SINK, positions="window"),
+        CacheConfig(6, 2, leaving="ema", ema_alpha=0.9),
+        CacheConfig(6, SINK, positions="window", leaving="memory"),
+        CacheConfig(7, SINK, positions="window", shot_sink=True),
+        CacheConfig(7, SINK),
+    ],
+    ids=["window", "ema", "memory", "shots", "uneven"],
+)
+def test_two_graphs_serve_windows_in_which_kept_frames_move_or_chunks_wrap(model, recorders, cache, storage):
+    """Where frames move, they do so in a chunk's first pass, which is none of the repeated ones."""
+    cache = replace(cache, storage=storage)
+    plain, _ = video(model, chunks=9, cache=cache)
+    recorded, held = video(model, chunks=9, cache=cache, execution=ExecutionConfig(cuda_graphs=True))
+    assert torch.equal(recorded, plain)
+    assert held == recorders[0].recorded == 2
+    assert recorders[0].replayed >= 8
+
+
+def test_a_chunk_is_written_where_the_indices_say(model, recorders, monkeypatch):
+    """With those of another chunk in their place, the recorded passes give another video."""
+    plain, _ = video(model)
+    slots = RollingKVCache.slots.fget
+    kept = []
+    monkeypatch.setattr(RollingKVCache, "slots", property(lambda cache: kept.append(slots(cache)) or kept[0]))
+    moved, _ = video(model, execution=ExecutionConfig(cuda_graphs=True))
+    assert len({tuple(places.tolist()) for places in kept}) == 2 and not torch.equal(moved, plain)
+
+
+def test_graphs_go_when_weights_move(model, recorders):
+    """As between two chunks, where something else needed the memory."""
+    layer = model.transformer.blocks[1].ffn.net[2]
+
+    def moved(between):
+        before = layer.weight.data
+        made = []
+        with RollingSession(model, words(model, 0), execution=ExecutionConfig(cuda_graphs=True), **SIZE) as session:
+            try:
+                for number, chunk in enumerate(session.generate(8, seed=7)):
+                    made.append(chunk.latents)
+                    if number == 5:
+                        layer.weight.data = between(before)
+            finally:
+                layer.weight.data = before
+        return torch.cat(made, 2)
+
+    stayed, copied, halved = (moved(how) for how in (lambda x: x, torch.clone, lambda x: x / 2))
+    assert torch.equal(stayed, copied) and not torch.equal(stayed, halved)
+    assert [recorder.recorded for recorder in recorders] == [2, 4, 4]
 
 
 def test_a_result_is_not_overwritten_by_the_next_pass(model, recorders):
