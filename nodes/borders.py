@@ -12,7 +12,7 @@ from ..rolling_kv.config import SamplingConfig
 from ..rolling_kv.geometry import GEOMETRIES, TEXT_LENGTH, Geometry
 from ..rolling_kv.presets import ModelPreset
 from ..rolling_kv.sampling.state import CacheState
-from ..rolling_kv.vae import to_model, to_raw
+from ..rolling_kv.vae.latents import to_model, to_raw
 
 if TYPE_CHECKING:
     from .patchers import ManagedModule

@@ -9,7 +9,7 @@ from ..rolling_kv.planning import window_after
 from ..rolling_kv.sampling.memory import estimate
 from ..rolling_kv.sampling.state import CacheState
 from ..rolling_kv.sampling.summary import summarize
-from ..rolling_kv.vae import to_raw
+from ..rolling_kv.vae.latents import to_raw
 from . import borders, run
 from .guard import guarded
 from .live.runs import window_of

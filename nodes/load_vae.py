@@ -1,7 +1,7 @@
 import comfy.model_management as mm
 from comfy_api.latest import io
 
-from ..rolling_kv.vae import load_vae
+from ..rolling_kv.vae.loading import load_vae
 from . import inputs, model_files
 from .guard import guarded
 from .patchers import ManagedModule

@@ -16,14 +16,14 @@ from ..rolling_kv.sampling.scheduled import Embeds
 from ..rolling_kv.sampling.state import CacheState
 from ..rolling_kv.schedules.schedule import PromptSchedule
 from ..rolling_kv.text import TextEncoder as Umt5
-from ..rolling_kv.vae import WanVAE
+from ..rolling_kv.vae.wan import WanVAE
 from .patchers import ManagedModel, ManagedModule
 
 CATEGORY = "RollingKV"
 
 Model = io.Custom("ROLLING_KV_MODEL")  # ModelHandle
 TextEncoder = io.Custom("ROLLING_KV_TEXT_ENCODER")  # patchers.ManagedModule around rolling_kv.text.TextEncoder
-VAE = io.Custom("ROLLING_KV_VAE")  # patchers.ManagedModule around rolling_kv.vae.WanVAE
+VAE = io.Custom("ROLLING_KV_VAE")  # patchers.ManagedModule around rolling_kv.vae.wan.WanVAE
 Schedule = io.Custom("ROLLING_KV_SCHEDULE")  # EncodedSchedule
 State = io.Custom("ROLLING_KV_STATE")  # rolling_kv.sampling.state.CacheState
 

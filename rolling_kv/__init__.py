@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .schedules.reading import read_schedule
     from .schedules.schedule import PromptSchedule
     from .text import load_text_encoder
-    from .vae import load_vae
+    from .vae.loading import load_vae
 
     __version__: str
 
@@ -52,7 +52,7 @@ _MODULES = {
     "SamplingConfig": ".config",
     "load_model": ".checkpoints.model",
     "load_text_encoder": ".text",
-    "load_vae": ".vae",
+    "load_vae": ".vae.loading",
     "read_schedule": ".schedules.reading",
 }
 

@@ -34,7 +34,9 @@ from .schedules.reading import read_schedule
 from .schedules.schedule import Plan, PromptSchedule
 from .streaming import ENDLESS_SECONDS, VideoStream
 from .text import load_text_encoder
-from .vae import WanVAE, load_vae, to_model
+from .vae.latents import to_model
+from .vae.loading import load_vae
+from .vae.wan import WanVAE
 from .wan.shards import HeadShards
 
 logger = logging.getLogger(__name__)

@@ -90,17 +90,6 @@ def has_bfloat16(platform: Platform) -> bool:
     return platform.kind != "mps" or platform.capability >= (14,)
 
 
-def wants_channels_last(platform: Platform, dtype: torch.dtype) -> bool:
-    """Whether weights of 3D convolutions in a dtype have to lie with their channels last for cuDNN to be used.
-
-    PyTorch leaves cuDNN 9.8 to 9.14 aside for others in half precision (2.9.0 every later one too), and takes many times
-    the time and memory.
-    """
-    is_half = dtype in (torch.bfloat16, torch.float16)
-    end = 91500 if platform.torch > (2, 9, 0) else 10**6
-    return platform.kind == "cuda" and is_half and platform.torch >= (2, 9) and 90800 <= platform.cudnn < end
-
-
 def rounds_to_tf32(platform: Platform, dtype: torch.dtype) -> bool:
     """Whether convolutions in a dtype round their operands to TF32, ten bits of mantissa, unless that is turned off."""
     return platform.kind == "cuda" and platform.capability >= AMPERE and dtype == torch.float32

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import pixel_shuffle
 
 from .devices import stream_beside
-from .vae import to_raw
+from .vae.latents import to_raw
 from .video import to_uint8
 
 FITTED = Path("vae") / "latent_rgb.json"

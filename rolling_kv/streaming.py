@@ -19,7 +19,8 @@ from .sampling.journal import SUFFIX as JOURNAL_SUFFIX
 from .sampling.journal import Journal
 from .sampling.state import CacheState
 from .sampling.state_file import SUFFIX, check_state_path, save_state
-from .vae import WanVAE, to_raw
+from .vae.latents import to_raw
+from .vae.wan import WanVAE
 from .video import to_uint8
 
 ENDLESS_SECONDS = 7 * 24 * 3600.0

@@ -28,7 +28,8 @@ from .atomic import replacing
 from .config import CacheConfig
 from .geometry import TEXT_LENGTH, WAN_21, Geometry
 from .presets import PRESETS, ModelPreset
-from .vae import ARCHITECTURES, STATISTICS
+from .vae.latents import STATISTICS
+from .vae.loading import ARCHITECTURES
 
 TINY_TRANSFORMER: dict[str, Any] = dict(
     num_attention_heads=4, attention_head_dim=32, num_layers=4, ffn_dim=256, text_dim=64, freq_dim=64,

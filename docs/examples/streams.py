@@ -4,7 +4,7 @@ import torch
 
 from rolling_kv import Pipeline
 from rolling_kv.sampling.together import Together
-from rolling_kv.vae import to_raw
+from rolling_kv.vae.latents import to_raw
 from rolling_kv.video import VideoWriter
 
 pipeline = Pipeline.load("models/tiny", device="cpu")

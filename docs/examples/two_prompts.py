@@ -3,7 +3,7 @@
 import torch
 
 from rolling_kv import Pipeline, RollingSession
-from rolling_kv.vae import to_raw
+from rolling_kv.vae.latents import to_raw
 from rolling_kv.video import VideoWriter
 
 pipeline = Pipeline.load("models/tiny", device="cpu")

@@ -12,7 +12,7 @@ from comfy import latent_formats
 from ...rolling_kv.geometry import WAN_21, WAN_22, Geometry
 from ...rolling_kv.messages import printable
 from ...rolling_kv.previews import DecodedPreview, LinearPreview, load_fitted
-from ...rolling_kv.taehv import load_taehv
+from ...rolling_kv.vae.taehv import load_taehv
 from ..types import ModelHandle
 from .runs import Preview
 

@@ -14,7 +14,7 @@ from ..checkpoints.transformer import build_transformer
 from ..config import CacheConfig, SamplingConfig
 from ..geometry import TEXT_LENGTH, WAN_21
 from ..presets import ModelPreset
-from ..taehv import Taehv
+from ..vae.taehv import Taehv
 
 HEAD_DIM = 128
 """Of every Wan model; ComfyUI takes it for granted."""

@@ -18,7 +18,7 @@ from rolling_kv.sampling.session import RollingSession
 from rolling_kv.sampling.state import CacheState
 from rolling_kv.sampling.state_file import save_state
 from rolling_kv.tiny import make_tiny
-from rolling_kv.vae import to_raw
+from rolling_kv.vae.latents import to_raw
 from rolling_kv.video import VideoWriter, to_uint8
 
 PROMPT = ["generate", "--prompt", "a red circle", "--output", "video.mp4"]

@@ -16,7 +16,7 @@ from rolling_kv.checkpoints.model import load_model
 from rolling_kv.inspection import inspect_checkpoint
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.text import load_text_encoder
-from rolling_kv.vae import load_vae
+from rolling_kv.vae.loading import load_vae
 
 resource = pytest.importorskip("resource")
 SECONDS, BYTES = 20, 3 * 2**30

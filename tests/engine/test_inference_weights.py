@@ -15,7 +15,7 @@ from rolling_kv.lora.stack import LoraStack
 from rolling_kv.presets import ModelPreset
 from rolling_kv.text import load_text_encoder
 from rolling_kv.tiny import make_tiny
-from rolling_kv.vae import WanVAE
+from rolling_kv.vae.wan import WanVAE
 
 SIZE = dict(num_attention_heads=2, attention_head_dim=12)
 

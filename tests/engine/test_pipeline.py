@@ -20,7 +20,8 @@ from rolling_kv.pipeline import Interrupted, Pipeline
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.sampling.state_file import load_state, read_state
 from rolling_kv.tiny import make_tiny
-from rolling_kv.vae import load_vae, to_model, to_raw
+from rolling_kv.vae.latents import to_model, to_raw
+from rolling_kv.vae.loading import load_vae
 from rolling_kv.video import VideoWriter, read_frames, read_video_info, to_uint8
 from rolling_kv.wan.execution import weights_of
 

@@ -13,7 +13,6 @@ from rolling_kv.platforms import (
     has_bfloat16,
     platform_of,
     rounds_to_tf32,
-    wants_channels_last,
 )
 
 CUDNN, FLASH, EFFICIENT, MATH = (
@@ -104,28 +103,6 @@ def test_platforms_are_told_by_torch(monkeypatch):
 )
 def test_who_computes_in_bfloat16(platform, has):
     assert has_bfloat16(platform) is has
-
-
-@pytest.mark.parametrize(
-    "version, cudnn, wants",
-    [
-        ((2, 8, 0), 91002, False),
-        ((2, 9, 0), 91002, True),
-        ((2, 9, 0), 91701, True),
-        ((2, 9, 1), 91002, True),
-        ((2, 9, 1), 91499, True),
-        ((2, 9, 1), 91500, False),
-        ((2, 10, 0), 91002, True),
-        ((2, 10, 0), 91501, False),
-        ((2, 11, 0), 90701, False),
-        ((2, 11, 0), 0, False),
-    ],
-)
-def test_where_convolutions_have_to_lie_channels_last(version, cudnn, wants):
-    platform = nvidia(RTX_4090, version, cudnn)
-    assert wants_channels_last(platform, torch.bfloat16) is wants_channels_last(platform, torch.float16) is wants
-    assert not wants_channels_last(platform, torch.float32)
-    assert not wants_channels_last(Platform("rocm", arch="gfx1100", torch=version, cudnn=cudnn), torch.bfloat16)
 
 
 @pytest.mark.parametrize("platform, rounds", [(nvidia(A100), True), (nvidia(T4), False), (ROCM, False), (CPU, False)])

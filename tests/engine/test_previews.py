@@ -10,7 +10,7 @@ from rolling_kv.bundled import BUNDLED
 from rolling_kv.pipeline import Pipeline
 from rolling_kv.previews import FITTED, DecodedPreview, LinearPreview, load_fitted
 from rolling_kv.sampling.session import RollingSession
-from rolling_kv.vae import to_raw
+from rolling_kv.vae.latents import to_raw
 from rolling_kv.video import to_uint8
 
 

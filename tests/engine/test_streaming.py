@@ -22,7 +22,8 @@ from rolling_kv.sampling.session import RollingSession
 from rolling_kv.sampling.state_file import load_state, read_state
 from rolling_kv.streaming import VideoStream, journal_place
 from rolling_kv.tiny import make_tiny
-from rolling_kv.vae import StreamingDecoder, to_raw
+from rolling_kv.vae.latents import to_raw
+from rolling_kv.vae.wan import StreamingDecoder
 from rolling_kv.video import read_frames, read_video_info
 
 SIZE = dict(height=32, width=32)

@@ -7,7 +7,7 @@ from torch.nn.functional import conv2d, interpolate, pad, pixel_shuffle
 
 from rolling_kv.checkpoints.readers import CheckpointError
 from rolling_kv.geometry import WAN_21, WAN_22
-from rolling_kv.taehv import Taehv, load_taehv
+from rolling_kv.vae.taehv import Taehv, load_taehv
 
 KINDS = {"2.1": (WAN_21, 16, 1), "2.2": (WAN_22, 48, 2)}
 

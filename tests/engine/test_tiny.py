@@ -14,7 +14,8 @@ from rolling_kv.checkpoints.model import load_model
 from rolling_kv.geometry import WAN_22
 from rolling_kv.text import load_text_encoder
 from rolling_kv.tiny import TINY_PRESETS, make_tiny, save_tokenizer, train_tokenizer
-from rolling_kv.vae import load_vae, to_raw
+from rolling_kv.vae.latents import to_raw
+from rolling_kv.vae.loading import load_vae
 
 FILES = {
     "model_index.json",

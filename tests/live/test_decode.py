@@ -17,7 +17,7 @@ from graphs import (
 )
 
 from rolling_kv.bundled import BUNDLED
-from rolling_kv.vae import load_vae
+from rolling_kv.vae.loading import load_vae
 from tools.comfyui.client import PromptFailed, first_file
 
 

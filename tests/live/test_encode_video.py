@@ -24,7 +24,7 @@ from rolling_kv.bundled import BUNDLED
 from rolling_kv.fitting import Clip, Fitting
 from rolling_kv.footage import Footage
 from rolling_kv.geometry import WAN_21
-from rolling_kv.vae import load_vae
+from rolling_kv.vae.loading import load_vae
 from tools.comfyui.client import PromptFailed
 from tools.train_tiny.detector import detect
 from tools.train_tiny.world import Scene, render, trajectory

@@ -16,7 +16,7 @@ from test_stream_video import streamed
 from watching import Page, listed
 
 from rolling_kv.bundled import BUNDLED
-from rolling_kv.taehv import Taehv
+from rolling_kv.vae.taehv import Taehv
 
 ENDED = "execution_success"
 CLOSE = 4

@@ -13,7 +13,7 @@ from rolling_kv.lora.reader import load_lora
 from rolling_kv.lora.stack import applied_loras
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.text import load_text_encoder
-from rolling_kv.vae import to_raw
+from rolling_kv.vae.latents import to_raw
 from tools.comfyui.client import PromptFailed
 
 WORDS = "a red circle moving right"

@@ -13,7 +13,7 @@ from test_load_lora import load_model, write_lora
 from rolling_kv.bundled import BUNDLED
 from rolling_kv.sampling.state_file import read_state
 from rolling_kv.sampling.state_file import save_state as write_state
-from rolling_kv.vae import load_vae
+from rolling_kv.vae.loading import load_vae
 from tools.comfyui.client import PromptFailed, PromptRejected
 
 RED, BLUE, SQUARE = "a red circle moving right", "a blue circle moving left", "a green square moving up"

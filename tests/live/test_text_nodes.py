@@ -16,7 +16,7 @@ from rolling_kv.config import SamplingConfig
 from rolling_kv.geometry import TEXT_LENGTH
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.text import load_text_encoder
-from rolling_kv.vae import to_raw
+from rolling_kv.vae.latents import to_raw
 
 PROMPTS = ["a red circle moving left across the stormy sea", "", "cats & dogs"]
 WIDTH, VOCABULARY = 768, 32128  # of T5 base

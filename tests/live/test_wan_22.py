@@ -25,7 +25,8 @@ from rolling_kv.geometry import WAN_22
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.text import load_text_encoder
 from rolling_kv.tiny import make_tiny
-from rolling_kv.vae import LATENTS_MEAN_22, LATENTS_STD_22, WanVAE, to_model, to_raw
+from rolling_kv.vae.latents import LATENTS_MEAN_22, LATENTS_STD_22, to_model, to_raw
+from rolling_kv.vae.wan import WanVAE
 from tests.engine.test_vae import latents, make_vae_22, originals_of, pixels
 from tools.comfyui.client import PromptFailed, first_file
 

@@ -10,7 +10,7 @@ from rolling_kv.config import SamplingConfig
 from rolling_kv.geometry import WAN_21, WAN_22
 from rolling_kv.presets import PRESETS
 from rolling_kv.sampling.state import CacheState, ChunkRecord
-from rolling_kv.vae import to_model
+from rolling_kv.vae.latents import to_model
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ LAYERS: list[tuple[list[str], list[str]]] = [
     (["step_cache"], []),
     (["strips"], []),
     (["checkpoints"], [*GROUND, *SETTINGS]),
-    (["lora", "vae", "taehv", "words"], [*GROUND, *SETTINGS, "checkpoints"]),
+    (["lora", "vae", "words"], [*GROUND, *SETTINGS, "checkpoints"]),
     (["previews"], [*GROUND, *SETTINGS, "vae", "video"]),
     (["text"], [*GROUND, *SETTINGS, "checkpoints", "words"]),
     (["video", "schedules", "fitting"], [*GROUND, *SETTINGS]),

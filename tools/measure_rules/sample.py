@@ -15,7 +15,7 @@ from rolling_kv.config import CacheConfig, SamplingConfig
 from rolling_kv.geometry import WAN_21
 from rolling_kv.sampling.schedule import seeded_noise
 from rolling_kv.sampling.session import RollingSession
-from rolling_kv.vae import to_raw
+from rolling_kv.vae.latents import to_raw
 
 from ..train_tiny.detector import detect
 from ..train_tiny.measure import Tiny

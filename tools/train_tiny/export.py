@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from rolling_kv.tiny import save_model
-from rolling_kv.vae import LATENTS_MEAN, LATENTS_STD
+from rolling_kv.vae.latents import LATENTS_MEAN, LATENTS_STD
 
 from .loop import WORK
 from .train_transformer import PRESET, SCALE, Denoiser, tokenizer_file

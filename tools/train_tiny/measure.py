@@ -20,7 +20,8 @@ from rolling_kv.config import CacheConfig
 from rolling_kv.geometry import WAN_21
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.text import load_text_encoder
-from rolling_kv.vae import load_vae, to_raw
+from rolling_kv.vae.latents import to_raw
+from rolling_kv.vae.loading import load_vae
 
 from .detector import Sighting, detect, direction, prediction_errors
 from .world import COLOURS, SIDE, STRAIGHT_FRAMES, Scene, random_scene, random_start, render, trajectory

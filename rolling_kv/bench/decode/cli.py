@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import median
 
 from ...geometry import WAN_21
-from ...taehv import load_taehv
-from ...vae import load_vae
+from ...vae.loading import load_vae
+from ...vae.taehv import load_taehv
 from .. import options
 from ..figures import hardware, machine, markdown, number, ratios, size, write_json
 from ..kinds import KINDS, OTHER

@@ -12,8 +12,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from ...geometry import WAN_21
-from ...taehv import Taehv
-from ...vae import WanVAE, streamline
+from ...vae.taehv import Taehv
+from ...vae.wan import WanVAE, streamline
 from ..gauges import memory_beside, now
 from ..kinds import Kernels, taken_apart
 

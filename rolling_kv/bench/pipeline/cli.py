@@ -10,7 +10,7 @@ import torch
 
 from ...bundled import default_size
 from ...pipeline import Pipeline
-from ...vae import WanVAE, streamline
+from ...vae.wan import WanVAE, streamline
 from .. import options
 from ..decode.cli import add_vae_size, vae_size_of
 from ..figures import hardware, machine, markdown, write_json

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...pipeline import Pipeline
 from ...sampling.session import RollingSession
-from ...vae import StreamingDecoder, WanVAE, to_raw
+from ...vae.latents import to_raw
+from ...vae.wan import StreamingDecoder, WanVAE
 from ...video import VideoWriter, read_video_info, to_uint8
 from ..gauges import now
 

@@ -14,7 +14,8 @@ from ...bundled import default_size
 from ...checkpoints.model import load_model
 from ...step_cache import METHODS
 from ...text import load_text_encoder
-from ...vae import WanVAE, load_vae
+from ...vae.loading import load_vae
+from ...vae.wan import WanVAE
 from .. import options
 from ..figures import write_json
 from ..random_model import SIZES, random_model, random_prompt

@@ -14,7 +14,8 @@ import torch
 from ...sampling.clip import BidirectionalClip
 from ...sampling.session import RollingSession
 from ...step_cache import METHODS, FirstBlockCache, Forced, StepCacheReport
-from ...vae import WanVAE, to_raw
+from ...vae.latents import to_raw
+from ...vae.wan import WanVAE
 from ..gauges import CudaGauge, TensorBytes, storage_bytes
 from .experiment import Candidate, StepCacheExperiment, StepCacheResult, calibrated, candidates
 from .similarity import Similarity

@@ -12,7 +12,7 @@ from rolling_kv.bench.pipeline.run import PipelineExperiment, RandomTexts
 from rolling_kv.bench.random_model import random_model, random_prompt, random_taehv, random_vae
 from rolling_kv.cli import main
 from rolling_kv.pipeline import Pipeline
-from rolling_kv.vae import WanVAE
+from rolling_kv.vae.wan import WanVAE
 
 CPU = torch.device("cpu")
 

@@ -280,7 +280,7 @@ import torch
 from rolling_kv.checkpoints.gguf import plain
 from rolling_kv.checkpoints.model import load_model
 from rolling_kv.text import load_text_encoder
-from rolling_kv.vae import load_vae
+from rolling_kv.vae.loading import load_vae
 
 torch.set_num_threads(1)
 load = {"model": load_model, "text": load_text_encoder, "vae": load_vae}

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle
 
-from .checkpoints.dtypes import check_floating
-from .checkpoints.fingerprint import check_finite
-from .checkpoints.names import check_fit
-from .checkpoints.readers import CheckpointError, open_checkpoint, telling
-from .geometry import Geometry
+from ..checkpoints.dtypes import check_floating
+from ..checkpoints.fingerprint import check_finite
+from ..checkpoints.names import check_fit
+from ..checkpoints.readers import CheckpointError, open_checkpoint, telling
+from ..geometry import Geometry
 
 PART = "decoder."
 FIRST, LAST = f"{PART}1.weight", f"{PART}22.weight"

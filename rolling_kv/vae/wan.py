@@ -1,94 +1,26 @@
-"""Wan's video VAEs: loading every layout users have, and decoding and encoding a stream chunk by chunk.
+"""Wan's video VAEs, decoding and encoding a stream chunk by chunk.
 
-There are two: that of Wan 2.1 (16 latent channels, 8x8 pixels a cell) and that of Wan 2.2's 5B model (48, 16x16). Two
-kinds of latents, both [B, C, F, h, w]: *raw* latents are what the VAE reads and writes (and ComfyUI's LATENT carries);
-*model* latents are normalised per channel, as the transformer sees them.
+There are two: that of Wan 2.1 (16 latent channels, 8x8 pixels a cell) and that of Wan 2.2's 5B model (48, 16x16). Both take
+and give raw latents.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm, patchify, unpatchify
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from .checkpoints.dtypes import check_floating, choose_dtype
-from .checkpoints.fingerprint import check_finite
-from .checkpoints.float8 import load_tensor
-from .checkpoints.gguf import unpack
-from .checkpoints.names import VAE, check_fit, kind_of, strip_prefixes
-from .checkpoints.readers import CheckpointError, known_fields, open_checkpoint, telling
-from .config import check_flag, check_real, check_whole
-from .geometry import GEOMETRIES, WAN_21, WAN_22, Geometry, geometry_of
-from .messages import shown
-from .platforms import exact_convolutions, platform_of, wants_channels_last
-
-LATENTS_MEAN = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)  # fmt: skip
-LATENTS_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)  # fmt: skip
-"""Per-channel statistics of raw latents, published with Wan 2.1."""
-
-LATENTS_MEAN_22 = (
-    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
-    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
-    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
-)  # fmt: skip
-LATENTS_STD_22 = (
-    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
-    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
-    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
-)  # fmt: skip
-"""Those published with Wan 2.2's 5B model."""
-
-STATISTICS = {WAN_21.channels: (LATENTS_MEAN, LATENTS_STD), WAN_22.channels: (LATENTS_MEAN_22, LATENTS_STD_22)}
-"""Mean and standard deviation of raw latents, by the number of their channels."""
-ARCHITECTURES: dict[int, dict[str, Any]] = {
-    WAN_21.channels: {},
-    WAN_22.channels: {
-        "z_dim": 48,
-        "is_residual": True,
-        "patch_size": 2,
-        "in_channels": 12,
-        "out_channels": 12,
-        "scale_factor_spatial": 16,
-    },
-}
-"""What sets the VAEs apart from diffusers' defaults, by the number of their channels."""
-
-
-def to_model(latents: Tensor) -> Tensor:
-    """Normalise raw latents [B, C, F, h, w] for the transformer."""
-    mean, std = STATISTICS[latents.shape[1]]
-    return (latents - _per_channel(mean, latents)) / _per_channel(std, latents)
-
-
-def to_raw(latents: Tensor) -> Tensor:
-    """Turn the transformer's latents [B, C, F, h, w] back into raw ones: the inverse of `to_model`."""
-    mean, std = STATISTICS[latents.shape[1]]
-    return latents * _per_channel(std, latents) + _per_channel(mean, latents)
-
-
-def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
-    return like.new_tensor(values).view(1, -1, 1, 1, 1)
-
+from ..geometry import WAN_21, WAN_22, Geometry, geometry_of
+from ..platforms import exact_convolutions
+from .latents import to_model, to_raw
 
 _DECODING = {WAN_21.channels: (7000, 96), WAN_22.channels: (7600, 256)}
 _ENCODING = {WAN_21.channels: (5000, 96), WAN_22.channels: (2600, 160)}
@@ -319,7 +251,8 @@ def streamline(vae: AutoencoderKLWan) -> None:
     """Let a stock VAE go over its pictures fewer times, to the same values up to rounding.
 
     Weights of 3D convolutions lie with their channels last, and so do the pictures that come out of them. There a norm is one
-    kernel in the place of seven, and the activation behind it changes what the norm has just made.
+    kernel in the place of seven, and the activation behind it changes what the norm has just made. With others PyTorch leaves
+    cuDNN 9.8 to 9.14 aside in half precision (2.9.0 every later one too), and takes many times the time and memory.
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
@@ -338,142 +271,3 @@ def _norm_channels_last(norm: WanRMS_norm, x: Tensor) -> Tensor:
 
 _NO_LENGTH = 1e-24
 """The square of what diffusers takes for the length of a vector of zeros."""
-
-_ORIGINAL_MARKS = ("encoder.middle.0.residual.0.gamma", "decoder.middle.0.residual.0.gamma")
-_DIFFUSERS_MARKS = ("encoder.mid_block.resnets.0.norm1.gamma", "decoder.mid_block.resnets.0.norm1.gamma")
-_MIDDLE_WIDTH = 4
-"""Channels of the VAE's middle block in units of its base width."""
-
-
-_RESIDUAL = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
-"""The layers of a residual block in the original code, and what diffusers calls them."""
-_CHOOSE = (
-    "Choose wan_2.1_vae.safetensors or Wan2.1_VAE.pth; for models of the kind of Wan 2.2 5B, wan2.2_vae.safetensors or "
-    "Wan2.2_VAE.pth."
-)
-
-
-def _check_list(name: str, value: object, check: Callable[[str, object], None]) -> None:
-    if not isinstance(value, list) or len(value) > 8:
-        raise ValueError(f"{name} must be a list of at most 8 entries, got {shown(value)}")
-    for entry in value:
-        check(f"each entry of {name}", entry)
-
-
-_CHECKS = {  # what config.json may tell of another architecture
-    "base_dim": partial(check_whole, low=1, high=1024),
-    "decoder_base_dim": partial(check_whole, low=1, high=1024),
-    "num_res_blocks": partial(check_whole, low=0, high=16),
-    "dim_mult": partial(_check_list, check=partial(check_whole, low=1, high=16)),
-    "temperal_downsample": partial(_check_list, check=check_flag),
-    "attn_scales": partial(_check_list, check=partial(check_real, low=0, high=16)),
-}
-
-
-@torch.inference_mode(False)
-def load_vae(
-    path: str | Path,
-    *,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "cpu",
-    runs_on: str | torch.device | None = None,
-    geometry: Geometry | None = None,
-) -> WanVAE:
-    """Load a Wan VAE of any width, from local files only.
-
-    path: a diffusers folder (the VAE's own, or a pipeline with vae/ in it), or a single .safetensors or .pth file in
-        the original Wan or the diffusers names.
-    dtype: "float32", "float16", "bfloat16", a torch dtype, or "auto": the file's own, on CUDA float32 as bfloat16, and
-        float32 on hardware without bfloat16: float16 is too small for it.
-    runs_on: the device that "auto" chooses for, where the VAE is loaded to another one first.
-    geometry: of the model whose latents it is for; None takes either VAE.
-    Raises CheckpointError, a ValueError, when the path is missing, unreadable, or not the VAE of such a model.
-    """
-    path = Path(path)
-    with telling(path):
-        checkpoint = open_checkpoint(path / "vae" if (path / "vae").is_dir() else path)
-        tensors, _ = strip_prefixes(checkpoint.tensors)
-        tensors = {name: unpack(tensor) for name, tensor in tensors.items()}
-        widths, given = _widths(tensors), known_fields(checkpoint.config, _CHECKS)
-        family = _family(tensors, geometry)
-        _check_statistics(checkpoint.config, family)
-        if len(given.get("temperal_downsample", "123")) != len(given.get("dim_mult", "1234")) - 1:
-            raise CheckpointError("its temperal_downsample in config.json needs one entry less than its dim_mult.")
-        if _ORIGINAL_MARKS[0] in tensors:
-            tensors = convert_wan_vae_to_diffusers({_flat_name(name): tensor for name, tensor in tensors.items()})
-        config = widths | given | ARCHITECTURES[family.channels]
-        with torch.device("meta"):  # `from_config` gives a pair only where unused settings are asked for
-            vae = cast(AutoencoderKLWan, AutoencoderKLWan.from_config(config))
-        check_fit(tensors, vae.state_dict(), f"the {family.name} VAE")
-        check_floating(tensors)
-        dtype = choose_dtype(dtype, tensors, runs_on or device, instead=torch.float32)
-        loaded = {name: load_tensor(tensor, None, dtype, device) for name, tensor in tensors.items()}
-        check_finite(loaded)
-        if wants_channels_last(platform_of(runs_on or device), dtype):
-            loaded = {name: _channels_last(tensor) for name, tensor in loaded.items()}
-        vae.load_state_dict(loaded, assign=True)
-    if dtype != torch.float32:  # whose bits on a CPU are those of the stock VAE
-        streamline(vae)
-    return WanVAE(vae).eval().requires_grad_(False)
-
-
-def _channels_last(weight: Tensor) -> Tensor:
-    """A weight with the same values, one of a 3D convolution with its channels last in memory."""
-    return weight.contiguous(memory_format=torch.channels_last_3d) if weight.ndim == 5 else weight
-
-
-def _widths(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """The widths of the VAE, read off its tensors; CheckpointError unless they are those of a Wan VAE."""
-    marks = next((m for m in (_ORIGINAL_MARKS, _DIFFUSERS_MARKS) if all(name in tensors for name in m)), None)
-    if marks is None:
-        kind = kind_of(tensors)
-        kind = "a VAE of another family, or part of one" if kind == VAE else kind
-        raise CheckpointError(f"this is {kind}, not a Wan 2.1 VAE or a {WAN_22.name} one. {_CHOOSE}")
-    encoder, decoder = (tensors[name].shape[0] // _MIDDLE_WIDTH for name in marks)
-    return {"base_dim": encoder} | ({"decoder_base_dim": decoder} if decoder != encoder else {})
-
-
-def _family(tensors: dict[str, Tensor], needed: Geometry | None) -> Geometry:
-    """Which of the VAEs it is, told by its latent channels; CheckpointError unless the model needs that one."""
-    weight = next((tensors[name] for name in ("conv2.weight", "post_quant_conv.weight") if name in tensors), None)
-    if weight is None:
-        return needed or WAN_21  # the missing tensor will be named
-    family = GEOMETRIES.get(weight.shape[0])
-    if family is None:
-        known = " and ".join(f"{geometry.name} ({channels})" for channels, geometry in GEOMETRIES.items())
-        raise CheckpointError(
-            f"this is another VAE, with {weight.shape[0]} latent channels; those of {known} are read here. {_CHOOSE}"
-        )
-    if needed not in (None, family):
-        raise CheckpointError(
-            f"this is the {family.name} VAE, with {family.channels} latent channels, but the model is of the kind of "
-            f"{needed.name}, with {needed.channels}. {_CHOOSE}"
-        )
-    return family
-
-
-def _flat_name(name: str) -> str:
-    """A name of Wan 2.2's original code with its blocks in blocks, in the part that only diffusers' code has."""
-    inner = re.fullmatch(r"(encoder|decoder)\.(down|up)samples\.(\d+)\.\2samples\.(\d+)\.(\w+)\.(.+)", name)
-    if inner is None:
-        return name
-    half, way, block, index, part, rest = inner.groups()
-    start = f"{half}.{way}_blocks.{block}"
-    if part == "shortcut":
-        return f"{start}.resnets.{index}.conv_shortcut.{rest}"
-    if part != "residual":
-        return f"{start}.{way}sampler.{part}.{rest}"
-    layer, rest = rest.split(".", 1)
-    return f"{start}.resnets.{index}.{_RESIDUAL.get(layer, layer)}.{rest}"
-
-
-def _check_statistics(config: dict, family: Geometry) -> None:
-    """A folder's config.json may name other statistics than those that LATENT has in ComfyUI."""
-    for name, known in zip(("latents_mean", "latents_std"), STATISTICS[family.channels]):
-        given = config.get(name) or known
-        if not isinstance(given, (list, tuple)) or list(given) != list(known):
-            said = f"[{', '.join(map(shown, given[:4]))}, …]" if isinstance(given, list) else shown(given)
-            raise CheckpointError(
-                f"its {name} in config.json is not that of {family.name}, which the models here are trained on: "
-                f"{said}. Use the {family.name} VAE."
-            )
