@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -248,6 +249,13 @@ def _generate(args: argparse.Namespace) -> None:
             try:
                 _generate_on(args, shards)
             except KeyboardInterrupt:
+                sys.exit(1)
+            except (
+                ValueError,
+                FileNotFoundError,
+            ):  # comes of what all of a machine are given: the first one there says it
+                if getattr(args, "debug", False) or not int(os.environ.get("LOCAL_RANK", 0)):
+                    raise
                 sys.exit(1)
 
 

@@ -58,7 +58,7 @@ export const address = path => api.apiURL(path)
  * @param {string} path below /rolling_kv: "runs"
  * @param {object} [body]
  * @returns {Promise<any>} what it answered
- * @throws {Error & { status: number }} with the server's own sentence where it gave one
+ * @throws {Error & { status: number }} with the server's own sentence where it gave one; also where that is all of its answer
  */
 export async function call(path, body) {
   const answer = await api.fetchApi(`/rolling_kv/${path}`, body && {
@@ -73,7 +73,7 @@ export async function call(path, body) {
   } catch {
     said = undefined // a proxy's page, or nothing
   }
-  if (answer.ok) return said
+  if (answer.ok && !said?.error) return said
   throw Object.assign(new Error(said?.error ?? t("unreachable", { status: answer.status })), { status: answer.status })
 }
 

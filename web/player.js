@@ -8,6 +8,7 @@
 
 /** Most pixels of all strips that are held, decoded 256 MiB: half a minute at 256 x 256. */
 const HELD = 64 * 2 ** 20
+const AGAIN = 1000 // milliseconds until a picture that did not come is asked for once more
 
 export class Player {
   /**
@@ -56,7 +57,10 @@ export class Player {
       this.forget()
       this.wake()
     }
-    image.onerror = () => this.drop(held) // the server has let it go
+    image.onerror = () => {
+      image.onerror = () => this.drop(held) // the server has let it go
+      setTimeout(() => { if (this.strips.includes(held)) image.src = this.address(strip.url) }, AGAIN)
+    }
     image.src = this.address(strip.url)
   }
 

@@ -13,6 +13,7 @@ from aiohttp import web
 from ...rolling_kv.config import check_choice, check_flag, check_whole
 from ...rolling_kv.messages import shown
 from ..guard import told
+from ..model_files import MissingFile
 from .runs import ACTIONS, ROUTE, PreviewSettings, Runs
 
 RUNS = web.AppKey("rolling_kv_runs", Runs)
@@ -75,7 +76,8 @@ def add_routes(routes: web.RouteTableDef, runs: Runs) -> None:
 def answer_with(routes: web.RouteTableDef, name: str, answer: Callable[[dict], dict], largest: int = LARGEST) -> None:
     """Let a server answer POSTs with a function from one JSON object to another, which may raise ValueError or OSError.
 
-    It is called in a thread: it may read files. name: of the route. largest: most bytes of a request.
+    It is called in a thread: it may read files. name: of the route. largest: most bytes of a request. A model that is not there is
+    no fault of a page that asks for it, whose browser would log a refusal: that is told with status 200.
     """
 
     @routes.post(f"{ROUTE}/{name}")
@@ -83,7 +85,7 @@ def answer_with(routes: web.RouteTableDef, name: str, answer: Callable[[dict], d
         try:
             said = await asyncio.to_thread(answer, await read_json(request, largest))
         except (ValueError, OSError) as error:
-            return web.json_response({"error": told(str(error))}, status=400)
+            return web.json_response({"error": told(str(error))}, status=200 if isinstance(error, MissingFile) else 400)
         return web.json_response(said)
 
 

@@ -19,7 +19,7 @@ from ..config.checks import check_real, check_whole
 from ..pipeline import Pipeline
 from ..text import TextEncoder, load_text_encoder
 from .jobs import Job
-from .making import Record, failed, make, sentence_of
+from .making import MOST_LOST, Record, failed, make, sentence_of
 from .settings import Settings
 from .texts import KnownTexts
 
@@ -70,6 +70,7 @@ class RayMaker:
         check_ray()
         import ray
 
+        run = uuid4().hex
         wanted = (self.workers or 1) * self.cpus + self.text_workers
         ray.init(
             address=self.address,
@@ -94,11 +95,11 @@ class RayMaker:
             data = ray.data.from_items(rows, override_num_blocks=len(rows))
             if self.text_workers:
                 data = data.map_batches(
-                    _Texts, fn_constructor_args=(self.settings, os.getcwd()), batch_size=1, num_cpus=1,
+                    _Texts, fn_constructor_args=(self.settings, self.folder, os.getcwd(), run), batch_size=1, num_cpus=1,
                     compute=ray.data.ActorPoolStrategy(size=self.text_workers),
                 )  # fmt: skip
             data = data.map_batches(
-                _Videos, fn_constructor_args=(settings, self.folder, os.getcwd(), uuid4().hex), batch_size=1, num_cpus=self.cpus,
+                _Videos, fn_constructor_args=(settings, self.folder, os.getcwd(), run), batch_size=1, num_cpus=self.cpus,
                 num_gpus=gpus or None,
                 compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
             )  # fmt: skip
@@ -108,6 +109,8 @@ class RayMaker:
                 yield Record(**json.loads(row["record"]))
         finally:
             ray.shutdown()
+            for begun in self.folder.glob(f".{run}.*"):
+                begun.unlink()
 
 
 class _Videos:
@@ -140,16 +143,16 @@ class _Videos:
 class _Texts:
     """An actor that encodes prompts, with the text encoder loaded once."""
 
-    def __init__(self, settings: Settings, place: str):
+    def __init__(self, settings: Settings, folder: Path, place: str, run: str):
         _go_to(place)
-        self.settings = settings
+        self.settings, self.folder, self.run = settings, folder, run
         self.encoder: TextEncoder | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         job, texts, error, stopped = Job(**json.loads(batch["job"][0])), b"", "", ""
         try:
             preset = self.settings.preset_of_model()
-            self.encoder = self.encoder or self._load()
+            self.encoder = self.encoder or self._load(job)
         except Exception as wrong:
             stopped = sentence_of(wrong)
         else:
@@ -161,8 +164,17 @@ class _Texts:
         told = {"error": np.array([error]), "stopped": np.array([stopped])}
         return {**batch, "texts": np.array([texts], dtype=object), **told}
 
-    def _load(self) -> TextEncoder:
-        return load_text_encoder(self.settings.text_encoder or self.settings.model, dtype=self.settings.dtype)
+    def _load(self, job: Job) -> TextEncoder:
+        """Ray starts a worker that has died anew, with the same job: a file keeps count of those that have begun with it."""
+        place, begun = self.settings.text_encoder or self.settings.model, self.folder / f".{self.run}.{job.name}"
+        lost = begun.stat().st_size if begun.exists() else 0
+        if lost >= MOST_LOST:
+            raise ValueError(
+                f"{lost} workers have died while they loaded the text encoder {place}; there may be too little memory"
+            )
+        with begun.open("a") as file:
+            file.write(".")
+        return load_text_encoder(place, dtype=self.settings.dtype)
 
 
 def _go_to(place: str) -> None:

@@ -5,7 +5,9 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,6 +134,24 @@ def test_any_error_is_one_line_and_debug_shows_where_it_arose(error, message, tm
     assert text.startswith(message) and len(text) < 1100
     with pytest.raises(type(error)):
         main(["make-tiny", str(tmp_path), "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("error", "number", "says"),
+    [(ValueError, 0, True), (ValueError, 1, False), (FileNotFoundError, 1, False), (MemoryError, 1, True)],
+)
+def test_an_error_that_all_processes_of_a_machine_share_is_said_once(error, number, says, monkeypatch):
+    """By the first of each machine; what a single one of them may have, by all."""
+
+    def fail(args, shards):
+        raise error("no")
+
+    monkeypatch.setattr(cli, "shared_by_torchrun", lambda device: nullcontext((SimpleNamespace(first=False), device)))
+    monkeypatch.setattr(cli, "_generate_on", fail)
+    monkeypatch.setenv("LOCAL_RANK", str(number))
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--prompt", "x", "--output", "x.mp4", "--device", "cpu"])
+    assert isinstance(ended.value.code, str) == says and ended.value.code
 
 
 def test_the_last_lines_of_another_program_stay_lines(monkeypatch, tmp_path):

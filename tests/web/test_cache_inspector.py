@@ -93,6 +93,14 @@ def test_settings_that_are_refused_are_told_with_the_servers_sentence(inspector)
     assert inspector.strip.is_hidden()
 
 
+def test_a_model_that_is_not_there_is_told_and_is_no_error_of_the_page(inspector):
+    inspector.open()
+    inspector.answers["plan"] = lambda body: (200, {"error": "The model 'a' was not found. Put the file into models"})
+    inspector.change("large.widgets[1].value = 736")
+    inspector.warning.get_by_text("was not found. Put the file into").wait_for()
+    assert inspector.strip.is_hidden()
+
+
 def test_a_run_is_shown_as_it_goes(inspector):
     inspector.open()
     run = {

@@ -251,6 +251,34 @@ def test_a_strip_lasts_as_long_as_the_video_that_it_shows(live):
 
 
 @ONE_RENDERER
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_picture_that_did_not_come_is_asked_for_once_more(live, monkeypatch, failures):
+    node, get, asked, run = (
+        opened_at_sampler(live),
+        live.stage.get,
+        [],
+        str(failures) * 16,
+    )  # which the browser has no pictures of
+
+    def failing(path):
+        if path.endswith("/chunks/2.webp"):
+            asked.append(path)
+            if len(asked) <= failures:
+                return 503, "text/plain", b""
+        return get(path)
+
+    monkeypatch.setattr(live.stage, "get", failing)
+    live.begin(node, run)
+    for chunk in (1, 2, 3):
+        live.add_chunk(node, chunk, run)
+    live.plays(3)
+    live.plays(2 if failures == 1 else 1)
+    live.page.wait_for_timeout(1500)
+    assert len(asked) == 2
+    live.errors.clear()  # the browser itself logs what did not come
+
+
+@ONE_RENDERER
 def test_videos_that_are_compared_no_more_are_let_go(live):
     live.open("rolling_kv_compare")
     script = """async () => {

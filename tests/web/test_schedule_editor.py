@@ -287,6 +287,16 @@ def test_screen_readers_are_told_what_each_part_is(editor):
     assert editor.said.get_attribute("role") == "status"
 
 
+def test_without_the_models_file_the_text_is_shown_with_the_chunks_of_most(editor):
+    answer = editor.answers["schedule"]
+    editor.answers["schedule"] = lambda body: (
+        (200, {"error": "The model was not found."}) if body["model"] else answer(body)
+    )
+    editor.page.evaluate("() => { window.load = bare.make('RollingKVLoadModel', { model_name: 'a' }) }")
+    editor.open(wires="{ model: window.load }")
+    assert "The model was not found." in editor.said.inner_text() and editor.blocks.count() == 3
+
+
 def test_the_grid_is_that_of_the_wired_model_or_of_the_sampler(editor):
     editor.page.evaluate("() => { window.load = bare.make('RollingKVLoadModel', { model_name: 'a' }) }")
     editor.open(wires="{ model: window.load }")

@@ -59,7 +59,7 @@ def test_twelve_jobs_on_two_actors_of_which_one_is_killed(settings, tmp_path):
     status = {record.name if not record.line else "line": record.status for record in records}
     assert status == {**{f"video {seed}": "done" for seed in range(10)}, "bad": "failed", "line": "refused"}
     (gone_on,) = [record for record in records if record.name == killed[0]]
-    assert gone_on.continued_at > 0 and not list(out.glob("*.journal"))
+    assert gone_on.continued_at > 0 and not list(out.glob("*.journal")) and not list(out.glob(".*"))
 
     index = [json.loads(line) for line in (out / "index.jsonl").read_text().splitlines()]
     assert len(index) == 12 and [line["error"] for line in index if line["status"] != "done"]
@@ -78,9 +78,25 @@ def test_a_worker_that_cannot_begin_ends_the_batch_with_what_it_says(settings, t
     row = {"job": np.array([json.dumps(asdict(Job(prompt="x", name="a")))])}
     told = _Videos(wrong, tmp_path, ".", "run")(row)
     assert "none.safetensors" in told["stopped"][0] and read_record(tmp_path, "a").status == "begun"
-    texts = _Texts(wrong, ".")(row)
+    texts = _Texts(wrong, tmp_path, ".", "run")(row)
     assert "none.safetensors" in texts["stopped"][0]
     assert "none.safetensors" in _Videos(settings, tmp_path, ".", "run")(texts)["stopped"][0]
+
+
+def test_text_workers_that_die_while_they_load_end_the_batch_in_the_end(settings, tmp_path, monkeypatch):
+    row = {"job": np.array([json.dumps(asdict(Job(prompt="x", name="a")))])}
+
+    def dies(*_, **__):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rolling_kv.batch.on_ray.load_text_encoder", dies)
+        for _ in range(3):
+            with pytest.raises(SystemExit):
+                _Texts(settings, tmp_path, ".", "run")(row)
+    told = _Texts(settings, tmp_path, ".", "run")(row)["stopped"][0]
+    assert f"3 workers have died while they loaded the text encoder {settings.model}" in told
+    assert not _Texts(settings, tmp_path, ".", "another run")(row)["stopped"][0]
 
 
 def test_names_of_files_mean_what_they_mean_where_the_batch_was_begun(settings, tmp_path, monkeypatch):
