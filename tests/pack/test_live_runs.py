@@ -1,35 +1,27 @@
 """What pages are told of runs, and the strips of pictures, where no server is needed to see it."""
 
 import gc
-import importlib
 import io
 import sys
 import threading
 import weakref
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from node_modules import node_module
 from PIL import Image
 
 from rolling_kv.cache.window import FrameWindow
 from rolling_kv.geometry import WAN_21
 from rolling_kv.sampling.steering import Steering
-from tools.comfyui.env import PACK
 
 
 @pytest.fixture(scope="module")
 def live():
-    """nodes/live as modules of a package whose own start, which registers nodes, is left out."""
-    stubs = {name: ModuleType(name) for name in ("pack", "pack.nodes")}
-    stubs["pack"].__path__, stubs["pack.nodes"].__path__ = [str(PACK)], [str(PACK / "nodes")]
-    sys.modules |= stubs
-    yield SimpleNamespace(
-        runs=importlib.import_module("pack.nodes.live.runs"), strips=importlib.import_module("pack.rolling_kv.strips")
-    )
-    for name in [name for name in sys.modules if name == "pack" or name.startswith("pack.")]:
-        del sys.modules[name]
+    with node_module("live.runs") as runs:
+        yield SimpleNamespace(runs=runs, strips=sys.modules["pack.rolling_kv.strips"])
 
 
 @pytest.fixture(autouse=True)

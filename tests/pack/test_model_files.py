@@ -1,13 +1,10 @@
 """What the loaders list and find in ComfyUI's folders, which a stand-in has: names, subfolders, nothing outside."""
 
-import importlib
 import os
-import sys
 from types import ModuleType
 
 import pytest
-
-from tools.comfyui.env import PACK
+from node_modules import node_module
 
 
 class Folders(ModuleType):
@@ -46,15 +43,9 @@ def folders(tmp_path):
 
 
 @pytest.fixture
-def model_files(monkeypatch, folders):
-    """nodes/model_files.py as a module of a package whose own start, which registers nodes, is left out."""
-    stubs = {"folder_paths": folders, "pack": ModuleType("pack"), "pack.nodes": ModuleType("pack.nodes")}
-    stubs["pack"].__path__, stubs["pack.nodes"].__path__ = [str(PACK)], [str(PACK / "nodes")]
-    for name, stub in stubs.items():
-        monkeypatch.setitem(sys.modules, name, stub)
-    yield importlib.import_module("pack.nodes.model_files")
-    for name in [name for name in sys.modules if name.startswith("pack.")]:
-        del sys.modules[name]
+def model_files(folders):
+    with node_module("model_files", folders) as module:
+        yield module
 
 
 def make(path):

@@ -1,12 +1,9 @@
 """A model under ComfyUI's memory management, which a stand-in plays: the order of things when the weights go."""
 
-import importlib
-import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
-
-from tools.comfyui.env import PACK
+from node_modules import node_module
 
 
 class ModelPatcher:
@@ -31,19 +28,11 @@ class Loras:
 
 @pytest.fixture
 def managed(monkeypatch):
-    """nodes/patchers.py as a module of a package whose own start, which registers nodes, is left out."""
-    stubs = {name: ModuleType(name) for name in ("comfy", "comfy.model_management", "comfy.model_patcher", "pack")}
-    stubs["pack.nodes"] = ModuleType("pack.nodes")
-    stubs["comfy"].model_management = stubs["comfy.model_management"]
-    stubs["comfy.model_patcher"].ModelPatcher = ModelPatcher
-    stubs["pack"].__path__, stubs["pack.nodes"].__path__ = [str(PACK)], [str(PACK / "nodes")]
-    for name, stub in stubs.items():
-        monkeypatch.setitem(sys.modules, name, stub)
-    module = importlib.import_module("pack.nodes.patchers")
-    monkeypatch.setattr(module, "LoraStack", Loras)
-    yield module
-    for name in [name for name in sys.modules if name.startswith("pack.")]:
-        del sys.modules[name]
+    patcher = ModuleType("comfy.model_patcher")
+    patcher.ModelPatcher = ModelPatcher
+    with node_module("patchers", patcher) as module:
+        monkeypatch.setattr(module, "LoraStack", Loras)
+        yield module
 
 
 def test_loras_come_off_where_the_weights_end_up(managed):
