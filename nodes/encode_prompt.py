@@ -41,7 +41,7 @@ class RollingKVEncodePrompt(io.ComfyNode):
     def execute(cls, text_encoder, text) -> io.NodeOutput:
         if remark := text_encoder.model.remark([text]):
             run.say(remark, cls.hidden.unique_id)
-        text_encoder.bring_to_device()
+        text_encoder.bring_to_device(text_encoder.model.working_nbytes)
         embedding, after = encode_shot(text_encoder, text)
         notes = {borders.NAMED: (text, embedding), borders.ENCODER: text_encoder}
         if after is not None:

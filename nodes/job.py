@@ -178,7 +178,7 @@ class Job:
             self._settle()
             in_use = []
         try:
-            self._encoder.bring_to_device(0, *in_use)
+            self._encoder.bring_to_device(self._encoder.model.working_nbytes, *in_use)
             shot = encoding.encode_shot(self._encoder, text)
         finally:
             self.make_room(self._decoder, standing=True)

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from ..rolling_kv.text import load_text_encoder
 from . import inputs, model_files
 from .guard import guarded
-from .patchers import ManagedModule
+from .patchers import ManagedModule, obtainable
 from .types import CATEGORY, TextEncoder
 
 
@@ -27,7 +27,10 @@ class RollingKVLoadTextEncoder(io.ComfyNode):
                     tooltip="A UMT5 file from models/text_encoders, or a diffusers folder from models/diffusers. "
                     f"One that works: {model_files.TEXT_ENCODER.link}.",
                 ),
-                inputs.dtype("Precision in which the weights are kept in memory. Auto: the file's own."),
+                inputs.dtype(
+                    "Precision in which the weights are kept in memory. Auto: the file's own, float8 included. Where they do "
+                    "not fit the GPU, the text encoder runs on the CPU."
+                ),
             ],
             outputs=[TextEncoder.Output(display_name="text_encoder", tooltip="For Encode Prompt.")],
         )
@@ -42,4 +45,8 @@ class RollingKVLoadTextEncoder(io.ComfyNode):
         device, offload_device = mm.text_encoder_device(), mm.text_encoder_offload_device()
         path = model_files.get(model_files.TEXT_ENCODER, text_encoder_name)
         encoder = load_text_encoder(path, dtype=dtype, device=offload_device, runs_on=device)
-        return io.NodeOutput(ManagedModule(encoder, load_device=device, offload_device=offload_device))
+        device = encoder.device_in(device, obtainable(device))
+        if device.type == "cpu":
+            offload_device = device
+        managed = ManagedModule(encoder, load_device=device, offload_device=offload_device, size=encoder.nbytes)
+        return io.NodeOutput(managed)

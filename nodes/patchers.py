@@ -13,6 +13,13 @@ from ..rolling_kv.lora.stack import LoraStack, fit_lora
 from ..rolling_kv.sampling.workspace import Workspace
 
 
+def obtainable(device: torch.device) -> int:
+    """Bytes that can be had on a device: what is free, and what ComfyUI has loaded there and can unload."""
+    # Whatever runs meanwhile may let go of any of them.
+    loaded = [known.model for known in mm.current_loaded_models if known.device == device]
+    return int(mm.get_free_memory(device) + sum(model.loaded_size() for model in loaded if model is not None))
+
+
 class ManagedModule(ModelPatcher):
     """Any of the engine's holder modules (`.model`), moved between devices by ComfyUI as a whole.
 

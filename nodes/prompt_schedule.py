@@ -68,7 +68,7 @@ class RollingKVPromptSchedule(io.ComfyNode):
             notes = [*notes, remark]
         told = "\n".join([shown, *notes])
         run.say(told, cls.hidden.unique_id)
-        text_encoder.bring_to_device()
+        text_encoder.bring_to_device(text_encoder.model.working_nbytes)
         embeds = {prompt: encode_shot(text_encoder, prompt) for prompt in schedule.texts}
         origin = {"video": "video", "sampler": "run"}[count_from]
         return io.NodeOutput(EncodedSchedule(schedule, embeds, origin, text_encoder), ui=ui.PreviewText(told))

@@ -14,7 +14,7 @@ import torch
 from .bundled import check_model
 from .checkpoints.model import CausalModel, load_model
 from .config import CacheConfig, ExecutionConfig, SamplingConfig
-from .devices import usable_device
+from .devices import obtainable_memory, usable_device
 from .fitting import Clip, Fitting, read_colour
 from .footage import Footage
 from .geometry import Geometry
@@ -22,7 +22,7 @@ from .growing import growing_place
 from .lora.reader import load_lora
 from .lora.stack import LoraStack
 from .sampling.checks import long_sink_note
-from .sampling.memory import check_fits
+from .sampling.memory import check_fits, estimate
 from .sampling.recomputed import needs_vae
 from .sampling.scheduled import check_plan, cues, generate_scheduled, switches_of
 from .sampling.session import RollingSession
@@ -33,7 +33,7 @@ from .sampling.steering import Shot, Steering
 from .schedules.reading import read_schedule
 from .schedules.schedule import Plan, PromptSchedule
 from .streaming import ENDLESS_SECONDS, VideoStream
-from .text import load_text_encoder
+from .text import TextEncoder, load_text_encoder
 from .vae.latents import to_model
 from .vae.loading import load_vae
 from .vae.wan import WanVAE
@@ -41,6 +41,8 @@ from .wan.shards import HeadShards
 
 logger = logging.getLogger(__name__)
 
+UNLIMITED_FRAMES = 21
+"""Latent frames that room is left for where a window has no end: those of 5 s."""
 LAST_PROMPT_SECONDS = 5.0
 """What the last prompt of a schedule without an end gets where no length is given."""
 
@@ -90,7 +92,8 @@ class Pipeline:
 
         text_encoder: a file or folder, or what does its work. The VAE has to be that of the model's latents.
 
-        storage: how the model's weights are kept, see `load_model`. loras: files, each with its strength; they add up,
+        storage: how the model's weights are kept, see `load_model`. The text encoder runs on the CPU where it would leave no
+        room on the device for a run. loras: files, each with its strength; they add up,
         and stay for good (`lora.stack` has the way back).
         Raises CheckpointError for files that are missing or cannot be used.
         """
@@ -104,13 +107,13 @@ class Pipeline:
         opened = [(load_lora(path), strength) for path, strength in loras]
         causal = load_model(model, preset=preset, dtype=dtype, storage=storage, device=device)
         LoraStack(causal).set(opened)
-        if text_encoder is None or isinstance(text_encoder, (str, Path)):
-            text_encoder = load_text_encoder(parts["text_encoder"], dtype=dtype, device=device)
-        return cls(
-            causal,
-            text_encoder,
-            load_vae(parts["vae"], dtype=dtype, device=device, geometry=causal.geometry),
-        )
+        texts = text_encoder
+        if texts is None or isinstance(texts, (str, Path)):
+            texts = load_text_encoder(parts["text_encoder"], dtype=dtype, runs_on=device)
+        decoder = load_vae(parts["vae"], dtype=dtype, device=device, geometry=causal.geometry)
+        if isinstance(texts, TextEncoder):
+            texts.to(texts.device_in(device, _room_beside(causal, decoder, device)))
+        return cls(causal, texts, decoder)
 
     def generate(
         self,
@@ -330,6 +333,21 @@ class _Unwritten:
         return self
 
     def __exit__(self, *_) -> None: ...
+
+
+def _room_beside(model: CausalModel, vae: WanVAE, device: torch.device) -> int:
+    """Bytes of a device beside a model and a VAE that are there, and a run with the model's own settings and size."""
+    preset, size = model.preset, model.geometry.size
+    run = estimate(
+        model.transformer,
+        *size,
+        sampling=preset.sampling,
+        cache=preset.cache,
+        frames=preset.cache.limit or UNLIMITED_FRAMES,
+        weight_sets=len(model.transformers),
+    )
+    held = sum(tensor.nbytes for part in (model, vae) for tensor in part.parameters())
+    return obtainable_memory(device) - held - run.device - vae.decode_bytes(*size)
 
 
 def clip_of(

@@ -19,7 +19,6 @@ from typing import cast
 import sentencepiece
 import tokenizers
 import torch
-from diffusers.hooks import apply_layerwise_casting_hook
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -75,7 +74,7 @@ class Tokenizer:
 class TextEncoder(nn.Module):
     """UMT5 with its tokenizer. It has no `device` attribute, so that a memory manager may assign one.
 
-    Weights may be stored in half precision; a block is float32 while it runs.
+    Weights may be stored in half precision, and those of the blocks in float8; a block is float32 while it runs.
 
     words: those that the model understands, where it says so because they are few.
     """
@@ -85,16 +84,50 @@ class TextEncoder(nn.Module):
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.words = words
-        stored = encoder.shared.weight.dtype
-        if stored != torch.float32:
-            for block in encoder.encoder.block:
-                apply_layerwise_casting_hook(block, stored, torch.float32, non_blocking=False)
-            encoder.encoder.final_layer_norm.float()
+        values = encoder.shared.weight.dtype
+        for block in encoder.encoder.block:
+            if any(parameter.dtype != torch.float32 for parameter in block.parameters()):
+                block.forward = _in_float32(block, block.forward, values)
+        encoder.encoder.final_layer_norm.float()
 
     @property
     def dim(self) -> int:
         """Width of the embeddings; 4096 for UMT5-XXL."""
         return self.encoder.config.d_model
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights as they are stored; the table of the tokens counts once."""
+        return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
+
+    @property
+    def working_nbytes(self) -> int:
+        """Bytes that encoding a prompt takes beside the weights: the largest block in float32, and what it computes."""
+        config, narrow = self.encoder.config, [p for p in self.encoder.encoder.parameters() if p.dtype != torch.float32]
+        block = max(
+            sum(parameter.numel() for parameter in block.parameters() if parameter.dtype != torch.float32)
+            for block in self.encoder.encoder.block
+        )
+        one = max((parameter.numel() for parameter in narrow if parameter.dtype.itemsize == 1), default=0)
+        scores = cast(int, config.num_heads) * TEXT_LENGTH
+        made = TEXT_LENGTH * max(4 * cast(int, config.d_ff), 5 * scores)
+        return (block + max(one, made)) * torch.float32.itemsize
+
+    def device_in(self, device: torch.device, room: int) -> torch.device:
+        """Where to run: `device`, or the CPU where it takes more than `room`, the bytes that can be had there.
+
+        The log then says so.
+        """
+        needed = self.nbytes + self.working_nbytes
+        if device.type == "cpu" or needed <= room:
+            return device
+        logger.warning(
+            "The text encoder runs on the CPU: it takes %.1f GiB, and %.1f can be had on %s.",
+            needed / 2**30,
+            max(room, 0) / 2**30,
+            device,
+        )
+        return torch.device("cpu")
 
     def compute_device(self) -> torch.device:
         """Where the weights are now."""
@@ -146,6 +179,34 @@ class TextEncoder(nn.Module):
         return self.encode([prompt]), self.encode([text.removeprefix(marker)]) if begins else None
 
 
+def _in_float32(block: nn.Module, stock_forward: Callable, values: torch.dtype) -> Callable:
+    """A `forward` for a block whose weights are float32 while it runs, and then what they were, where they were.
+
+    values: dtype that weights in float8 are rounded to once they are multiplied by their scales.
+    """
+
+    def widened(module: nn.Module, parameter: Tensor) -> nn.Parameter:
+        wide = parameter.to(torch.float32)
+        if parameter.dtype.itemsize == 1 and (scale := getattr(module, "scale", None)) is not None:
+            wide.mul_(scale)
+            wide.copy_(wide.to(values))
+        return nn.Parameter(wide, requires_grad=False)
+
+    def forward(*args, **kwargs):
+        stored = [
+            (m, name, parameter) for m in block.modules() for name, parameter in m.named_parameters(recurse=False)
+        ]
+        try:
+            for module, name, parameter in stored:
+                setattr(module, name, widened(module, parameter))
+            return stock_forward(*args, **kwargs)
+        finally:
+            for module, name, parameter in stored:
+                setattr(module, name, parameter)
+
+    return forward
+
+
 def clean(prompt: str) -> str:
     """A prompt as Wan was trained on it: HTML entities resolved, runs of white space made one space.
 
@@ -176,8 +237,9 @@ def load_text_encoder(
         weights are unpacked: it is small on disk, not in memory.
     tokenizer: spiece.model or tokenizer.json, or a folder with one of them. By default the one inside the file, else
         one beside it: in tokenizer/, google/umt5-xxl/ or the same folder.
-    dtype: what the weights are stored in: "float32", "float16", "bfloat16", a torch dtype, or "auto": the file's own,
-        float8 as bfloat16, and on CUDA float32 as bfloat16.
+    dtype: what the weights are stored in: "float32", "float16", "bfloat16", a torch dtype, or "auto": the file's own, and
+        on CUDA float32 as bfloat16. Weights of the blocks that a file has in float8 then stay so, with their scales, and
+        give what they give in bfloat16; with anything else they are widened as they are loaded.
     runs_on: the device that "auto" chooses for, where the encoder is loaded to another one first.
 
     Raises CheckpointError for a file that is no UMT5, with what it is instead, what is missing or what to do.
@@ -190,10 +252,19 @@ def load_text_encoder(
         weights, scales = _weights(checkpoint)
         shapes = unpacked_shapes(weights)
         config = _config(shapes, checkpoint.config)
+        stays = dtype == "auto"
         dtype = choose_dtype(dtype, shapes, runs_on or device, instead=torch.bfloat16)  # a block computes in float32
         encoder = _empty_encoder(shapes, config)
         needed = [name for name in encoder.state_dict() if name != "encoder.embed_tokens.weight"]
-        loaded = {name: load_tensor(unpack(weights[name]), scales.get(name), dtype, device) for name in needed}
+        loaded = {}
+        for name in needed:
+            layer, weight = encoder.get_submodule(name.rpartition(".")[0]), unpack(weights[name])
+            if stays and isinstance(layer, nn.Linear) and weight.dtype.itemsize == 1:
+                scale = load_tensor(scales[name], None, torch.float32, device) if name in scales else None
+                layer.register_buffer("scale", scale)
+                loaded[name] = load_tensor(weight, None, weight.dtype, device)
+            else:
+                loaded[name] = load_tensor(weight, scales.get(name), dtype, device)
         encoder.load_state_dict(loaded, assign=True, strict=False)
         encoder.set_input_embeddings(encoder.shared)
         encoder.eval().requires_grad_(False)

@@ -12,6 +12,7 @@ from ...rolling_kv.messages import shown
 from ...rolling_kv.planning import forecast, last_window
 from ...rolling_kv.schedules.timeline import shown_in_seconds
 from .. import inputs
+from ..patchers import obtainable
 from ..wired import SECONDS, run_of, wired
 from .routes import answer_with
 from .runs import window_of
@@ -69,7 +70,7 @@ def plan(said: dict) -> dict[str, Any]:
     frames = sampling.frames_of(chunks)
     device = mm.get_torch_device()
     on_cpu = device.type == "cpu"
-    room, host_room = _room(device), None if on_cpu else mm.get_free_memory(mm.unet_offload_device())
+    room, host_room = obtainable(device), None if on_cpu else mm.get_free_memory(mm.unet_offload_device())
     known = forecast(
         made, run.height, run.width, sampling=sampling, cache=cache, frames=frames, batch=run.batch, room=room,
         host_room=host_room,
@@ -94,10 +95,3 @@ def plan(said: dict) -> dict[str, Any]:
         "size": [run.width, run.height],
         "seconds": geometry.seconds(frames),
     }
-
-
-def _room(device) -> int:
-    """Bytes that a run can have on a device: what is free, and what ComfyUI has loaded there and can unload."""
-    # Whatever runs meanwhile may let go of any of them.
-    loaded = [known.model for known in mm.current_loaded_models if known.device == device]
-    return int(mm.get_free_memory(device) + sum(model.loaded_size() for model in loaded if model is not None))

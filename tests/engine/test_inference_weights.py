@@ -97,7 +97,8 @@ def test_the_vae_is_the_same_both_ways(as_inference):
     assert torch.equal(moved.encode_video(pixels), encoded)
 
 
-def test_prompts_are_the_same(as_inference, tmp_path):
-    encoder = load_text_encoder(make_tiny(tmp_path / "tiny"))
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_prompts_are_the_same(dtype, as_inference, tmp_path):
+    encoder = load_text_encoder(make_tiny(tmp_path / "tiny"), dtype=dtype)
     expected = encoder.encode(["a red circle", ""])
     assert torch.equal(as_inference(encoder).encode(["a red circle", ""]), expected)

@@ -17,8 +17,10 @@ from rolling_kv.geometry import GEOMETRIES, WAN_21
 from rolling_kv.lora.reader import load_lora
 from rolling_kv.lora.stack import applied_loras
 from rolling_kv.pipeline import Interrupted, Pipeline
+from rolling_kv.sampling.memory import estimate
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.sampling.state_file import load_state, read_state
+from rolling_kv.text import TextEncoder
 from rolling_kv.tiny import make_tiny
 from rolling_kv.vae.latents import to_model, to_raw
 from rolling_kv.vae.loading import load_vae
@@ -89,6 +91,24 @@ def test_what_does_not_fit_is_refused_before_the_rest_is_loaded(folder, tmp_path
     save_file(wide, tmp_path / "wide.safetensors")
     with pytest.raises(CheckpointError, match="wide was made for another model"):
         Pipeline.load(folder, loras=[(tmp_path / "wide.safetensors", 1.0)])
+
+
+def test_the_text_encoder_is_where_there_is_room_beside_a_run(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(TextEncoder, "device_in", lambda self, device, room: asked.append((device, room)) or device)
+    monkeypatch.setattr(pipeline_module, "obtainable_memory", lambda device: 2**40)
+    pipeline = Pipeline.load(folder)
+    ((device, room),) = asked
+    run = estimate(
+        pipeline.model.transformer,
+        *pipeline.model.geometry.size,
+        sampling=pipeline.model.preset.sampling,
+        cache=pipeline.model.preset.cache,
+        frames=1,
+    )
+    held = sum(tensor.nbytes for part in (pipeline.model, pipeline.vae) for tensor in part.parameters())
+    assert device == torch.device("cpu") and 2**40 - room >= held + run.activations + run.cache
+    assert 2**40 - room < 2 * (held + run.device + pipeline.vae.decode_bytes(*pipeline.model.geometry.size))
 
 
 def test_a_video_is_that_of_a_session_with_the_same_choices(folder, loras, tmp_path, sessions):

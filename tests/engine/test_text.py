@@ -8,10 +8,11 @@ import sentencepiece
 import torch
 from builders import scaled_float8, sentencepiece_model, tiny_transformer, tiny_umt5, transformers_tokenizer
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
+from rolling_kv.bench.gauges import TensorBytes
 from rolling_kv.checkpoints.readers import CheckpointError
-from rolling_kv.text import clean, load_text_encoder
+from rolling_kv.text import TextEncoder, clean, load_text_encoder
 
 PROMPTS = ["a red circle moving left across the stormy sea", "", "cats & dogs"]
 EOS = 1
@@ -171,6 +172,89 @@ def test_scaled_float8_is_multiplied_by_its_scales(weights, pieces, single, tmp_
     auto = load_text_encoder(tmp_path / "umt5_xxl_fp8_e4m3fn_scaled.safetensors")
     assert auto.encoder.shared.weight.dtype == torch.bfloat16
     assert (auto.encode(PROMPTS) - load_text_encoder(single).encode(PROMPTS)).abs().mean() < 0.1
+
+
+@pytest.fixture(scope="module")
+def scaled(weights, pieces, tmp_path_factory):
+    """A file with scaled float8, one scale a weight; the table of tokens and the position biases are bfloat16, as in ComfyUI's."""
+    path = tmp_path_factory.mktemp("scaled") / "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+    linear = {name for name in weights if weights[name].ndim == 2 and "shared" not in name and "relative" not in name}
+    stored, _ = scaled_float8({name: weights[name] for name in linear})
+    save_file(
+        {name: tensor.bfloat16() for name, tensor in weights.items() if name not in linear} | stored | spiece(pieces),
+        path,
+    )
+    return path
+
+
+def test_float8_stays_and_gives_what_it_gives_when_it_is_widened(scaled, monkeypatch):
+    kept, widened = load_text_encoder(scaled), load_text_encoder(scaled, dtype="bfloat16")
+    before = {name: tensor.clone() for name, tensor in kept.state_dict().items()}
+    assert before["encoder.encoder.block.1.layer.1.DenseReluDense.wo.weight"].dtype == torch.float8_e4m3fn
+    assert before["encoder.shared.weight"].dtype == torch.bfloat16
+    assert torch.equal(kept.encode(PROMPTS), widened.encode(PROMPTS))
+    after = kept.state_dict()
+    assert all(torch.equal(after[name].float(), before[name].float()) for name in before)
+    assert {name: after[name].dtype for name in after} == {name: before[name].dtype for name in before}
+    unscaled = {name: tensor for name, tensor in before.items() if not name.endswith(".scale")}
+    assert kept.nbytes - 4 * (len(before) - len(unscaled)) < 0.8 * widened.nbytes
+
+
+def test_no_more_than_one_block_is_wide(scaled, monkeypatch):
+    encoder = load_text_encoder(scaled)
+    parts = [part for part in encoder.encoder.encoder.block.modules() if isinstance(part, torch.nn.Linear)]
+    linear, wide = torch.nn.functional.linear, []
+
+    def counting(*args):
+        wide.append(sum(part.weight.dtype == torch.float32 for part in parts))
+        return linear(*args)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counting)
+    encoder.encode(PROMPTS)
+    assert set(wide) == {len(parts) // 2} and len(encoder.encoder.encoder.block) == 2
+
+
+def test_weights_are_narrow_again_after_an_error(scaled, monkeypatch):
+    encoder = load_text_encoder(scaled)
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encoder.encode(PROMPTS)
+    assert not any(part.dtype == torch.float32 for part in encoder.encoder.encoder.block.parameters())
+    monkeypatch.undo()
+    assert torch.equal(encoder.encode(PROMPTS), load_text_encoder(scaled).encode(PROMPTS))
+
+
+def test_bytes_are_announced_for_the_largest_encoder():
+    """UMT5-XXL on the meta device: what encoding takes, operation by operation, is what is announced and little less."""
+    config = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                        feed_forward_proj="gated-gelu")  # fmt: skip
+    with torch.device("meta"):
+        stock = UMT5EncoderModel(config).to(torch.bfloat16).eval().requires_grad_(False)
+        for part in stock.encoder.block.modules():
+            if isinstance(part, torch.nn.Linear):
+                part.weight = torch.nn.Parameter(part.weight.to(torch.float8_e4m3fn), requires_grad=False)
+                part.register_buffer("scale", torch.ones(()))
+        encoder, ids = TextEncoder(stock, None), torch.zeros(1, 512, dtype=torch.int64)
+        with torch.no_grad(), TensorBytes() as held:
+            encoder.encoder.encoder.block[0](torch.empty(1, 512, 4096))
+        with torch.no_grad(), TensorBytes() as all_held:
+            encoder.encoder.encoder.embed_tokens(ids)
+            for block in encoder.encoder.encoder.block:
+                block(torch.empty(1, 512, 4096))
+    assert 6.2 < encoder.nbytes / 2**30 < 6.4
+    assert 0.7 * encoder.working_nbytes < held.peak <= encoder.working_nbytes < 1.1 * 2**30
+    assert all_held.peak <= encoder.working_nbytes
+
+
+def test_what_does_not_fit_runs_on_the_cpu(single, caplog):
+    encoder, card = load_text_encoder(single), torch.device("cuda:0")
+    needed = encoder.nbytes + encoder.working_nbytes
+    with caplog.at_level(logging.WARNING):
+        assert encoder.device_in(card, needed) == card and not caplog.records
+        assert encoder.device_in(torch.device("cpu"), 0).type == "cpu" and not caplog.records
+        assert encoder.device_in(card, needed - 1).type == "cpu"
+    (record,) = caplog.records
+    assert "runs on the CPU" in record.getMessage() and "cuda:0" in record.getMessage()
 
 
 def write_gguf(path, weights, pieces, kind):
