@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
 import psutil
 import torch
 
@@ -77,6 +81,32 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=device.type != "mps")  # MPS does not keep such copies in order with the rest
 
 
-def stream_beside(device: torch.device) -> torch.cuda.Stream | None:
-    """A CUDA stream for what is decoded beside the sampling; None elsewhere, where both share the processor."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
+class Beside:
+    """What a CUDA device does beside everything else, in a stream of its own.
+
+        turn = beside.after_all()  # in the thread that hands the work over
+        with turn:                 # in the one that does it
+            frames = decode(latents.to(device)).cpu()
+
+    Only tensors of the CPU go in and come out: what is made in the stream is freed in it.
+    """
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device)
+
+    def after_all(self) -> AbstractContextManager[None]:
+        """A turn in the stream, which begins when the device has done all that it was told so far: weights are there by then,
+        though they may still be on their way now.
+        """
+        return self._turn(torch.cuda.current_stream(self.stream.device).record_event())
+
+    @contextmanager
+    def _turn(self, ready: Any) -> Iterator[None]:
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(ready)
+            yield
+
+
+def beside(device: torch.device) -> Beside | None:
+    """For what is decoded beside the sampling; None elsewhere than on CUDA, where both share the processor."""
+    return Beside(device) if device.type == "cuda" else None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch.nn.functional import pixel_shuffle
 
-from .devices import stream_beside
+from .devices import beside
 from .vae.latents import to_raw
 from .video import to_uint8
 
@@ -73,7 +74,7 @@ class DecodedPreview:
 
     def __init__(self, start: Callable[[], Decoder], device: torch.device, raw: bool = True):
         self._start, self._raw = start, raw
-        self._cuda = stream_beside(device)
+        self._beside = beside(device)
         self._decoder: Decoder | None = None
         self._next = 0
 
@@ -86,7 +87,7 @@ class DecodedPreview:
         latents = between(begin, last)[:1].float()
         if self._raw:
             latents = to_raw(latents)
-        with torch.cuda.stream(self._cuda):
+        with nullcontext() if self._beside is None else self._beside.after_all():
             made = [
                 to_uint8(frames[0]).permute(1, 2, 3, 0).cpu()
                 for number, frames in enumerate(decoder.decode_frames(latents), begin)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from queue import Queue
@@ -13,14 +13,14 @@ from threading import Event, Thread
 import torch
 
 from .atomic import claiming
-from .devices import stream_beside
+from .devices import beside
 from .growing import GrowingVideo, growing_place, whole_length
 from .sampling.journal import SUFFIX as JOURNAL_SUFFIX
 from .sampling.journal import Journal
 from .sampling.state import CacheState
 from .sampling.state_file import SUFFIX, check_state_path, save_state
 from .vae.latents import to_raw
-from .vae.wan import WanVAE
+from .vae.loading import AnyVAE
 from .video import to_uint8
 
 ENDLESS_SECONDS = 7 * 24 * 3600.0
@@ -83,7 +83,7 @@ class VideoStream:
     state_out: file for the state, .safetensors; by default one is kept only where the block fails, beside the video.
     on_frames: called as on_frames(number, frames) with the frames of each latent frame that is written, uint8 [T, H, W, 3] in
         CPU memory, in their order; in whichever thread decodes.
-    settings: of `GrowingVideo`: fps, crf, scale, metadata.
+    settings: of `GrowingVideo`: fps, crf, scale, metadata, encoder.
 
     Raises FileExistsError where an earlier run of this name did not end, and what `GrowingVideo` raises. An error of the
     thread that writes is raised by the next `add`, or on leaving.
@@ -92,7 +92,7 @@ class VideoStream:
     def __init__(
         self,
         path: str | Path,
-        vae: WanVAE,
+        vae: AnyVAE,
         height: int,
         width: int,
         *,
@@ -113,7 +113,7 @@ class VideoStream:
         self._journal_in = journal_in
         self._decoder = vae.decoder()
         self._on_frames = on_frames
-        self._cuda = stream_beside(vae.compute_device())
+        self._beside = beside(vae.compute_device())
         self._generated = before.generated
         self._written_from = before.frames if new_only else 0
         self._warm_from = max(self._written_from - vae.reach, 0)  # what comes before changes no pixel that is written
@@ -133,6 +133,11 @@ class VideoStream:
         if self.state_file is None:
             return ""
         return f"the {self._state.seconds:g} s that are done are in {self._growing.place}, and their state in {self.state_file}"
+
+    @property
+    def note(self) -> str:
+        """What is to be said of how the video is encoded; empty mostly."""
+        return self._growing.note
 
     @property
     def video(self) -> Path:
@@ -163,13 +168,17 @@ class VideoStream:
     def _send(self, latents: torch.Tensor, first: int) -> None:
         """Have model latents [1, C, f, h, w] decoded and written, of which the first is the video's latent frame `first`."""
         latents = to_raw(latents.float())
-        if self._cuda is not None:
-            self._work.put(partial(self._decode, latents, first, self._growing.write))
+        if self._beside is not None:
+            self._work.put(partial(self._decode_beside, self._beside.after_all(), latents, first))
         else:
             self._decode(latents, first, lambda frames: self._work.put(partial(self._growing.write, frames)))
 
+    def _decode_beside(self, turn: AbstractContextManager, latents: torch.Tensor, first: int) -> None:
+        with turn:
+            self._decode(latents, first, self._growing.write)
+
     def _decode(self, latents: torch.Tensor, first: int, write: Callable[[torch.Tensor], None]) -> None:
-        with torch.inference_mode(), torch.cuda.stream(self._cuda):
+        with torch.inference_mode():
             for number, frames in enumerate(self._decoder.decode_frames(latents), first):
                 if number >= self._written_from:
                     pictures = to_uint8(frames[0]).permute(1, 2, 3, 0).cpu()

@@ -15,6 +15,7 @@ from test_growing import readable
 
 from rolling_kv import streaming as streaming_module
 from rolling_kv.config import CacheConfig
+from rolling_kv.devices import Beside
 from rolling_kv.growing import growing_place
 from rolling_kv.pipeline import Interrupted, Pipeline
 from rolling_kv.sampling.journal import Journal
@@ -390,3 +391,64 @@ def test_memory_does_not_grow_with_the_video(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(VideoStream, "add", watched)
     pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=80, height=16, width=16)
     assert len(sizes) == 107 and max(sizes[30:]) < 1.05 * sizes[30], [size // 2**20 for size in sizes[::10]]
+
+
+class RecordedStream:
+    """A stand-in of a CUDA stream that notes what is done in it and what it waits for. now: the streams of each thread, the latest last."""
+
+    now = threading.local()
+
+    def __init__(self, name, log):
+        self.name, self.log, self.device = name, log, torch.device("cuda", 0)
+
+    def record_event(self):
+        event = object()
+        self.log.append((self.name, "reached", event))
+        return event
+
+    def wait_event(self, event):
+        self.log.append((self.name, "waits", event))
+
+    def __enter__(self):
+        self.now.__dict__.setdefault("inside", []).append(self)
+
+    def __exit__(self, *_):
+        self.now.inside.pop()
+
+
+def test_beside_the_sampling_chunks_are_decoded_in_turn_each_after_all_that_came_before_it(
+    pipeline, whole, tmp_path, monkeypatch
+):
+    log: list[tuple] = []
+    main = RecordedStream("sampling", log)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: RecordedStream("decoding", log))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(streaming_module, "beside", lambda device: Beside(torch.device("cuda", 0)))
+    decode_frames, add = StreamingDecoder.decode_frames, VideoStream.add
+
+    def decoded(self, latents):
+        (stream,) = RecordedStream.now.inside
+        stream.log.append((stream.name, "decodes", latents.device.type, threading.current_thread() is main_thread))
+        yield from decode_frames(self, latents)
+        assert RecordedStream.now.inside == [stream], "all of a chunk is decoded in the stream"
+
+    def added(self, state):
+        main.log.append(("sampling", "makes", len(state.chunks)))
+        return add(self, state)
+
+    main_thread = threading.current_thread()
+    monkeypatch.setattr(StreamingDecoder, "decode_frames", decoded)
+    monkeypatch.setattr(VideoStream, "add", added)
+    made = pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=7, seed=3, **SIZE)
+    assert made.read_bytes() == whole.read_bytes()
+    marks = [entry for entry in log if entry[1] == "reached"]
+    turns = [entry for entry in log if entry[0] == "decoding"]
+    assert len(marks) == 10 and {mark[0] for mark in marks} == {"sampling"}
+    expected = [
+        turn for mark in marks for turn in (("decoding", "waits", mark[2]), ("decoding", "decodes", "cpu", False))
+    ]
+    assert turns == expected
+    for number, mark in enumerate(marks, 1):  # the chunk is there when its mark is set, and decoded after it
+        at = log.index(mark)
+        assert log.index(("sampling", "makes", number)) < at < log.index(("decoding", "waits", mark[2]))
