@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import InputImpl, io
 
 from ..rolling_kv.devices import check_memory
-from ..rolling_kv.video import VideoWriter
+from ..rolling_kv.video import PLAIN, VideoWriter
 from . import borders, inputs, run
 from .guard import guarded
 from .types import CATEGORY, VAE
@@ -33,12 +33,13 @@ class RollingKVDecodeVideo(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="From Sample Video."),
                 inputs.fps(),
                 inputs.enlarge(),
+                inputs.encoder(),
             ],
             outputs=[
                 io.Video.Output(
                     display_name="video",
                     is_output_list=True,
-                    tooltip="An H.264 video, for Save Video; of a batch, one for each of its videos.",
+                    tooltip="An mp4, for Save Video; of a batch, one for each of its videos.",
                 )
             ],
             hidden=[io.Hidden.unique_id],
@@ -46,14 +47,18 @@ class RollingKVDecodeVideo(io.ComfyNode):
 
     @classmethod
     @guarded
-    def execute(cls, vae, latent, fps=None, enlarge=1) -> io.NodeOutput:
+    def execute(cls, vae, latent, fps=None, enlarge=1, encoder=PLAIN) -> io.NodeOutput:
         geometry = vae.model.geometry
         samples = borders.latents_to_decode(latent, geometry)
         height, width = geometry.pixel_size(*samples.shape[-2:])
         videos = []
         for video in samples.split(1):
             path = Path(folder_paths.get_temp_directory()) / f"rolling_kv_{uuid.uuid4().hex}.mp4"
-            with VideoWriter(path, width, height, fps=inputs.fps_of(geometry, fps), scale=enlarge) as writer:
+            with VideoWriter(
+                path, width, height, fps=inputs.fps_of(geometry, fps), scale=enlarge, encoder=encoder
+            ) as writer:
+                if writer.note:
+                    run.say(writer.note, cls.hidden.unique_id)
                 for frames in _decode(vae, video, cls.hidden.unique_id):
                     writer.write(frames)
             videos.append(DecodedVideo(path))

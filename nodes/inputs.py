@@ -13,6 +13,7 @@ from comfy_api.latest import io
 from ..rolling_kv.config import ALL_FRAMES, CACHE_STORAGES, CONTEXTS, POSITIONS, SWITCHES, CacheConfig, SamplingConfig
 from ..rolling_kv.geometry import WAN_21, WAN_22, Geometry
 from ..rolling_kv.sampling.history import RECOMPUTING
+from ..rolling_kv.video import ENCODERS
 from .types import Schedule
 
 OWN = "the model's own"
@@ -314,6 +315,17 @@ def enlarge() -> io.Int.Input:
         optional=True,
         advanced=True,
         tooltip="Repeat each pixel this many times in both directions. For very small videos.",
+    )
+
+
+def encoder() -> io.Combo.Input:
+    return io.Combo.Input(
+        "encoder",
+        options=list(ENCODERS),
+        optional=True,
+        advanced=True,
+        tooltip="What encodes the video. x264 works on the CPU, and gives the same file every time. The others are those of an "
+        "NVIDIA GPU; where they do not open, x264 does it. HEVC makes smaller files, which fewer browsers play.",
     )
 
 

@@ -5,6 +5,7 @@ from comfy.cli_args import args
 from comfy_api.latest import InputImpl, io, ui
 
 from ..rolling_kv.streaming import ENDLESS_SECONDS, VideoStream
+from ..rolling_kv.video import PLAIN
 from . import borders, inputs, run, state_files
 from .guard import guarded
 from .job import Job
@@ -72,11 +73,10 @@ class RollingKVStreamVideo(io.ComfyNode):
                     tooltip="What of a continued video the file holds: all of it, whose old part is decoded again, or only "
                     "what is made here.",
                 ),
+                inputs.encoder(),
             ],
             outputs=[
-                io.Video.Output(
-                    display_name="video", tooltip="An H.264 video, which is saved in the output folder already."
-                ),
+                io.Video.Output(display_name="video", tooltip="An mp4, which is saved in the output folder already."),
                 State.Output(
                     display_name="state",
                     tooltip="Where this video stands, for another Stream Video, Sample Video or Save State.",
@@ -95,7 +95,7 @@ class RollingKVStreamVideo(io.ComfyNode):
     @guarded
     def execute(
         cls, model, positive, vae, seconds, seed, width, height, filename_prefix, guidance=None, negative=None,
-        initial_latent=None, state=None, switch=None, fps=None, enlarge=1, written="the whole video",
+        initial_latent=None, state=None, switch=None, fps=None, enlarge=1, written="the whole video", encoder=PLAIN,
     ) -> io.NodeOutput:  # fmt: skip
         geometry, node_id = model.geometry, cls.hidden.unique_id
         borders.check_vae(vae.model.geometry, geometry)
@@ -118,14 +118,16 @@ class RollingKVStreamVideo(io.ComfyNode):
         live = watched(cls.hidden, job, fps=rate, endless=not seconds)
         stream = VideoStream(
             path, vae.model, *size, before=state, new_only=state is not None and written == NEW, on_frames=live.see,
-            fps=rate, scale=enlarge, metadata=_metadata(cls.hidden),
+            fps=rate, scale=enlarge, encoder=encoder, metadata=_metadata(cls.hidden),
         )  # fmt: skip
         try:
             with run.progress(node_id, live.newest) as on_pass, live, stream, job.session(on_pass) as session:
                 for made in job.states(session, stream.settle):
                     session.state = stream.add(made)
                     live.show(session)
-                    run.say("\n".join([*job.notes, f"{made.seconds:g} s in {name}"]), node_id)
+                    run.say(
+                        "\n".join(filter(None, [*job.notes, stream.note, f"{made.seconds:g} s in {name}"])), node_id
+                    )
         except BaseException:
             if stream.kept:
                 run.say(stream.kept, node_id)

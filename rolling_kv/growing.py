@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .atomic import replacing
-from .video import FINISHED, VideoWriter, open_mp4
+from .video import ENCODERS, FINISHED, VideoWriter, open_mp4
 
 FRAGMENTED = {
     "movflags": "+empty_moov+default_base_moof",
@@ -99,6 +99,8 @@ class GrowingVideo(VideoWriter):
         with replacing(self.path, what="video") as part, av.open(os.path.abspath(self.growing)) as source:
             with open_mp4(part, FINISHED, self.metadata) as container:
                 stream = container.add_stream_from_template(source.streams.video[0])
+                if tag := ENCODERS[self.encoder].tag:
+                    stream.codec_context.codec_tag = tag
                 offset = None
                 for packet in source.demux(video=0):
                     if packet.dts is None or packet.is_corrupt:  # a full disk took a part of it

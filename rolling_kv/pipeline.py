@@ -35,8 +35,8 @@ from .schedules.schedule import Plan, PromptSchedule
 from .streaming import ENDLESS_SECONDS, VideoStream
 from .text import TextEncoder, load_text_encoder
 from .vae.latents import to_model
-from .vae.loading import load_vae
-from .vae.wan import WanVAE
+from .vae.loading import AnyVAE, load_vae
+from .video import PLAIN
 from .wan.shards import HeadShards
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Pipeline:
 
     model: CausalModel
     text_encoder: Texts
-    vae: WanVAE
+    vae: AnyVAE
 
     @classmethod
     def load(
@@ -90,7 +90,8 @@ class Pipeline:
     ) -> Pipeline:
         """Load all three. A diffusers folder holds the text encoder and the VAE too; give them for single files.
 
-        text_encoder: a file or folder, or what does its work. The VAE has to be that of the model's latents.
+        text_encoder: a file or folder, or what does its work. The VAE has to be that of the model's latents, or a tiny decoder of
+        them; that one makes videos from prompts alone.
 
         storage: how the model's weights are kept, see `load_model`. The text encoder runs on the CPU where it would leave no
         room on the device for a run. loras: files, each with its strength; they add up,
@@ -135,6 +136,7 @@ class Pipeline:
         sampling: SamplingConfig | None = None,
         cache: CacheConfig | None = None,
         scale: int = 1,
+        encoder: str = PLAIN,
         execution: ExecutionConfig | None = None,
         state_in: str | Path | None = None,
         state_out: str | Path | None = None,
@@ -154,6 +156,7 @@ class Pipeline:
             made anew. 0: until Ctrl-C.
         schedule: prompts and when they begin, or text that `read_schedule` reads.
         height, width: pixels, multiples of 16 (for Wan 2.2 5B: 32). scale: enlarge each pixel so many times.
+        encoder: see `VideoWriter`.
         image: a picture that the video starts with.
         video: a video that it starts with, or its `last_seconds`; it is read and written in constant memory.
         strength: make that video anew instead: from 0 to 1, how far from it. With `state_in` it lies along the whole video, so
@@ -212,6 +215,7 @@ class Pipeline:
                 new_only=new_only,
                 state_out=state_out,
                 scale=scale,
+                encoder=encoder,
                 metadata=metadata,
             )
         frames = start + sampling.frames_of(plan.chunks, start)
@@ -220,7 +224,8 @@ class Pipeline:
             raise ValueError(
                 "a video without an end needs a window: with all frames in it, memory grows with the video"
             )
-        streams = 1 + needs_vae(cache, sampling, state, plan.chunks)  # one for the file, one for the context
+        recomputed = needs_vae(cache, sampling, state, plan.chunks)
+        streams = 1 + recomputed  # one for the file, one for the context
         takes: dict[str, Any] = dict(
             sampling=sampling,
             cache=cache,
@@ -228,7 +233,7 @@ class Pipeline:
             frames=frames,
             dtype=self.model.dtype,
             decoding=streams * self.vae.decode_bytes(height, width)
-            + (0 if clip is None else self.vae.encode_bytes(height, width)),
+            + (self.vae.encode_bytes(height, width) if clip is not None or recomputed else 0),
             weight_sets=len(self.model.transformers),
             joint_switch="joint" in switches_of(plan, cache, marker),
             ranks=1 if shards is None else shards.ranks,

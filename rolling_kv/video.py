@@ -5,12 +5,13 @@ PyAV is imported where a file is opened or written: everything else, benchmarks 
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,11 +21,34 @@ from .geometry import WAN_21
 
 if TYPE_CHECKING:
     from av.container import OutputContainer
+    from av.video.stream import VideoStream
+
+logger = logging.getLogger(__name__)
 
 H264_SIDE = 16384
 """Most pixels along one side of a picture that libx264 takes."""
 X264 = "cpu-independent=1:rc-lookahead=8:sync-lookahead=0"
 """Options of x264: what lies in memory by chance stays out of the file, and no more than nine frames wait in the encoder."""
+
+
+class Encoder(NamedTuple):
+    """codec: FFmpeg's name of it. quality: its option for `crf`. options: its others. tag: of its streams in an mp4; "": the usual one."""
+
+    codec: str
+    quality: str
+    options: dict[str, str]
+    tag: str = ""
+
+
+PLAIN = "x264"
+"""The encoder that is always there."""
+NVENC = {"preset": "p5", "tune": "hq", "rc": "vbr", "delay": "0"}
+ENCODERS = {
+    PLAIN: Encoder("libx264", "crf", {"x264-params": X264}),
+    "h264_nvenc": Encoder("h264_nvenc", "cq", NVENC),
+    "hevc_nvenc": Encoder("hevc_nvenc", "cq", NVENC, tag="hvc1"),  # the one that Apple's players take
+}
+"""What encodes videos, by the names that people choose: on the CPU, or on the circuits for that of an NVIDIA GPU."""
 FINISHED = {"movflags": "+faststart"}
 """Options of an mp4 whose index comes first, so that browsers can play it."""
 _BT709 = 1
@@ -32,7 +56,7 @@ _BT709 = 1
 
 
 class VideoWriter:
-    """Writes frames to an H.264 mp4 as they come; holds none of them.
+    """Writes frames to an mp4 as they come; holds none of them.
 
     A context manager. Entering it makes the folder and the file, so a place that cannot be written to shows before any
     work; the video appears under its own name only when the block ends well. After an exception, an interrupt included,
@@ -43,13 +67,15 @@ class VideoWriter:
                 writer.write(frames)
 
     path: ends in .mp4. width, height: of the frames to be written, in pixels. fps: frames per second.
-    crf: H.264 quality, from 0 (lossless) to 51; 18 looks like the original.
+    crf: quality, from 0 (lossless with x264) to 51; 18 looks like the original.
     scale: each pixel becomes a square of so many pixels; for models whose pictures are tiny.
     metadata: tags for the file, for example the prompt.
+    encoder: one of `ENCODERS`. One that does not open here, as without such a GPU or with all of its sessions taken, gives way
+        to x264, and `note` says so.
 
     The video is yuv420p in BT.709 colours, with its index in front (faststart), so that browsers can play it.
-    A symbolic link is followed; a pipe or a device is refused. The same frames give the same file, byte for byte, on one
-    machine, however busy it is.
+    A symbolic link is followed; a pipe or a device is refused. With x264 the same frames give the same file, byte
+    for byte, on one machine, however busy it is.
     Raises ValueError for sizes that H.264 cannot hold and OSError for a path that cannot be written.
     """
 
@@ -63,6 +89,7 @@ class VideoWriter:
         crf: int = 18,
         scale: int = 1,
         metadata: dict[str, str] | None = None,
+        encoder: str = PLAIN,
     ):
         self.path = Path(path)
         check_place(self.path)
@@ -85,8 +112,10 @@ class VideoWriter:
             raise ValueError(f"fps must be from 0.01 to 1000, got {fps}")
         self.width, self.height, self.crf, self.scale = width, height, crf, scale
         self.fps = Fraction(fps).limit_denominator(1001)
-        self.metadata = dict(metadata or {})
-        self.frames = 0
+        if encoder not in ENCODERS:
+            raise ValueError(f"the encoder must be one of {', '.join(ENCODERS)}, got {encoder!r}")
+        self.metadata, self.encoder = dict(metadata or {}), encoder
+        self.frames, self.note = 0, ""
 
     def __enter__(self) -> VideoWriter:
         with ExitStack() as ending:
@@ -97,16 +126,38 @@ class VideoWriter:
         return self
 
     def _open(self, place: Path, options: dict[str, str]) -> None:
-        from av.video.reformatter import ColorRange
+        import av
 
         self._container = open_mp4(place, options, self.metadata)
-        options = {"crf": str(self.crf), "x264-params": X264}
-        self._stream = self._container.add_stream("libx264", rate=self.fps, options=options)
-        self._stream.width, self._stream.height = self.width * self.scale, self.height * self.scale
-        self._stream.pix_fmt = "yuv420p"
-        codec = self._stream.codec_context
+        if self.encoder != PLAIN:
+            try:
+                self._stream = self._add_stream(ENCODERS[self.encoder])
+                self._stream.codec_context.open(strict=False)
+                return
+            except (av.FFmpegError, ValueError) as error:  # the latter where FFmpeg was built without it
+                self.note = (
+                    f"the encoder {self.encoder} does not open here ({str(error).splitlines()[0]}): it takes an NVIDIA GPU with a "
+                    f"session to spare, and pictures of a size that it knows. The video is encoded with {PLAIN}"
+                )
+            logger.warning("%s", self.note)
+            self.encoder = PLAIN
+            self._container.close()
+            self._container = open_mp4(place, options, self.metadata)
+        self._stream = self._add_stream(ENCODERS[PLAIN])
+
+    def _add_stream(self, encoder: Encoder) -> VideoStream:
+        from av.video.reformatter import ColorRange
+
+        options = {encoder.quality: str(self.crf), **encoder.options}
+        stream = cast("VideoStream", self._container.add_stream(encoder.codec, rate=self.fps, options=options))
+        stream.width, stream.height = self.width * self.scale, self.height * self.scale
+        stream.pix_fmt = "yuv420p"
+        codec = stream.codec_context
+        if encoder.tag:
+            codec.codec_tag = encoder.tag
         codec.color_primaries = codec.color_trc = codec.colorspace = _BT709
         codec.color_range = ColorRange.MPEG
+        return stream
 
     def write(self, frames: Tensor) -> None:
         """Append frames: floats [3, T, H, W] or [1, 3, T, H, W] in [-1, 1], or uint8 [T, H, W, 3]."""

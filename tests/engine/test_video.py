@@ -11,7 +11,8 @@ import torch
 
 from rolling_kv import atomic
 from rolling_kv.footage import read_picture
-from rolling_kv.video import VideoWriter, read_frames, read_video_info, to_uint8
+from rolling_kv.growing import GrowingVideo
+from rolling_kv.video import ENCODERS, Encoder, VideoWriter, read_frames, read_video_info, to_uint8
 
 COLOURS = torch.tensor(
     [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 120, 40]], dtype=torch.uint8
@@ -269,3 +270,53 @@ def test_a_file_without_a_picture_is_named(tmp_path):
     for name, advice in (("text.png", "give a .png"), ("absent.png", "there is no such file")):
         with pytest.raises(ValueError, match=f"{name} holds no picture that can be read: {advice}"):
             read_picture(tmp_path / name, 32, 32)
+
+
+def written(kind, path, frames, **options):
+    """The writer of a video of that kind, once it is there."""
+    height, width = frames.shape[1:3]
+    with kind(path, width, height, **options) as writer:
+        writer.write(frames)
+    if kind is GrowingVideo:
+        writer.finish()
+    return writer
+
+
+@pytest.mark.parametrize("kind", [VideoWriter, GrowingVideo])
+def test_an_encoder_that_does_not_open_gives_way_to_x264(kind, tmp_path, monkeypatch, caplog):
+    missing, refusing = Encoder("no_such_codec", "cq", {}), Encoder("libx264", "crf", {"preset": "none of them"})
+    for number, (name, encoder) in enumerate([("hevc_nvenc", missing), ("h264_nvenc", refusing)]):
+        monkeypatch.setitem(ENCODERS, name, encoder)
+        writer = written(kind, tmp_path / f"{number}.mp4", plain_frames(), encoder=name)
+        assert writer.note.startswith(f"the encoder {name} does not open here") and writer.note in caplog.text
+        plain = written(kind, tmp_path / "plain.mp4", plain_frames())
+        assert not plain.note and writer.path.read_bytes() == plain.path.read_bytes()
+
+
+@pytest.mark.skipif("hevc_nvenc" not in av.codecs_available, reason="PyAV was built without NVIDIA's encoders")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="an encoder may open here")
+@pytest.mark.parametrize("name", ["h264_nvenc", "hevc_nvenc"])
+def test_without_a_gpu_its_encoders_give_way(name, tmp_path):
+    frames = torch.zeros(2, 240, 320, 3, dtype=torch.uint8)
+    assert "NVIDIA GPU" in written(VideoWriter, tmp_path / "a.mp4", frames, encoder=name).note
+    assert read_video_info(tmp_path / "a.mp4").codec == "h264"
+
+
+@pytest.mark.skipif("libx265" not in av.codecs_available, reason="PyAV was built without x265")
+@pytest.mark.parametrize("kind", [VideoWriter, GrowingVideo])
+def test_an_encoder_that_opens_is_used_and_hevc_has_the_tag_that_players_know(kind, tmp_path, monkeypatch):
+    stands_in = ENCODERS["hevc_nvenc"]._replace(
+        codec="libx265", quality="crf", options={"x265-params": "log-level=none:pools=none"}
+    )
+    monkeypatch.setitem(ENCODERS, "hevc_nvenc", stands_in)
+    frames = torch.zeros(20, 240, 320, 3, dtype=torch.uint8)
+    assert not written(kind, tmp_path / "a.mp4", frames, encoder="hevc_nvenc", crf=20).note
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        codec = container.streams.video[0].codec_context
+        assert (codec.name, codec.codec_tag) == ("hevc", "hvc1")
+        assert codec.colorspace == 1 and sum(1 for _ in container.decode(video=0)) == 20
+
+
+def test_an_encoder_that_nobody_knows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="one of x264, h264_nvenc, hevc_nvenc, got 'av1'"):
+        VideoWriter(tmp_path / "a.mp4", 48, 32, encoder="av1")
