@@ -17,8 +17,8 @@ class RollingKVLoadVAE(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Loads the VAE of Wan 2.1, or of Wan 2.2 5B, for streaming: Decode Video then writes a video of any length "
-                "frame by frame, in constant memory. ComfyUI's own VAE Decode with Load VAE works on the same latents, all at "
-                "once."
+                "frame by frame, in constant memory. A tiny decoder decodes alike, many times as fast and approximately. ComfyUI's "
+                "own VAE Decode with Load VAE works on the same latents, all at once."
             ),
             search_aliases=["wan vae", "load vae", "video vae"],
             inputs=[
@@ -27,9 +27,11 @@ class RollingKVLoadVAE(io.ComfyNode):
                     options=model_files.choices(model_files.VAE),
                     tooltip="wan_2.1_vae.safetensors from models/vae (for models with the latents of Wan 2.2 5B, such as "
                     "LongLive 2, wan2.2_vae.safetensors), or a diffusers folder from models/diffusers. It is at "
-                    f"{model_files.VAE.link}.",
+                    f"{model_files.VAE.link}. taew2_1 from models/vae_approx is a tiny decoder: fast, near, for decoding alone.",
                 ),
-                inputs.dtype("Precision of the VAE. Auto: the file's own, bfloat16 for float32 files on a GPU."),
+                inputs.dtype(
+                    "Precision of the VAE. Auto: the file's own, bfloat16 for float32 files on a GPU; float16 for a tiny decoder there."
+                ),
             ],
             outputs=[VAE.Output(display_name="vae", tooltip="For Encode Video, Decode Video and Decode Images.")],
         )

@@ -30,17 +30,20 @@ class Kind(NamedTuple):
     folder: ComfyUI's name of the folder for single files.
     subfolder: its place in a diffusers folder, "" where it is in none.
     link: where to get one.
+    instead, sign: ComfyUI's name of another folder, whose files with that in their names do as well; "" for none.
     """
 
     title: str
     folder: str
     subfolder: str = ""
     link: str = ""
+    instead: str = ""
+    sign: str = ""
 
 
 MODEL = Kind("model", "diffusion_models", "transformer", DEFAULT_PRESET.files[0].url)
 TEXT_ENCODER = Kind("text encoder", "text_encoders", "text_encoder", TEXT_ENCODER_FILES[0].url)
-VAE = Kind("VAE", "vae", "vae", VAE_FILE.url)
+VAE = Kind("VAE", "vae", "vae", VAE_FILE.url, instead="vae_approx", sign="taew2_")
 LORA = Kind("LoRA", "loras")
 
 
@@ -52,6 +55,8 @@ def choices(kind: Kind) -> list[str]:
     names += [name for name in folder_paths.get_filename_list(kind.folder) if name.lower().endswith(SUFFIXES)]
     if kind in (MODEL, TEXT_ENCODER):  # ComfyUI does not list these
         names += sorted(name for name in _files(kind.folder) if name.lower().endswith(".gguf"))
+    if kind.instead:
+        names += [name for name in folder_paths.get_filename_list(kind.instead) if kind.sign in name.lower()]
     return names + sorted(_diffusers_folders(kind.subfolder))
 
 
@@ -65,9 +70,10 @@ def find(kind: Kind, name: object) -> Path | None:
     below = inside(name)
     if below is None:
         return None
-    single = folder_paths.get_full_path(kind.folder, str(below))
-    if single is not None:
-        return Path(single)
+    for folder in filter(None, (kind.folder, kind.instead)):
+        single = folder_paths.get_full_path(folder, str(below))
+        if single is not None:
+            return Path(single)
     folders = (Path(root, below) for root in folder_paths.get_folder_paths("diffusers") if kind.subfolder)
     return next((folder for folder in folders if os.path.isdir(folder / kind.subfolder)), None)
 

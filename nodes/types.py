@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import UnionType
 from typing import NamedTuple
 
 import torch
@@ -16,14 +17,14 @@ from ..rolling_kv.sampling.scheduled import Embeds
 from ..rolling_kv.sampling.state import CacheState
 from ..rolling_kv.schedules.schedule import PromptSchedule
 from ..rolling_kv.text import TextEncoder as Umt5
-from ..rolling_kv.vae.wan import WanVAE
+from ..rolling_kv.vae.loading import AnyVAE
 from .patchers import ManagedModel, ManagedModule
 
 CATEGORY = "RollingKV"
 
 Model = io.Custom("ROLLING_KV_MODEL")  # ModelHandle
 TextEncoder = io.Custom("ROLLING_KV_TEXT_ENCODER")  # patchers.ManagedModule around rolling_kv.text.TextEncoder
-VAE = io.Custom("ROLLING_KV_VAE")  # patchers.ManagedModule around rolling_kv.vae.wan.WanVAE
+VAE = io.Custom("ROLLING_KV_VAE")  # patchers.ManagedModule around rolling_kv.vae.loading.AnyVAE
 Schedule = io.Custom("ROLLING_KV_SCHEDULE")  # EncodedSchedule
 State = io.Custom("ROLLING_KV_STATE")  # rolling_kv.sampling.state.CacheState
 
@@ -71,7 +72,7 @@ class EncodedSchedule(NamedTuple):
         return f"EncodedSchedule({len(self.schedule.segments)} prompts, from the {self.origin}'s beginning)"
 
 
-def _holds(engine_type: type):
+def _holds(engine_type: type | UnionType):
     return lambda value: isinstance(value, ManagedModule) and isinstance(value.model, engine_type)
 
 
@@ -85,7 +86,7 @@ def _is_conditioning(value) -> bool:
 EDGES = {
     Model.io_type: lambda value: isinstance(value, ModelHandle),
     TextEncoder.io_type: _holds(Umt5),
-    VAE.io_type: _holds(WanVAE),
+    VAE.io_type: _holds(AnyVAE),
     Schedule.io_type: lambda value: isinstance(value, EncodedSchedule),
     State.io_type: lambda value: isinstance(value, CacheState),
     io.Conditioning.io_type: _is_conditioning,

@@ -21,7 +21,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--model", type=Path, default=BUNDLED, help="a causal Wan model: a diffusers folder, .safetensors, .gguf or .pt"
     )
     parser.add_argument("--text-encoder", type=Path, help="UMT5, where the model is a single file")
-    parser.add_argument("--vae", type=Path, help="the Wan VAE of the model's latents, where the model is a single file")
+    parser.add_argument(
+        "--vae",
+        type=Path,
+        help="the Wan VAE of the model's latents, where the model is a single file; or a tiny decoder, taew2_1",
+    )
     parser.add_argument(
         "--lora",
         nargs="+",

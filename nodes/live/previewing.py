@@ -53,7 +53,7 @@ def _tiny_decoder(geometry: Geometry, device: torch.device) -> Preview | None:
             except Exception as error:
                 logger.warning("the preview is made without a tiny decoder: %s", printable(str(error)))
             else:
-                return DecodedPreview(taehv.stream, device, raw=False)
+                return DecodedPreview(taehv.stream, device, raw=taehv.raw)
     return None
 
 

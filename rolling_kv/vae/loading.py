@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from functools import partial
@@ -21,9 +22,15 @@ from ..checkpoints.names import VAE, check_fit, kind_of, strip_prefixes
 from ..checkpoints.readers import CheckpointError, known_fields, open_checkpoint, telling
 from ..config import check_flag, check_real, check_whole
 from ..geometry import GEOMETRIES, WAN_21, WAN_22, Geometry
-from ..messages import shown
+from ..messages import printable, shown
 from .latents import STATISTICS
+from .taehv import TinyVAE, is_taehv, taehv_of
 from .wan import WanVAE, streamline
+
+logger = logging.getLogger(__name__)
+
+AnyVAE = WanVAE | TinyVAE
+"""What decodes raw latents."""
 
 ARCHITECTURES: dict[int, dict[str, Any]] = {
     WAN_21.channels: {},
@@ -77,13 +84,13 @@ def load_vae(
     device: str | torch.device = "cpu",
     runs_on: str | torch.device | None = None,
     geometry: Geometry | None = None,
-) -> WanVAE:
-    """Load a Wan VAE of any width, from local files only.
+) -> AnyVAE:
+    """Load a Wan VAE of any width, or a tiny decoder, from local files only.
 
     path: a diffusers folder (the VAE's own, or a pipeline with vae/ in it), or a single .safetensors or .pth file in
-        the original Wan or the diffusers names.
+        the original Wan or the diffusers names; or a file of TAEHV's, taew2_1 or taew2_2.
     dtype: "float32", "float16", "bfloat16", a torch dtype, or "auto": the file's own, on CUDA float32 as bfloat16, and
-        float32 on hardware without bfloat16: float16 is too small for it.
+        float32 on hardware without bfloat16: float16 is too small for it, but not for a tiny decoder.
     runs_on: the device that "auto" chooses for, where the VAE is loaded to another one first.
     geometry: of the model whose latents it is for; None takes either VAE.
     Raises CheckpointError, a ValueError, when the path is missing, unreadable, or not the VAE of such a model.
@@ -91,6 +98,12 @@ def load_vae(
     path = Path(path)
     with telling(path):
         checkpoint = open_checkpoint(path / "vae" if (path / "vae").is_dir() else path)
+        if is_taehv(checkpoint.tensors):
+            logger.warning(
+                "%s is a tiny decoder: its pictures are near those of the Wan VAE, and not the same",
+                printable(path.name),
+            )
+            return TinyVAE(taehv_of(path.name, checkpoint.tensors, geometry, device, dtype=dtype, runs_on=runs_on))
         tensors, _ = strip_prefixes(checkpoint.tensors)
         tensors = {name: unpack(tensor) for name, tensor in tensors.items()}
         widths, given = _widths(tensors), known_fields(checkpoint.config, _CHECKS)

@@ -137,19 +137,29 @@ class _CausalStream:
         """A VAE in float32 computes in it: bfloat16 is for those who want it fast."""
         return exact_convolutions(self._vae.quant_conv.weight)
 
-    def _check(self, x: Tensor, channels: int, what: str) -> tuple[int, ...]:
-        """Batch, height and width. Raises ValueError unless they are those that the stream began with."""
-        if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
-            raise ValueError(f"{what} must be [B, {channels}, F, H, W], got {list(x.shape)}")
-        shape = (x.shape[0], *x.shape[3:])
-        if self._shape not in (None, shape):
-            began = list(self._shape)
-            raise ValueError(f"batch, height and width are {list(shape)}, but the stream began with {began}")
-        return shape
-
     def _to_weights(self, x: Tensor) -> Tensor:
         weight = self._vae.quant_conv.weight
         return x.to(weight.device, weight.dtype)
+
+
+def check_shape(x: Tensor, channels: int, what: str, began: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Batch, height and width of what a stream is given. Raises ValueError unless they are those that it `began` with."""
+    if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
+        raise ValueError(f"{what} must be [B, {channels}, F, H, W], got {list(x.shape)}")
+    shape = (x.shape[0], *x.shape[3:])
+    if began not in (None, shape):
+        raise ValueError(f"batch, height and width are {list(shape)}, but the stream began with {list(began)}")
+    return shape
+
+
+def check_numbers(frames: Tensor) -> Tensor:
+    """Decoded frames as they are. Raises ValueError for values that are no numbers."""
+    if not frames.isfinite().all():
+        raise ValueError(
+            "decoding gives values that are no numbers (NaN or infinity). Load the VAE in bfloat16 or float32: "
+            "float16 is too small for it."
+        )
+    return frames
 
 
 class StreamingDecoder(_CausalStream):
@@ -177,18 +187,12 @@ class StreamingDecoder(_CausalStream):
         A caller may stop after any yield; the stream then continues with the next latent frame. Raises ValueError for
         frames with values that are no numbers.
         """
-        shape = self._check(latents, self._geometry.channels, "latents")
+        shape = check_shape(latents, self._geometry.channels, "latents", self._shape)
         for frame in latents.split(1, dim=2):
             first, self._shape = self._shape is None, shape
             with self._exact():
                 x = self._step(self._vae.post_quant_conv(self._to_weights(frame)), first_chunk=first)
-            x = unpatchify(x, self._patch)
-            if not x.isfinite().all():
-                raise ValueError(
-                    "decoding gives values that are no numbers (NaN or infinity). Load the VAE in bfloat16 or float32: "
-                    "float16 is too small for it."
-                )
-            yield x.clamp(-1.0, 1.0).float()
+            yield check_numbers(unpatchify(x, self._patch)).clamp(-1.0, 1.0).float()
 
 
 class StreamingEncoder(_CausalStream):
@@ -211,7 +215,7 @@ class StreamingEncoder(_CausalStream):
 
     def encode_frames(self, pixels: Tensor) -> Iterator[Tensor]:
         """Like `encode`, one latent frame at a time: yields [B, C, 1, h, w]."""
-        shape, geometry = self._check(pixels, 3, "pixels"), self._geometry
+        shape, geometry = check_shape(pixels, 3, "pixels", self._shape), self._geometry
         frames, height, width = pixels.shape[2:]
         if height % geometry.spatial or width % geometry.spatial:
             size = f"{height}x{width}"

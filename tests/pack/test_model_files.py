@@ -107,3 +107,17 @@ def test_what_is_no_name_is_told_in_a_line(model_files, name):
     str(told.value).encode()
     assert len(str(told.value)) < 500
     assert (model_files.check(model_files.LORA, name) is True) == (name is None)
+
+
+def test_tiny_decoders_are_listed_beside_vaes_and_found(model_files, folders):
+    for name in ("vae/wan.safetensors", "vae_approx/taew2_1.safetensors", "vae_approx/taesd_decoder.safetensors"):
+        make(folders.root / name)
+    assert [name for name in model_files.choices(model_files.VAE) if "tiny" not in name] == [
+        "wan.safetensors",
+        "taew2_1.safetensors",
+    ]
+    found = model_files.find(model_files.VAE, "taew2_1.safetensors")
+    assert found == folders.root / "vae_approx" / "taew2_1.safetensors"
+    make(folders.root / "vae" / "taew2_1.safetensors")
+    assert model_files.find(model_files.VAE, "taew2_1.safetensors").parent.name == "vae"
+    assert model_files.find(model_files.TEXT_ENCODER, "taew2_1.safetensors") is None

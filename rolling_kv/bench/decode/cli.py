@@ -9,6 +9,7 @@ from statistics import median
 from ...geometry import WAN_21
 from ...vae.loading import load_vae
 from ...vae.taehv import load_taehv
+from ...vae.wan import WanVAE
 from .. import options
 from ..figures import hardware, machine, markdown, number, ratios, size, write_json
 from ..kinds import KINDS, OTHER
@@ -57,7 +58,10 @@ def make_experiment(args: argparse.Namespace) -> tuple[DecodeExperiment, str]:
     if args.vae is None:
         vae, name = random_vae(width, dtype, args.device), f"VAE of width {VAE_SIZES[width]}, random weights, {dtype}"
     else:  # in float32 it stays as diffusers has it
-        vae = load_vae(args.vae, dtype="float32", device=args.device, geometry=WAN_21).vae
+        loaded = load_vae(args.vae, dtype="float32", device=args.device, geometry=WAN_21)
+        if not isinstance(loaded, WanVAE):
+            raise ValueError(f"--vae takes Wan's VAE, and {args.vae} is a tiny decoder: give it with --taehv")
+        vae = loaded.vae
         for parameter in vae.parameters():
             parameter.data = parameter.data.to(dtype)
         width, name = "full", f"{args.vae.name}, {dtype}"

@@ -10,18 +10,29 @@ import torch
 
 from ...bundled import default_size
 from ...pipeline import Pipeline
+from ...vae.loading import AnyVAE
+from ...vae.taehv import TinyVAE
 from ...vae.wan import WanVAE, streamline
+from ...video import ENCODERS, PLAIN
 from .. import options
 from ..decode.cli import add_vae_size, vae_size_of
 from ..figures import hardware, machine, markdown, write_json
-from ..random_model import SIZES, random_model, random_prompt, random_vae
+from ..random_model import SIZES, random_model, random_prompt, random_taehv, random_vae
 from .run import PipelineExperiment, PipelineResult, RandomTexts, measure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
-    parser.add_argument("--vae", type=Path, help="the VAE, where the model is a single file")
+    parser.add_argument(
+        "--vae", type=Path, help="the VAE, where the model is a single file; or a tiny decoder, taew2_1"
+    )
     add_vae_size(parser)
+    parser.add_argument(
+        "--tiny-decoder", action="store_true", help="with --size: TAEHV's decoder in the place of the VAE"
+    )
+    parser.add_argument(
+        "--encoder", choices=ENCODERS, default=PLAIN, help="what encodes the video (default: %(default)s)"
+    )
     options.add_dtype(parser)
     parser.add_argument("--chunks", type=int, default=8, help="of the video (default: %(default)s)")
     options.add_machine(parser, memory=False)
@@ -46,10 +57,8 @@ def make_experiment(args: argparse.Namespace) -> PipelineExperiment:
     dtype = options.dtype_of(args)
     if args.size:
         shape, model = SIZES[args.size], random_model(args.size, dtype, args.device)
-        vae = random_vae(vae_size_of(args), dtype, args.device)
-        if dtype.itemsize < 4:
-            streamline(vae)
-        pipeline = Pipeline(model, RandomTexts(random_prompt(dtype, torch.device("cpu"))), WanVAE(vae))
+        texts = RandomTexts(random_prompt(dtype, torch.device("cpu")))
+        pipeline = Pipeline(model, texts, _random_decoder(args, dtype))
         height, width = shape.height, shape.width
     else:
         pipeline = Pipeline.load(
@@ -60,7 +69,17 @@ def make_experiment(args: argparse.Namespace) -> PipelineExperiment:
     preset = pipeline.model.preset
     if args.window is not None:
         pipeline.model.preset = replace(preset, cache=replace(preset.cache, window=args.window))
-    return PipelineExperiment(pipeline, args.height or height, args.width or width, args.chunks)
+    size = args.height or height, args.width or width
+    return PipelineExperiment(pipeline, *size, args.chunks, encoder=args.encoder)
+
+
+def _random_decoder(args: argparse.Namespace, dtype: torch.dtype) -> AnyVAE:
+    if args.tiny_decoder:
+        return TinyVAE(random_taehv(dtype, args.device))
+    vae = random_vae(vae_size_of(args), dtype, args.device)
+    if dtype.itemsize < 4:
+        streamline(vae)
+    return WanVAE(vae)
 
 
 def table(result: PipelineResult) -> list[str]:
@@ -69,7 +88,7 @@ def table(result: PipelineResult) -> list[str]:
     together = sum(result.parts.values())
     return [
         f"{result.frames} frames in {result.whole:.2f} s: {result.frames_per_second:.2f} frames per second, the first after "
-        f"{result.first_frame:.2f} s. Its parts, one after the other, take {together:.2f} s:",
+        f"{result.first_frame:.2f} s; encoded with {result.encoder}. Its parts, one after the other, take {together:.2f} s:",
         "",
         *markdown(["part alone", "s", "share"], rows),
     ]

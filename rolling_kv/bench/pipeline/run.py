@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ from torch import Tensor
 from ...pipeline import Pipeline
 from ...sampling.session import RollingSession
 from ...vae.latents import to_raw
-from ...vae.wan import StreamingDecoder, WanVAE
-from ...video import VideoWriter, read_video_info, to_uint8
+from ...vae.loading import AnyVAE
+from ...vae.taehv import TinyDecoder
+from ...vae.wan import StreamingDecoder
+from ...video import PLAIN, VideoWriter, read_video_info, to_uint8
 from ..gauges import now
 
 PROMPT = "a red circle moving left"
@@ -37,36 +39,45 @@ class RandomTexts:
         return ""
 
 
-class NotedDecoder(StreamingDecoder):
-    """Notes when the first frame is there."""
+class NotedDecoder:
+    """A stream that notes when the first frame is there."""
 
-    first: float | None = None
+    def __init__(self, stream: StreamingDecoder | TinyDecoder):
+        self._stream = stream
+        self.first: float | None = None
 
     def decode_frames(self, latents: Tensor) -> Iterator[Tensor]:
-        for frames in super().decode_frames(latents):
+        for frames in self._stream.decode_frames(latents):
             if self.first is None:
                 self.first = now(frames.device)
             yield frames
 
 
-class NotedVAE(WanVAE):
+class NotedVAE:
     """A VAE whose latest stream is looked at later."""
 
     stream: NotedDecoder
 
+    def __init__(self, vae: AnyVAE):
+        self._vae = vae
+
     def decoder(self) -> NotedDecoder:
-        self.stream = NotedDecoder(self.vae)
+        self.stream = NotedDecoder(self._vae.decoder())
         return self.stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vae, name)
 
 
 class PipelineExperiment(NamedTuple):
-    """pipeline: what makes the video. height, width: pixels. chunks: of the video."""
+    """pipeline: what makes the video. height, width: pixels. chunks: of the video. encoder: of `video.ENCODERS`."""
 
     pipeline: Pipeline
     height: int
     width: int
     chunks: int
     seed: int = 0
+    encoder: str = PLAIN
 
     @property
     def seconds(self) -> float:
@@ -78,13 +89,14 @@ class PipelineExperiment(NamedTuple):
 class PipelineResult(NamedTuple):
     """frames: of the video. whole, first_frame: seconds until the file is there, and until the first picture is decoded.
 
-    parts: seconds of each part alone: text, sampling, decoding, encoding.
+    parts: seconds of each part alone: text, sampling, decoding, encoding. encoder: that was used.
     """
 
     frames: int
     whole: float
     first_frame: float
     parts: dict[str, float]
+    encoder: str = PLAIN
 
     @property
     def frames_per_second(self) -> float:
@@ -101,9 +113,9 @@ def measure(experiment: PipelineExperiment) -> PipelineResult:
     """Make the video. What is set up once, in CUDA's libraries for example, is set up by the parts, which come first."""
     with TemporaryDirectory() as folder:
         _parts(experiment._replace(chunks=1), Path(folder))
-        parts = _parts(experiment, Path(folder))
+        parts, encoder = _parts(experiment, Path(folder))
         pipeline = experiment.pipeline
-        noted = NotedVAE(pipeline.vae.vae)
+        noted: Any = NotedVAE(pipeline.vae)
         start = time.perf_counter()
         Pipeline(pipeline.model, pipeline.text_encoder, noted).generate(
             PROMPT,
@@ -112,15 +124,16 @@ def measure(experiment: PipelineExperiment) -> PipelineResult:
             width=experiment.width,
             seconds=experiment.seconds,
             seed=experiment.seed,
+            encoder=experiment.encoder,
         )
         whole = time.perf_counter() - start
         frames = read_video_info(Path(folder, "whole.mp4")).frames
     first = (noted.stream.first or start) - start
-    return PipelineResult(frames, whole, first, parts)
+    return PipelineResult(frames, whole, first, parts, encoder)
 
 
-def _parts(experiment: PipelineExperiment, folder: Path) -> dict[str, float]:
-    """Seconds of each part, one after the other."""
+def _parts(experiment: PipelineExperiment, folder: Path) -> tuple[dict[str, float], str]:
+    """Seconds of each part, one after the other, and the encoder that was used."""
     pipeline = experiment.pipeline
     device, seconds = pipeline.model.compute_device(), {}
     start = now(device)
@@ -141,8 +154,9 @@ def _parts(experiment: PipelineExperiment, folder: Path) -> dict[str, float]:
     with torch.inference_mode():
         frames = [to_uint8(part[0]).permute(1, 2, 3, 0).cpu() for part in pipeline.vae.decoder().decode_frames(latents)]
     done("decoding")
-    with VideoWriter(folder / "parts.mp4", experiment.width, experiment.height) as writer:
+    size = experiment.width, experiment.height
+    with VideoWriter(folder / "parts.mp4", *size, encoder=experiment.encoder) as writer:
         for part in frames:
             writer.write(part)
     done("encoding")
-    return seconds
+    return seconds, writer.encoder

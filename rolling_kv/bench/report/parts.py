@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from ..figures import size as sized
+
 Figures = dict[str, Any]
 """What a benchmark writes to its JSON file."""
 
@@ -29,6 +31,7 @@ def parts_of(size: str, device: str, window: int, quick: bool = False) -> list[P
     """
     few = ("--repeats", "1") if quick else ()
     model, picture = ("--size", size), ("--vae-size", "tiny") if quick else ()
+    chunks = "--chunks", "1" if quick else "8"
 
     def passes(name: str, *options: str, of: tuple[str, ...] = model, limit: float = 60) -> Part:
         return Part(name, ("passes", *of, *options, *few), limit, _pass)
@@ -39,10 +42,13 @@ def parts_of(size: str, device: str, window: int, quick: bool = False) -> list[P
         Part("methods", (*model, "--methods", "ae", "--chunks", "2" if quick else "10", "--no-memory"), 90, _methods),
         Part("cases", ("cases", *(("--families", "self-forcing") if quick else ())), 90, _cases),
         Part("decode", ("decode", *picture, *few), 60, _decode),
-        Part("pipeline", ("pipeline", *model, *picture, "--chunks", "1" if quick else "8"), 90, _pipeline),
+        Part("pipeline", ("pipeline", *model, *picture, *chunks), 90, _pipeline),
+        Part("pipeline_tiny", ("pipeline", *model, "--tiny-decoder", *chunks), 60, _pipeline),
         passes("compiled", "--compile", limit=150),
     ]
     if device == "cuda":
+        nvenc = "--tiny-decoder", "--encoder", "h264_nvenc"
+        parts.insert(-1, Part("pipeline_nvenc", ("pipeline", *model, *nvenc, *chunks), 60, _pipeline))
         parts.append(passes("graphs", "--cuda-graphs"))
     parts += [
         passes("cache_int8", "--cache-storage", "int8"),
@@ -68,17 +74,15 @@ def _pass(figures: Figures) -> str:
     whole = sum(kinds.values())
     shares = ", ".join(f"{kind} {took / whole:.0%}" for kind, took in list(kinds.items())[:3])
     times = f"step {found['step'] * 1e3:.1f} ms, context pass {found['context'] * 1e3:.1f} ms"
-    bytes_said = (
-        f"{found['peak'] / 2**30:.2f} GiB beside the weights, announced {found['announced_times_real']:.2f} times that"
-    )
+    bytes_said = f"{sized(found['peak'])} beside the weights, announced {found['announced_times_real']:.2f} times that"
     return "; ".join(filter(None, [times, shares, bytes_said]))
 
 
 def _kernels(figures: Figures) -> str:
     frames = max(row["frames"] for row in figures["attention"])
     full = [row for row in figures["attention"] if row["frames"] == frames and not row["error"]]
-    attention = ", ".join(f"{row['backend']} {row['tflops']:.0f}" for row in full)
-    products = ", ".join(f"{row['tflops']:.0f}" for row in figures["products"])
+    attention = ", ".join(f"{row['backend']} {row['tflops']:.3g}" for row in full)
+    products = ", ".join(f"{row['tflops']:.3g}" for row in figures["products"])
     return f"TFLOP/s of attention over {frames} frames: {attention}; of the matrix products: {products}"
 
 
@@ -101,7 +105,10 @@ def _decode(figures: Figures) -> str:
 
 def _pipeline(figures: Figures) -> str:
     shares = ", ".join(f"{part} {share:.0%}" for part, share in figures["shares"].items())
-    return f"{figures['frames_per_second']:.1f} frames a second, the first after {figures['first_frame']:.2f} s; alone: {shares}"
+    return (
+        f"{figures['frames_per_second']:.1f} frames a second with {figures['encoder']}, the first after "
+        f"{figures['first_frame']:.2f} s; alone: {shares}"
+    )
 
 
 def command_line(command: Sequence[str]) -> str:

@@ -14,8 +14,7 @@ from ...bundled import default_size
 from ...checkpoints.model import load_model
 from ...step_cache import METHODS
 from ...text import load_text_encoder
-from ...vae.loading import load_vae
-from ...vae.wan import WanVAE
+from ...vae.loading import AnyVAE, load_vae
 from .. import options
 from ..figures import write_json
 from ..random_model import SIZES, random_model, random_prompt
@@ -72,7 +71,7 @@ def main(args: argparse.Namespace, judge: Callable[[torch.Tensor], dict[str, flo
             write_plot(args.plot, experiment, results)
 
 
-def make_experiment(args: argparse.Namespace) -> tuple[StepCacheExperiment, WanVAE | None]:
+def make_experiment(args: argparse.Namespace) -> tuple[StepCacheExperiment, AnyVAE | None]:
     """What to measure, and the VAE to compare videos with; None with random weights."""
     vae = None
     if args.size:

@@ -15,7 +15,7 @@ from ...sampling.clip import BidirectionalClip
 from ...sampling.session import RollingSession
 from ...step_cache import METHODS, FirstBlockCache, Forced, StepCacheReport
 from ...vae.latents import to_raw
-from ...vae.wan import WanVAE
+from ...vae.loading import AnyVAE
 from ..gauges import CudaGauge, TensorBytes, storage_bytes
 from .experiment import Candidate, StepCacheExperiment, StepCacheResult, calibrated, candidates
 from .similarity import Similarity
@@ -155,7 +155,7 @@ def step_change(experiment: StepCacheExperiment, on_pass: OnPass | None = None) 
     return report.change if report else ()
 
 
-def decode_video(vae: WanVAE, latents: torch.Tensor, on_frame: Callable[[], None] = lambda: None) -> torch.Tensor:
+def decode_video(vae: AnyVAE, latents: torch.Tensor, on_frame: Callable[[], None] = lambda: None) -> torch.Tensor:
     """Frames [3, T, H, W] in [-1, 1] on the CPU of one video's latents in model space; on_frame: after each of them."""
     frames = []
     with torch.inference_mode():

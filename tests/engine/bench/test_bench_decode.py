@@ -77,3 +77,12 @@ def test_the_pipeline_makes_the_video_that_its_parts_are_of(monkeypatch):
     assert 0 < result.first_frame < result.whole and result.frames_per_second == 21 / result.whole
     assert sum(result.shares.values()) == pytest.approx(1) and min(result.parts.values()) >= 0
     assert cli.VAE_SIZES["full"] == 96
+
+
+def test_a_pipeline_may_decode_with_a_tiny_decoder_and_tells_which_encoder_was_there(tmp_path, capsys):
+    file = tmp_path / "p.json"
+    main(f"bench pipeline --size tiny --tiny-decoder --encoder hevc_nvenc --chunks 1 --json {file}".split())
+    figures = json.loads(file.read_text())
+    assert figures["frames"] == 9 and figures["first_frame"] > 0
+    assert figures["encoder"] == "x264", "pictures of 64 pixels are too small for any GPU's encoder"
+    assert "encoded with x264" in capsys.readouterr().out
