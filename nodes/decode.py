@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import InputImpl, io
 
 from ..rolling_kv.devices import check_memory
-from ..rolling_kv.video import PLAIN, VideoWriter
+from ..rolling_kv.video import VideoWriter
 from . import borders, inputs, run
 from .guard import guarded
 from .types import CATEGORY, VAE
@@ -47,7 +47,7 @@ class RollingKVDecodeVideo(io.ComfyNode):
 
     @classmethod
     @guarded
-    def execute(cls, vae, latent, fps=None, enlarge=1, encoder=PLAIN) -> io.NodeOutput:
+    def execute(cls, vae, latent, fps=None, enlarge=1, encoder="x264") -> io.NodeOutput:
         geometry = vae.model.geometry
         samples = borders.latents_to_decode(latent, geometry)
         height, width = geometry.pixel_size(*samples.shape[-2:])

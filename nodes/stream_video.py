@@ -5,7 +5,6 @@ from comfy.cli_args import args
 from comfy_api.latest import InputImpl, io, ui
 
 from ..rolling_kv.streaming import ENDLESS_SECONDS, VideoStream
-from ..rolling_kv.video import PLAIN
 from . import borders, inputs, run, state_files
 from .guard import guarded
 from .job import Job
@@ -95,7 +94,7 @@ class RollingKVStreamVideo(io.ComfyNode):
     @guarded
     def execute(
         cls, model, positive, vae, seconds, seed, width, height, filename_prefix, guidance=None, negative=None,
-        initial_latent=None, state=None, switch=None, fps=None, enlarge=1, written="the whole video", encoder=PLAIN,
+        initial_latent=None, state=None, switch=None, fps=None, enlarge=1, written="the whole video", encoder="x264",
     ) -> io.NodeOutput:  # fmt: skip
         geometry, node_id = model.geometry, cls.hidden.unique_id
         borders.check_vae(vae.model.geometry, geometry)
