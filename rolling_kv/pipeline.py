@@ -340,7 +340,7 @@ class _Unwritten:
     def __exit__(self, *_) -> None: ...
 
 
-def _room_beside(model: CausalModel, vae: WanVAE, device: torch.device) -> int:
+def _room_beside(model: CausalModel, vae: AnyVAE, device: torch.device) -> int:
     """Bytes of a device beside a model and a VAE that are there, and a run with the model's own settings and size."""
     preset, size = model.preset, model.geometry.size
     run = estimate(
