@@ -49,9 +49,14 @@ class JointKVCache(RollingKVCache):
         return 2 * shape.batch * seen * shape.tokens_per_frame * shape.heads * shape.head_dim * shape.dtype.itemsize
 
     def update(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor, turning: Turning | None = None
+        self,
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        turning: Turning | None = None,
+        slots: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        parts, window = self.write(layer, key, value, turning), self.window
+        parts, window = self.write(layer, key, value, turning, slots), self.window
         first = min(max(0, window.end + window.open - self.reach), self.config.sink) * self.shape.tokens_per_frame
         return self._read(parts, slice(first, self._used), turning)
 
@@ -85,15 +90,23 @@ class JointPass:
         self.turn = to_device(turn.to(torch.complex64), cache.device)
 
     def update(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor, turning: Turning | None = None
+        self,
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        turning: Turning | None = None,
+        slots: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values that the pass attends to, [B, S', H, D] each; see `RollingKVCache.update`."""
+        """Keys and values that the pass attends to, [B, S', H, D] each; see `RollingKVCache.update`.
+
+        slots: of the open chunk, which is not written here.
+        """
         if turning is not None:
             key = turning.turned(key)
         cache, dtype = self.cache, self.shape.dtype
-        slots = [(0, self.anchor), *_runs([cache.window.slot(frame) for frame in self.working])]
+        held = [(0, self.anchor), *_runs([cache.window.slot(frame) for frame in self.working])]
         parts = cache.store.open(layer, cache.window.filled * self.shape.tokens_per_frame)
-        keys, values = ([self._read(parts, kind, *run) for run in slots] for kind in (0, 1))
+        keys, values = ([self._read(parts, kind, *run) for run in held] for kind in (0, 1))
         keys[0] = rotate(keys[0], self.turn)
         gathered = torch.cat([*keys, key.to(dtype)], dim=1), torch.cat([*values, value.to(dtype)], dim=1)
         cache.store.close(layer, [])
