@@ -1,8 +1,12 @@
-"""Videos that several processes make together, and the same ones by one process: run as a script, by each process of them."""
+"""Videos that several processes make together, and the same ones by one process.
+
+Run as a script, it starts the processes, once it has imported what all of them need.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 from dataclasses import replace
@@ -83,10 +87,10 @@ def refuses_other_seeds(transformer, shards: HeadShards) -> bool:
     return False
 
 
-def main(weights: str, out: str) -> None:
-    """Make every case with the processes of this group, and in the first one alone; tell what came of it."""
+def make_all(rank: int, ranks: int, weights: str, out: str) -> None:
+    """Make every case with so many processes, of which this is one, and in the first one alone; tell what came of it."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", init_method=f"file://{out}.meeting", rank=rank, world_size=ranks)
     shards = HeadShards()
     transformer = torch.load(weights, weights_only=False)
     told: dict[str, dict[str, Any]] = {}
@@ -109,6 +113,16 @@ def main(weights: str, out: str) -> None:
     dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)
+
+
+def main(ranks: str, weights: str, out: str) -> None:
+    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    processes = [context.Process(target=make_all, args=(rank, int(ranks), weights, out)) for rank in range(int(ranks))]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit(max(abs(process.exitcode or 0) for process in processes))
 
 
 if __name__ == "__main__":

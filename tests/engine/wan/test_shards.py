@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -36,18 +35,18 @@ def transformer():
 def together(ranks, transformer, folder) -> dict[str, dict]:
     """What `shard_cases` tells of each case with so many processes."""
     torch.save(transformer, folder / "weights.pt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    paths = os.pathsep.join([str(PACK), str(PACK / "tests/support")])
-    common = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(ranks), OMP_NUM_THREADS="1", PYTHONPATH=paths)  # fmt: skip
-    command = [sys.executable, PACK / "tests/support/shard_cases.py", folder / "weights.pt", folder / "told.json"]
-    processes = [
-        subprocess.Popen(list(map(str, command)), env=common | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(ranks)
+    environment = dict(
+        os.environ, PYTHONPATH=os.pathsep.join([str(PACK), str(PACK / "tests/support")]), OMP_NUM_THREADS="1"
+    )
+    command = [
+        sys.executable,
+        PACK / "tests/support/shard_cases.py",
+        ranks,
+        folder / "weights.pt",
+        folder / "told.json",
     ]
-    ends = [process.communicate(timeout=600) for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(error[-2000:] for _, error in ends)
+    ended = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr[-4000:]
     return json.loads((folder / "told.json").read_text())
 
 
