@@ -18,6 +18,7 @@ from ..rolling_kv.sampling.shortage import telling_shortage
 from ..rolling_kv.sampling.state import CacheState, Chunk
 from ..rolling_kv.sampling.steering import Shot, Steering
 from ..rolling_kv.schedules.schedule import Plan
+from ..rolling_kv.wan.fast import product_bytes
 from . import borders, encoding, inputs, run
 from .one_prompt import as_schedule
 from .patchers import ManagedModule
@@ -106,6 +107,7 @@ class Job:
         takes: dict[str, Any] = dict(
             sampling=self.sampling, cache=self.model.cache, batch=self.start.batch, frames=self.frames,
             step_cache=self.model.step_cache, weight_sets=len(self.model.engine.transformers), joint_switch=joint,
+            products=product_bytes(self.model.execution, self.model.engine.transformer, self.model.patcher.load_device),
         )  # fmt: skip
         self._telling_shortage = partial(
             telling_shortage, self.model.engine.transformer, **size, device=self.model.patcher.load_device,

@@ -4,8 +4,9 @@ import comfy.model_management as mm
 from comfy_api.latest import io
 
 from ..rolling_kv.checkpoints.model import load_model
-from ..rolling_kv.config import WEIGHT_STORAGES, ExecutionConfig
+from ..rolling_kv.config import SPEEDS, WEIGHT_STORAGES, ExecutionConfig
 from ..rolling_kv.presets import PRESETS
+from ..rolling_kv.wan.fast import fast_for
 from . import attention as kernels
 from . import inputs, model_files, run
 from .guard import guarded, renamed
@@ -74,6 +75,24 @@ class RollingKVLoadModel(io.ComfyNode):
                     tooltip="Run the blocks through torch.compile: the first chunk takes a minute or more, the others are "
                     "faster. Needs a C++ compiler, on a GPU Triton. Not with float8 storage.",
                 ),
+                io.Combo.Input(
+                    "speed",
+                    options=list(SPEEDS),
+                    default="standard",
+                    optional=True,
+                    advanced=True,
+                    tooltip="What passes may cost in error. Exact: the original code's order of arithmetic, slower. Standard: the "
+                    "same to rounding. Fast: attention in 8 bits where SageAttention is installed, and products in float8 from RTX "
+                    "40 and H100 on, which is another rounding; what is missing is said.",
+                ),
+                io.Boolean.Input(
+                    "cuda_graphs",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Once the window is full, record a step and a context pass as CUDA graphs and repeat them: faster where the "
+                    "CPU cannot keep up, as with single frames and small pictures. NVIDIA only. Not with step caches.",
+                ),
             ],
             outputs=[Model.Output(display_name="model", tooltip="The model with its preset's cache settings.")],
             hidden=[io.Hidden.unique_id],
@@ -87,17 +106,32 @@ class RollingKVLoadModel(io.ComfyNode):
     @renamed("attention", "attention", kernels.EARLIER)
     @guarded
     def execute(
-        cls, model_name, preset, dtype="auto", storage="model", attention="auto", compile=False
+        cls,
+        model_name,
+        preset,
+        dtype="auto",
+        storage="model",
+        attention="auto",
+        compile=False,
+        speed="standard",
+        cuda_graphs=False,
     ) -> io.NodeOutput:
         device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
-        execution = ExecutionConfig(backend=None if attention == kernels.AUTO else attention, compile=compile)
+        execution = ExecutionConfig(
+            exact=speed == "exact",
+            backend=None if attention == kernels.AUTO else attention,
+            compile=compile,
+            cuda_graphs=cuda_graphs,
+            fast=speed == "fast",
+        )
         execution.check(device, weight_storage=storage)
         path = model_files.get(model_files.MODEL, model_name)
         model = load_model(path, dtype=dtype, preset=preset, storage=storage, device=offload_device, runs_on=device)
         backend, remark = kernels.backend_of(attention, device, model.dtype)
-        if notes := [note for note in (model.note, remark) if note]:
-            run.say("\n".join(notes), cls.hidden.unique_id)
         execution = replace(execution, backend=backend)
+        missing = fast_for(execution, model.transformer, device).remark
+        if notes := [note for note in (model.note, remark, missing) if note]:
+            run.say("\n".join(notes), cls.hidden.unique_id)
         patcher = ManagedModel(model, load_device=device, offload_device=offload_device)
         preset = model.preset
         return io.NodeOutput(ModelHandle(patcher, preset.sampling, preset.cache, execution=execution, path=path))

@@ -37,6 +37,7 @@ from .text import TextEncoder, load_text_encoder
 from .vae.latents import to_model
 from .vae.loading import AnyVAE, load_vae
 from .video import PLAIN
+from .wan.fast import product_bytes
 from .wan.shards import HeadShards
 
 logger = logging.getLogger(__name__)
@@ -237,6 +238,7 @@ class Pipeline:
             weight_sets=len(self.model.transformers),
             joint_switch="joint" in switches_of(plan, cache, marker),
             ranks=1 if shards is None else shards.ranks,
+            products=product_bytes(execution or ExecutionConfig(), self.model.transformer, self.model.compute_device()),
         )
         check_fits(self.model.transformer, height, width, **takes)
         if note := long_sink_note(sampling, cache, frames):

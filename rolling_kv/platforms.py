@@ -18,6 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 AMPERE = (8, 0)
 """The first NVIDIA GPUs that compute in bfloat16, and for which there are fused kernels of attention in it."""
+ADA = (8, 9)
+"""The first NVIDIA GPUs that multiply in float8."""
 CUDNN_ATTENDS = 91501
 """cuDNN before 9.15.1 has a fault in attention to keys whose number is no multiple of 128."""
 
@@ -88,6 +90,11 @@ def has_bfloat16(platform: Platform) -> bool:
     if platform.kind == "rocm":
         return not platform.arch.startswith(NO_BFLOAT16)
     return platform.kind != "mps" or platform.capability >= (14,)
+
+
+def has_float8_products(platform: Platform) -> bool:
+    """Whether the hardware multiplies float8_e4m3fn, of which torch makes use with a scale for each row."""
+    return platform.kind == "cuda" and platform.capability >= ADA
 
 
 def rounds_to_tf32(platform: Platform, dtype: torch.dtype) -> bool:

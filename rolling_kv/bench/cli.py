@@ -12,6 +12,7 @@ from .pipeline import cli as pipeline
 from .preview import cli as preview
 from .ranks import cli as ranks
 from .report import cli as report
+from .speeds import cli as speeds
 from .states import cli as states
 from .step_caches import cli as step_caches
 from .storage import cli as storage
@@ -29,7 +30,7 @@ def add_command(commands) -> None:
     parser.set_defaults(run=chunks.main)
     chunks.add_arguments(parser)
     more = parser.add_subparsers(
-        metavar="[report | kernels | passes | decode | pipeline | cases | caching | storage | states | preview | ranks | streams]",
+        metavar="[report | kernels | passes | decode | pipeline | cases | speeds | caching | storage | states | preview | ranks | streams]",
         required=False,
         action=options.Subcommands,
     )
@@ -51,6 +52,9 @@ def add_command(commands) -> None:
     recorded = more.add_parser("cases", help="make the recorded cases on this device, and compare")
     recorded.set_defaults(run=cases.main)
     cases.add_arguments(recorded)
+    costs = more.add_parser("speeds", help="measure what exact, standard and fast passes cost in error")
+    costs.set_defaults(run=speeds.main)
+    speeds.add_arguments(costs)
     steps = more.add_parser("caching", help="measure every step cache at several strengths, in time and quality")
     steps.set_defaults(run=step_caches.main)
     step_caches.add_arguments(steps)

@@ -75,7 +75,7 @@ class JointPass:
     frames: latent frames of the pass.
     """
 
-    layout = None
+    repeats = False
     """The anchor moves with every pass: none is recorded."""
 
     def __init__(self, cache: JointKVCache, frames: int):

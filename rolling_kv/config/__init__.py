@@ -15,7 +15,14 @@ from .cache import (
     CacheConfig,
 )
 from .checks import check_choice, check_flag, check_real, check_whole
-from .execution import ANY_DEVICE_BACKEND, ATTENTION_BACKENDS, RECORDABLE_PACKINGS, WEIGHT_STORAGES, ExecutionConfig
+from .execution import (
+    ANY_DEVICE_BACKEND,
+    ATTENTION_BACKENDS,
+    RECORDABLE_PACKINGS,
+    SPEEDS,
+    WEIGHT_STORAGES,
+    ExecutionConfig,
+)
 from .sampling import GIVEN_FRAMES, MOST_CHUNK_FRAMES, MOST_STEPS, SAMPLERS, SamplingConfig
 
 __all__ = [
@@ -35,6 +42,7 @@ __all__ = [
     "POSITIONS",
     "RECORDABLE_PACKINGS",
     "SAMPLERS",
+    "SPEEDS",
     "SWITCHES",
     "SamplingConfig",
     "WEIGHT_STORAGES",

@@ -15,6 +15,8 @@ WEIGHT_STORAGES = ("model", "float8")
 """How weights are stored: in the dtype that the model computes in, or the blocks' Linear layers in float8_e4m3fn."""
 ATTENTION_BACKENDS = ("native", "flash", "_flash_3", "sage", "xformers")
 """Those of diffusers' attention backends that attend without a mask, copy nothing and download nothing."""
+SPEEDS = ("exact", "standard", "fast")
+"""What passes cost in time and error, as nodes ask for it: the field of that name is set, none for the standard."""
 ANY_DEVICE_BACKEND = "native"
 """The one of them that is not for CUDA alone."""
 RECORDABLE_PACKINGS = ("Q8_0", "BF16")
@@ -33,6 +35,8 @@ class ExecutionConfig:
         keys) stays outside the compiled parts, so a session compiles once per chunk size.
     cuda_graphs: once the window is full, record passes as CUDA graphs and repeat them; see `wan.graphs`.
     plain: leave the Triton kernels out, with which passes in half precision run on a GPU where Triton is; see `wan.kernels`.
+    fast: attention in 8 bits, and products in float8, where the device and what is installed give them; see `wan.fast`. Another
+        rounding than the model's own: docs/speed.md has what it costs.
     """
 
     exact: bool = field(
@@ -52,10 +56,20 @@ class ExecutionConfig:
     plain: bool = field(
         default=False, metadata={"help": "use PyTorch's own operations alone, not the Triton kernels where Triton is"}
     )
+    fast: bool = field(
+        default=False,
+        metadata={"help": "attention in 8 bits and products in float8, where the GPU and what is installed give them"},
+    )
 
     def describe(self) -> list[str]:
         """What is not the default, as phrases for people."""
-        phrases = {"exact": "exact", "compile": "compiled", "cuda_graphs": "CUDA graphs", "plain": "plain"}
+        phrases = {
+            "exact": "exact",
+            "compile": "compiled",
+            "cuda_graphs": "CUDA graphs",
+            "plain": "plain",
+            "fast": "fast",
+        }
         chosen = [phrase for name, phrase in phrases.items() if getattr(self, name)]
         return chosen + ([f"attention by {self.backend}"] if self.backend else [])
 
@@ -74,6 +88,8 @@ class ExecutionConfig:
         weights from a GGUF file, as `checkpoints.gguf.gguf_types` names them. step_cache: whether there is one. ranks:
         processes that share a video.
         """
+        if self.exact and self.fast:
+            raise ValueError("passes are exact or fast, not both: turn one of them off")
         if ranks > 1 and step_cache:
             raise ValueError(
                 "a step cache judges by what one process sees, and those that share a video have to do the same: leave the "

@@ -28,6 +28,7 @@ class Estimate(NamedTuple):
     activations: roughly what the largest pass needs beside these, on the device; it holds one chunk, several with the
         sampler "rolling", or the window at a joint prompt switch.
     host: keys and values that are kept in CPU memory.
+    products: weights in float8 that fast passes keep beside the model's own, on the device.
     """
 
     cache: int
@@ -35,11 +36,12 @@ class Estimate(NamedTuple):
     step_cache: int
     activations: int
     host: int
+    products: int = 0
 
     @property
     def device(self) -> int:
         """Bytes on the device altogether."""
-        return self.cache + self.prompts + self.step_cache + self.activations
+        return self.cache + self.prompts + self.step_cache + self.activations + self.products
 
 
 def estimate(
@@ -57,6 +59,7 @@ def estimate(
     weight_sets: int = 1,
     joint_switch: bool = False,
     ranks: int = 1,
+    products: int = 0,
 ) -> Estimate:
     """What a session with these settings will take.
 
@@ -69,6 +72,7 @@ def estimate(
     weight_sets: 2 for a model that has weights of its own for context passes, and so two sets of a prompt's keys.
     joint_switch: whether a prompt is switched on the way that takes the whole window through the model at once.
     ranks: processes that share the video; the bytes are those of one of them.
+    products: bytes of one set of weights in float8, see `wan.fast.product_bytes`.
     """
     dtype = dtype or transformer.patch_embedding.weight.dtype
     shape = CacheShape.of(transformer, batch, *Geometry.of(transformer).latent_size(height, width), dtype)
@@ -90,6 +94,7 @@ def estimate(
         step_cache=held,
         activations=largest * _values_per_token(transformer.config) * torch.float32.itemsize + gathered,
         host=kept.host * sampling.branches,
+        products=products * weight_sets,
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,11 +20,13 @@ from ..cache.prompt import Branch
 from ..config import ExecutionConfig
 from .context import Pass, PassContext
 from .execution import best_kernels, compiled_code, weights_of
+from .fast import fast_for, say_once
 from .framewise import framewise_forward
 from .fused import fused_forwards, is_plain, kernels_for, last_block_forward
 from .graphs import Addresses, CudaRecorder, PassGraphs, PassKey
 from .inputs import PassInputs, condition_forward, video_by_video
 from .processors import PromptCrossAttention, RollingSelfAttention
+from .products import float8_forwards
 from .shards import HeadShards, output_forward, patches_forward
 
 
@@ -34,9 +37,10 @@ class RollingAttachment:
         self.transformer = transformer
         self.execution = execution
         self.shards = shards
-        self.context = PassContext(execution, self.detach, shards)
-        self.inputs = PassInputs(transformer, execution)
         device = transformer.patch_embedding.weight.device
+        self.fast = fast_for(execution, transformer, device)
+        self.context = PassContext(replace(execution, backend=self.fast.backend), self.detach, shards)
+        self.inputs = PassInputs(transformer, execution)
         recorded = execution.cuda_graphs
         self.graphs = PassGraphs(CudaRecorder(device), Addresses(transformer)) if recorded else None
         self._undo: list[Callable[[], object]] = []
@@ -133,7 +137,7 @@ class RollingAttachment:
         context = self.context
         context.rotation, context.sinusoid, context.slots = rotation, sinusoid, slots
         try:
-            own_order = best_kernels(self.transformer) if self.execution.backend is None else nullcontext()
+            own_order = best_kernels(self.transformer) if context.execution.backend is None else nullcontext()
             # Triton's kernels run on the current device.
             with compiled_code(self.execution), own_order, torch.cuda.device_of(latents):
                 texts = [branch.prompt.embeds for branch in context.running.branches]
@@ -172,9 +176,10 @@ class RollingAttachment:
             self._set_forward(patches, patches_forward(patches.forward, self.shards))
             self._set_forward(project_out, output_forward(project_out.forward, self.shards, context))
         self._set_forward(embedder, condition_forward(embedder, context))
-        if not self.execution.exact and not self.execution.compile:
-            for module, forward in fused_forwards(blocks, context.kernels):
-                self._set_forward(module, forward)
+        in_float8 = float8_forwards(blocks, context.kernels) if self.fast.products else []
+        fused = [] if self.execution.exact or self.execution.compile else fused_forwards(blocks, context.kernels)
+        for module, forward in (*fused, *in_float8):
+            self._set_forward(module, forward)
         for block, is_stock in zip(blocks, plain):
             self._set_forward(block, framewise_forward(block, block.forward, is_stock))
         if plain[-1]:  # somebody else's forward, which may bring its weights in, is never cut short
@@ -226,6 +231,7 @@ def apply_rolling_kv_cache(
         raise ValueError("this is an image-conditioned Wan model; causal models are text-conditioned (T2V) ones")
     check_no_parallelism(transformer)
     attachment = RollingAttachment(transformer, execution, shards)
+    say_once(attachment.fast.remark)
     try:
         attachment._attach()
     except BaseException:

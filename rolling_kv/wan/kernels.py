@@ -20,6 +20,8 @@ import triton.language as tl
 from ..cache.codecs import CODECS, Parts
 from ..cache.rolling import Places, put_at
 from ..rope import rotary_rotations, rotate
+from . import products
+from .products import Rows
 
 MODEL, FLOAT8, INT8 = 0, 1, 2
 """In which form a part keeps its values: see `cache.codecs`."""
@@ -197,6 +199,32 @@ def _float8_code(x):
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
+def quantised(x: torch.Tensor, gelu: bool = False) -> Rows:
+    """The rows of [S, K], or their GELU, in float8, and the scale of each: see `products.quantised`."""
+    rows, dim = x.shape
+    codes = torch.empty(rows, dim, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(rows, 1, device=x.device)
+    _quantise[(rows,)](
+        x, codes.view(torch.uint8), scales, *x.stride(), DIM=dim, BLOCK=triton.next_power_of_2(dim), GELU=gelu,
+        num_warps=4 if dim <= 2048 else 8 if dim <= 8192 else 16,
+    )  # fmt: skip
+    return Rows(codes, scales)
+
+
+@triton.jit
+def _quantise(x, codes, scales, x_row, x_value, DIM: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < DIM
+    value = tl.load(x + row * x_row + at * x_value, inside, 0.0).to(tl.float32)
+    if GELU:
+        slope = 0.7978845608028654 * (value + 0.044715 * value * value * value)
+        value = value * (1.0 - 1.0 / (tl.exp(2.0 * slope) + 1.0))
+    scale = tl.maximum(tl.max(tl.abs(value)), 1e-12) / 448.0
+    tl.store(scales + row, scale)
+    tl.store(codes + row * DIM + at, _float8_code(value / scale), inside)
+
+
 def widened(parts: Parts, dtype: torch.dtype) -> torch.Tensor:
     """What parts [B, S, H, ·] hold, in a dtype: a view of them if it is theirs."""
     form, codes, scales = _told_apart(parts)
@@ -263,6 +291,10 @@ def check(device: torch.device | str) -> None:
         keys, values = (turn.read(tuple(part[kind] for part in parts), torch.float16) for kind in (0, 1))
         _compare(f"keys as {name}", keys.roll(-1, 1), turned, CLOSE[name])
         _compare(f"values as {name}", values.roll(-1, 1), heads, CLOSE[name])
+
+    codes, scales = quantised(x[0], gelu=True)
+    plain = products.quantised(x[0], gelu=True)
+    _compare("rows", codes.float() * scales, plain.codes.float() * plain.scales, CLOSE["float8"])
 
 
 def _compare(what: str, made: torch.Tensor, plain: torch.Tensor, close: float = CLOSE["model"]) -> None:

@@ -25,7 +25,7 @@ def test_defaults_are_those_of_self_forcing():
         0.0,
         "own chunk",
     )
-    assert astuple(ExecutionConfig()) == (False, None, False, False, False)
+    assert astuple(ExecutionConfig()) == (False, None, False, False, False, False)
 
 
 def test_a_window_is_a_number_of_frames_or_all():

@@ -53,9 +53,10 @@ BENCH_IS_IMPORTED_BY = ["cli"]
 DOORS = {
     ("rolling_kv/bench/chunks/cli.py", "tools.comfyui.sampler"),
     ("rolling_kv/bench/cases/cli.py", "cases"),
+    ("rolling_kv/bench/speeds/run.py", "tools.train_tiny.measure"),
 }
-"""What is loaded by name at run time and lies outside: ComfyUI's own sampler, which only the source repository can start, and the
-recorded cases."""
+"""What is loaded by name at run time and lies outside: ComfyUI's own sampler, which only the source repository can start, the recorded
+cases, and the detector of what the bundled model shows."""
 
 OUTSIDE = (
     "nodes",

@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-PRODUCTS = ("addmm", "mm", "linear", "_addmm_activation", "bmm")
+PRODUCTS = ("addmm", "mm", "linear", "_addmm_activation", "bmm", "_scaled_mm")
 NOTHING = ("empty", "empty_like", "_unsafe_view", "detach")
 
 

@@ -16,7 +16,7 @@ from rolling_kv.config import CacheConfig, ExecutionConfig, SamplingConfig
 from rolling_kv.presets import ModelPreset
 from rolling_kv.rope import rotary_rotations, rotate
 from rolling_kv.sampling.session import RollingSession
-from rolling_kv.wan import fused, kernels, processors
+from rolling_kv.wan import fused, kernels, processors, products
 from rolling_kv.wan.fused import half_modulated_norm, narrowed_sum
 from rolling_kv.wan.processors import normalise
 
@@ -189,6 +189,19 @@ def test_float8_is_torchs_to_the_bit():
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, 1, 1, 256)
     for dtype in (torch.bfloat16, torch.float16):
         torch.testing.assert_close(kernels.widened((codes,), dtype), codes.to(dtype), atol=0, rtol=0, equal_nan=True)
+
+
+@few
+@given(st.integers(1, 5), st.integers(1, 200), st.booleans(), dtypes, layouts, seeds)
+def test_rows_in_float8(rows, width, gelu, dtype, layout, seed):
+    x = (3 * some((1, rows, width), dtype, seed, layout))[0]
+    made, plain = kernels.quantised(x, gelu), products.quantised(x, gelu)
+    assert made.codes.is_contiguous() and made.codes.dtype == plain.codes.dtype and made.scales.shape == (rows, 1)
+    # The plain path rounds a GELU before: a value may fall on the other side of the middle between two codes.
+    torch.testing.assert_close(made.scales, plain.scales, rtol=torch.finfo(dtype).eps if gelu else 1e-6, atol=0)
+    wide, expected = (one.codes.float() * one.scales for one in (made, plain))
+    assert ((wide - expected).abs() <= expected.abs() / 8 + plain.scales * 2**-8).all()
+    assert gelu or alike(made.codes, plain.codes) == 1
 
 
 def test_int8_rounds_ties_to_even_and_keeps_zeros():

@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .. import options
 from ..figures import BenchError, hardware, machine, markdown, write_json
@@ -45,6 +45,16 @@ def main(args: argparse.Namespace) -> None:
 
 def measure(families: list[str], device: str) -> list[CaseResult]:
     """Make every case that was recorded in float32. Raises ValueError where there are no recordings."""
+    results = []
+    for case in recorded(families):
+        expected = case.tensors["output"]
+        off = [float((case.run(exact=exact, device=device).cpu() - expected).abs().max()) for exact in (True, False)]
+        results.append(CaseResult(case.name, *off))
+    return results
+
+
+def recorded(families: list[str]) -> list[Any]:
+    """The cases that were recorded in float32, of these families or of all. Raises ValueError where there are none."""
     support = Path(__file__).parents[3] / "tests" / "support"
     if not support.is_dir():
         raise ValueError("the recorded cases are part of the source repository only")
@@ -55,14 +65,7 @@ def measure(families: list[str], device: str) -> list[CaseResult]:
         raise ValueError(
             f"the recorded cases cannot be read in {Path.cwd()}, run it in {support.parents[1]}: {error}"
         ) from error
-    results = []
-    for case in cases.load_cases(*families):
-        if case.dtype == "float32" and not case.quirk:
-            expected = case.tensors["output"]
-            off = [
-                float((case.run(exact=exact, device=device).cpu() - expected).abs().max()) for exact in (True, False)
-            ]
-            results.append(CaseResult(case.name, *off))
-    if not results:
+    found = [case for case in cases.load_cases(*families) if case.dtype == "float32" and not case.quirk]
+    if not found:
         raise ValueError(f"no case of {' or '.join(families)} was recorded")
-    return results
+    return found

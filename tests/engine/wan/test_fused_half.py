@@ -12,8 +12,8 @@ from diffusers import WanTransformer3DModel
 from rolling_kv.cache.prompt import Branch, PromptCache
 from rolling_kv.cache.rolling import RollingKVCache
 from rolling_kv.cache.sizes import CacheShape
-from rolling_kv.config import CacheConfig
-from rolling_kv.wan import fused, processors
+from rolling_kv.config import CacheConfig, ExecutionConfig
+from rolling_kv.wan import fast, fused, processors
 from rolling_kv.wan.attachment import apply_rolling_kv_cache
 from rolling_kv.wan.fused import fused_feed_forward, fused_forward, half_modulated_norm, narrowed_sum
 
@@ -114,11 +114,11 @@ def count_kernels(monkeypatch, counted):
             if counted.inside:
                 counted.kernels.append((self.name, sum(one.numel() * one.itemsize for one in tensors)))
 
-    for name in ("_norm", "_turn", "_widen"):
+    for name in ("_norm", "_turn", "_widen", "_quantise"):
         monkeypatch.setattr(kernels, name, Kernel(name))
 
 
-def counted_block(monkeypatch, heads, head_dim, batch=1, storage="model", fuse=True, triton=False):
+def counted_block(monkeypatch, heads, head_dim, batch=1, storage="model", fuse=True, triton=False, execution=None):
     """What one block asks for in a pass over a chunk of 3 latent frames at 480x832, attention itself left out."""
     counted = Counted()
     if triton:
@@ -134,7 +134,7 @@ def counted_block(monkeypatch, heads, head_dim, batch=1, storage="model", fuse=T
     prompt = torch.empty(batch, 8, transformer.config.text_dim, device="meta", dtype=torch.bfloat16)
     part = Branch(cache, PromptCache(prompt))
     latents = torch.empty(batch, 16, 3, 60, 104, device="meta", dtype=torch.bfloat16)
-    with torch.no_grad(), apply_rolling_kv_cache(transformer) as attached:
+    with torch.no_grad(), apply_rolling_kv_cache(transformer, execution) as attached:
         block = transformer.blocks[0]
         forward = block.forward
 
@@ -192,4 +192,18 @@ def test_kernels_and_bytes_of_a_block_with_a_packed_cache(monkeypatch, storage, 
     if triton and find_spec("triton") is None:
         pytest.skip("Triton is for Linux")
     block, moved = counted_block(monkeypatch, 12, 128, storage=storage, triton=triton)
+    assert (len(block.kernels), round(moved)) == (kernels, nbytes)
+
+
+@pytest.mark.parametrize(("triton", "kernels", "nbytes"), [(False, 69, 498), (True, 17, 75)], ids=["torch", "triton"])
+def test_kernels_and_bytes_of_a_fast_block(monkeypatch, triton, kernels, nbytes):
+    """All 8 products in float8: what goes into them is quantised in six turns, one for queries, keys and values.
+
+    With torch's own operations that takes more than the products save: see `fast_on`.
+    """
+    if triton and find_spec("triton") is None:
+        pytest.skip("Triton is for Linux")
+    monkeypatch.setattr(fast, "fast_on", lambda *_: fast.Fast(None, True, ""))
+    block, moved = counted_block(monkeypatch, 12, 128, triton=triton, execution=ExecutionConfig(fast=True))
+    assert block.products == ["_scaled_mm"] * 8
     assert (len(block.kernels), round(moved)) == (kernels, nbytes)

@@ -183,6 +183,22 @@ def test_graphs_go_when_weights_move(model, recorders):
     assert [recorder.recorded for recorder in recorders] == [2, 4, 4]
 
 
+def test_passes_over_several_chunks_are_not_recorded_and_their_clean_ones_are(recorders):
+    """Rolling-Forcing's: a joint pass reads an anchor that moves with each."""
+    sampling = SamplingConfig(chunk=1, denoising_steps=(1000, 500), sampler="rolling")
+    transformer = tiny_transformer(num_attention_heads=2, attention_head_dim=12)
+    model = CausalModel(transformer, ModelPreset("test", sampling, CacheConfig(4, 1)))
+
+    def made(**options):
+        with RollingSession(model, words(model, 0), **SIZE, **options) as session:
+            list(session.generate(12, seed=7))
+        return session.state.latents()
+
+    plain = made()
+    assert torch.equal(made(execution=ExecutionConfig(cuda_graphs=True)), plain)
+    assert recorders[0].recorded == 1 and recorders[0].replayed >= 3
+
+
 def test_a_result_is_not_overwritten_by_the_next_pass(model, recorders):
     with RollingSession(model, words(model, 0), execution=ExecutionConfig(cuda_graphs=True), **SIZE) as session:
         list(session.generate(6, seed=7))

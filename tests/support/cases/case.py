@@ -144,8 +144,18 @@ class Case:
         )
         return CausalModel(transformer, ModelPreset("case", self.sampling(), self.cache()))
 
-    def make(self, *, dtype: torch.dtype = torch.float32, exact: bool, device: str = "cpu") -> Made:
-        """Everything the engine makes of the case, and where its cache stands then."""
+    def make(
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        exact: bool,
+        device: str = "cpu",
+        execution: ExecutionConfig | None = None,
+    ) -> Made:
+        """Everything the engine makes of the case, and where its cache stands then.
+
+        execution: in the place of what `exact` says.
+        """
         model, prompts = self.model(dtype).to(device), self.prompts()
         height, width = model.geometry.pixel_size(self.config["height"], self.config["width"])
         session = RollingSession(
@@ -155,7 +165,7 @@ class Case:
             height=height,
             width=width,
             batch=self.config["batch"],
-            execution=ExecutionConfig(exact=exact),
+            execution=execution or ExecutionConfig(exact=exact),
             vae=self.vae(),
         )
         starts = self.starts()
@@ -202,9 +212,9 @@ class Case:
         """Embeddings of the negative prompt, [B or 1, L, D]; None without guidance."""
         return self.tensors.get("negative_prompt_embeds")
 
-    def run(self, *, dtype: torch.dtype = torch.float32, exact: bool, device: str = "cpu") -> torch.Tensor:
-        """The clean latents that the engine makes of the case, [B, F, C, H, W]."""
-        return self.make(dtype=dtype, exact=exact, device=device).output
+    def run(self, *, exact: bool, **options) -> torch.Tensor:
+        """The clean latents that the engine makes of the case, [B, F, C, H, W]. options: see `make`."""
+        return self.make(exact=exact, **options).output
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
