@@ -226,6 +226,8 @@ class Pipeline:
                 "a video without an end needs a window: with all frames in it, memory grows with the video"
             )
         recomputed = needs_vae(cache, sampling, state, plan.chunks)
+        if recomputed:
+            self.vae.encoder()  # a tiny decoder has none, and says so now
         streams = 1 + recomputed  # one for the file, one for the context
         takes: dict[str, Any] = dict(
             sampling=sampling,
@@ -234,7 +236,7 @@ class Pipeline:
             frames=frames,
             dtype=self.model.dtype,
             decoding=streams * self.vae.decode_bytes(height, width)
-            + (self.vae.encode_bytes(height, width) if clip is not None or recomputed else 0),
+            + (0 if clip is None else self.vae.encode_bytes(height, width)),
             weight_sets=len(self.model.transformers),
             joint_switch="joint" in switches_of(plan, cache, marker),
             ranks=1 if shards is None else shards.ranks,

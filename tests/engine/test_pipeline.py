@@ -4,6 +4,7 @@ import pytest
 import torch
 from builders import changed, close, original_names
 from footage_files import greys, write_clip
+from PIL import Image
 from safetensors.torch import save_file
 
 from rolling_kv import pipeline as pipeline_module
@@ -24,6 +25,7 @@ from rolling_kv.text import TextEncoder
 from rolling_kv.tiny import make_tiny
 from rolling_kv.vae.latents import to_model, to_raw
 from rolling_kv.vae.loading import load_vae
+from rolling_kv.vae.taehv import Taehv
 from rolling_kv.video import VideoWriter, read_frames, read_video_info, to_uint8
 from rolling_kv.wan.execution import weights_of
 
@@ -142,6 +144,27 @@ def test_a_recomputed_context_is_made_with_the_same_vae(folder, tmp_path, sessio
     with RollingSession(pipeline.model, prompt, **size, cache=cache, vae=pipeline.vae) as theirs:
         list(theirs.generate(3))
     assert torch.equal(ours.latents(), theirs.state.latents())
+
+
+def test_a_tiny_decoder_makes_the_same_video_in_its_own_pictures(folder, tmp_path, sessions, caplog):
+    torch.manual_seed(0)
+    tiny = Taehv(16, (8, 6, 4, 4), (1, 2, 2), 1)
+    save_file(tiny.state_dict(), tmp_path / "taew2_1.safetensors")
+    pipeline = Pipeline.load(folder, vae=tmp_path / "taew2_1.safetensors")
+    assert "taew2_1.safetensors is a tiny decoder" in caplog.text
+    pipeline.generate(PROMPT, tmp_path / "video.mp4", **SIZE, scale=2)
+    latents = sessions[-1][1].state.latents().float()
+    with torch.inference_mode():
+        frames = torch.cat(list(tiny.stream().decode_frames(latents)), dim=2)
+    with VideoWriter(tmp_path / "expected.mp4", 32, 32, scale=2) as writer:
+        writer.write(frames)
+    shown, expected = (read_frames(tmp_path / name).float() for name in ("video.mp4", "expected.mp4"))
+    assert shown.shape == expected.shape and (shown - expected).abs().max() <= 2
+    Image.new("RGB", (32, 32)).save(tmp_path / "start.png")
+    for refused in ({"image": tmp_path / "start.png"}, {"cache": CacheConfig(6, context="recomputed"), "seconds": 1.7}):
+        with pytest.raises(ValueError, match="cannot encode.*load Wan 2.1's VAE"):
+            pipeline.generate(PROMPT, tmp_path / "other.mp4", **SIZE | refused)
+    assert not any("other" in path.name for path in tmp_path.iterdir())
 
 
 def test_float8_cannot_be_compiled(folder, tmp_path):
