@@ -93,6 +93,14 @@ class RollingKVLoadModel(io.ComfyNode):
                     tooltip="Once the window is full, record a step and a context pass as CUDA graphs and repeat them: faster where the "
                     "CPU cannot keep up, as with single frames and small pictures. NVIDIA only. Not with step caches.",
                 ),
+                io.Boolean.Input(
+                    "offload",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Keep the weights in main memory and bring one block at a time to the GPU, for models that do not "
+                    "fit it. Slower. Not with compile or CUDA graphs.",
+                ),
             ],
             outputs=[Model.Output(display_name="model", tooltip="The model with its preset's cache settings.")],
             hidden=[io.Hidden.unique_id],
@@ -115,6 +123,7 @@ class RollingKVLoadModel(io.ComfyNode):
         compile=False,
         speed="standard",
         cuda_graphs=False,
+        offload=False,
     ) -> io.NodeOutput:
         device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
         execution = ExecutionConfig(
@@ -125,13 +134,22 @@ class RollingKVLoadModel(io.ComfyNode):
             fast=speed == "fast",
         )
         execution.check(device, weight_storage=storage)
+        if offload:
+            execution.check_offloaded()
         path = model_files.get(model_files.MODEL, model_name)
-        model = load_model(path, dtype=dtype, preset=preset, storage=storage, device=offload_device, runs_on=device)
+        model = load_model(
+            path,
+            dtype=dtype,
+            preset=preset,
+            storage=storage,
+            device="cpu" if offload else offload_device,
+            runs_on=device,
+        )
         backend, remark = kernels.backend_of(attention, device, model.dtype)
         execution = replace(execution, backend=backend)
+        patcher = ManagedModel(model, load_device=device, offload_device=offload_device, offload=offload)
         missing = fast_for(execution, model.transformer, device).remark
         if notes := [note for note in (model.note, remark, missing) if note]:
             run.say("\n".join(notes), cls.hidden.unique_id)
-        patcher = ManagedModel(model, load_device=device, offload_device=offload_device)
         preset = model.preset
         return io.NodeOutput(ModelHandle(patcher, preset.sampling, preset.cache, execution=execution, path=path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import comfy.model_management as mm
@@ -11,6 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from ..rolling_kv.lora.reader import Lora, load_lora
 from ..rolling_kv.lora.stack import LoraStack, fit_lora
 from ..rolling_kv.sampling.workspace import Workspace
+from ..rolling_kv.wan.offloaded import blocks_aside, offload_blocks, weight_nbytes
 
 
 def obtainable(device: torch.device) -> int:
@@ -61,10 +63,15 @@ class ManagedModel(ManagedModule):
 
     The working cache only saves time, so it is the first thing to go when ComfyUI needs memory. Both go whenever the
     weights do.
+
+    offload: keep the weights of the blocks in CPU memory, which ComfyUI then neither moves nor counts: see `wan.offloaded`.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, *args, offload: bool = False, **kwargs):
+        self._streamed = [offload_blocks(part, kwargs["load_device"]) for part in model.transformers] if offload else []
+        if offload:
+            kwargs["size"] = sum(map(weight_nbytes, model.transformers))
+        super().__init__(model, *args, **kwargs)
         self.workspace = Workspace()
         self.loras = LoraStack(self.model)
         self._opened: dict[tuple[Path, int], Lora] = {}  # by file and time of its last change
@@ -113,7 +120,17 @@ class ManagedModel(ManagedModule):
 
     def load(self, *args, **kwargs):
         self.workspace.clear()  # there is none before the weights are; `model_size` now is theirs, and noted as such
-        return super().load(*args, **kwargs)
+        if not self._streamed:
+            super().load(*args, **kwargs)
+            return
+        with ExitStack() as around:
+            # What a block brings to the device is no inference tensor; LoRAs change both kinds of weights in one mode.
+            around.enter_context(torch.inference_mode(False))
+            for transformer in self.model.transformers:
+                around.enter_context(blocks_aside(transformer))
+            super().load(*args, **kwargs)
+        for blocks in self._streamed:
+            blocks.prepare()
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
         freed = self.workspace.device_nbytes
@@ -124,7 +141,10 @@ class ManagedModel(ManagedModule):
     def detach(self, unpatch_all=True):
         if unpatch_all:  # False: ComfyUI is only replacing its own entry for these weights
             self.workspace.clear()
-        model = super().detach(unpatch_all)
+        with torch.inference_mode(False) if self._streamed else nullcontext():
+            model = super().detach(unpatch_all)
         if unpatch_all:
+            for blocks in self._streamed:
+                blocks.release()
             self.loras.clear()  # what the weights were is in CPU memory, where these are by now
         return model

@@ -55,7 +55,8 @@ def wired(said: object) -> Wired:
     check_choice("storage", storage, WEIGHT_STORAGES)
     checked_value(inputs.dtype(""), dtype)
     path = model_files.get(model_files.MODEL, load.get("model_name"))
-    made = _outline(path, _stamp(path), preset, dtype, storage, str(mm.get_torch_device()))
+    offload = checked_value(io.Boolean.Input("offload"), load.get("offload", False))
+    made = _outline(path, _stamp(path), preset, dtype, storage, str(mm.get_torch_device()), offload)
     cache, attached = made.preset.cache, said.get("attach", [])
     if not isinstance(attached, list) or len(attached) > MOST_ATTACHED:
         raise ValueError(f"model.attach must be a list of at most {MOST_ATTACHED} objects, got {shown(attached)}")
@@ -109,6 +110,6 @@ def _stamp(path: Path) -> tuple:
 
 
 @lru_cache(maxsize=8)
-def _outline(path: Path, stamp: tuple, preset: str, dtype: str, storage: str, runs_on: str) -> Outline:
+def _outline(path: Path, stamp: tuple, preset: str, dtype: str, storage: str, runs_on: str, offload: bool) -> Outline:
     """Kept, as a page asks anew whenever one of its settings has changed."""
-    return outline(path, preset=preset, dtype=dtype, storage=storage, runs_on=runs_on)
+    return outline(path, preset=preset, dtype=dtype, storage=storage, runs_on=runs_on, offload=offload)

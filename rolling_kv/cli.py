@@ -28,7 +28,7 @@ from .inspection import CheckpointInfo, inspect_checkpoint
 from .listening import listen
 from .messages import printable
 from .pipeline import LAST_PROMPT_SECONDS, Interrupted, Pipeline, clip_of, plan_prompts, seconds_anew, start_of
-from .planning import CHOICE_HEAD, OVERHEAD, choices, outline, told_choice
+from .planning import CHOICE_HEAD, OVERHEAD, choices, kept_in_ways, outline, told_choice
 from .presets import PRESETS
 from .sampling.state_file import check_state_path, is_state_file, read_state
 from .sampling.steering import Steering
@@ -192,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, default=0, help="same seed, same video (default: 0)")
     options.add_model(generate)
+    options.add_offload(generate)
     multiple = f"a multiple of {WAN_21.multiple} ({WAN_22.name}: {WAN_22.multiple})"
     for axis, side in enumerate(("height", "width")):
         generate.add_argument(
@@ -278,6 +279,8 @@ def _generate_on(args: argparse.Namespace, shards: HeadShards | None) -> None:
         Footage.open(file)  # raises for what is no picture, before anything is loaded
     execution = options.execution_of(args)
     execution.check(args.device, weight_storage=args.weight_storage)
+    if args.offload_weights:
+        execution.check_offloaded()
     if rules := options.rules_of(args):  # what does not go together is told before anything is loaded
         preset = PRESETS.get(args.preset) or inspect_checkpoint(args.model).settings
         preset.sampling.check_cache(preset.cache.with_rules(**rules))
@@ -294,6 +297,7 @@ def _generate_on(args: argparse.Namespace, shards: HeadShards | None) -> None:
         dtype=args.dtype,
         storage=args.weight_storage,
         loras=loras,
+        offload=args.offload_weights,
         device=args.device,
     )
     height, width = size or default_size(args.model, pipeline.model.geometry)
@@ -431,7 +435,7 @@ def _inspect_card(path: Path, info: CheckpointInfo, gibibytes: float) -> None:
     model = {"model": outline(path, dtype="bfloat16")}
     if not model["model"].packed:
         model["float8"] = outline(path, dtype="bfloat16", storage="float8")
-    found = choices(model, info.height, info.width, round(gibibytes * 2**30))
+    found = choices(kept_in_ways(model), info.height, info.width, round(gibibytes * 2**30))
     print(
         f"\non {gibibytes:g} GiB, {OVERHEAD / 2**30:.1f} of them for CUDA, in bfloat16 at {info.width}x{info.height}:\n"
     )

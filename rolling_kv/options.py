@@ -41,6 +41,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_offload(parser: argparse.ArgumentParser) -> None:
+    """The option for where the model's weights lie while they do not compute."""
+    parser.add_argument(
+        "--offload-weights",
+        action="store_true",
+        help="keep the model's weights in CPU memory, and bring one block at a time to the device",
+    )
+
+
 def loras_of(args: argparse.Namespace) -> list[tuple[Path, float]]:
     """The LoRA files that `add_model` has read, each with its strength. Raises ValueError for what is no strength."""
     return [_lora(*values) for values in args.lora]

@@ -38,6 +38,7 @@ from .vae.latents import to_model
 from .vae.loading import AnyVAE, load_vae
 from .video import PLAIN
 from .wan.fast import product_bytes
+from .wan.offloaded import blocks_aside, offload_blocks, weight_nbytes
 from .wan.shards import HeadShards
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class Pipeline:
         dtype: str = "auto",
         storage: str = "model",
         loras: Sequence[tuple[str | Path, float]] = (),
+        offload: bool = False,
         device: str | torch.device = "cpu",
     ) -> Pipeline:
         """Load all three. A diffusers folder holds the text encoder and the VAE too; give them for single files.
@@ -97,6 +99,7 @@ class Pipeline:
         storage: how the model's weights are kept, see `load_model`. The text encoder runs on the CPU where it would leave no
         room on the device for a run. loras: files, each with its strength; they add up,
         and stay for good (`lora.stack` has the way back).
+        offload: keep the weights of the model's blocks in CPU memory, see `wan.offloaded`.
         Raises CheckpointError for files that are missing or cannot be used.
         """
         device = usable_device(device)
@@ -107,8 +110,13 @@ class Pipeline:
                 option = name.replace("_", "-")
                 raise ValueError(f"{model} holds no {name.replace('_', ' ')}: name one with --{option}")
         opened = [(load_lora(path), strength) for path, strength in loras]
-        causal = load_model(model, preset=preset, dtype=dtype, storage=storage, device=device)
+        place = torch.device("cpu") if offload else device
+        causal = load_model(model, preset=preset, dtype=dtype, storage=storage, device=place, runs_on=device)
         LoraStack(causal).set(opened)
+        for transformer in causal.transformers if offload else ():
+            offload_blocks(transformer, device)
+            with blocks_aside(transformer):
+                transformer.to(device)
         texts = text_encoder
         if texts is None or isinstance(texts, (str, Path)):
             texts = load_text_encoder(parts["text_encoder"], dtype=dtype, runs_on=device)
@@ -355,7 +363,7 @@ def _room_beside(model: CausalModel, vae: AnyVAE, device: torch.device) -> int:
         frames=preset.cache.limit or UNLIMITED_FRAMES,
         weight_sets=len(model.transformers),
     )
-    held = sum(tensor.nbytes for part in (model, vae) for tensor in part.parameters())
+    held = sum(map(weight_nbytes, model.transformers)) + sum(tensor.nbytes for tensor in vae.parameters())
     return obtainable_memory(device) - held - run.device - vae.decode_bytes(*size)
 
 

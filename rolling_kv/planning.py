@@ -20,8 +20,9 @@ from .geometry import Geometry
 from .inspection import read_shapes
 from .presets import ModelPreset
 from .sampling.history import RECOMPUTING
-from .sampling.memory import Estimate, estimate, what_fits
+from .sampling.memory import OFFLOAD_WEIGHTS, Estimate, estimate, what_fits
 from .sampling.state import ChunkRecord
+from .wan.offloaded import PLACES
 
 
 class Outline(NamedTuple):
@@ -30,9 +31,10 @@ class Outline(NamedTuple):
     transformer: on the meta device.
     preset: its sampling and cache settings.
     dtype: that it will compute in.
-    weights: bytes that its weights will take.
+    weights: bytes that its weights will take on the device.
     weight_sets: 2 where context passes have weights of their own.
     packed: whether they are those of a GGUF file, which keeps its own packing.
+    host_weights: bytes of those that lie in CPU memory beside the device.
     """
 
     transformer: WanTransformer3DModel
@@ -41,12 +43,22 @@ class Outline(NamedTuple):
     weights: int
     weight_sets: int
     packed: bool = False
+    host_weights: int = 0
 
 
 def outline(
-    path: str | Path, *, preset: str = "auto", dtype: str = "auto", storage: str = "model", runs_on: str = "cpu"
+    path: str | Path,
+    *,
+    preset: str = "auto",
+    dtype: str = "auto",
+    storage: str = "model",
+    runs_on: str = "cpu",
+    offload: bool = False,
 ) -> Outline:
-    """What `load_model` would make of a checkpoint. The parameters are those of `load_model`; it raises as that does."""
+    """What `load_model` would make of a checkpoint. The parameters are those of `load_model`; it raises as that does.
+
+    offload: keep the weights of the blocks in CPU memory, as `wan.offloaded` does.
+    """
     path = Path(path)
     with telling(path):
         checkpoint, _, sets, transformer = read_shapes(path)
@@ -58,7 +70,18 @@ def outline(
         weights = sum(file.stat().st_size for file in checkpoint.files)
     else:
         weights = sum(weight_bytes(tensors, computed, storage) for tensors in sets)
-    return Outline(transformer, chosen, computed, weights, len(sets), bool(packings))
+    made = Outline(transformer, chosen, computed, weights, len(sets), bool(packings))
+    return offloaded(made) if offload else made
+
+
+def offloaded(made: Outline) -> Outline:
+    """The same model with the weights of its blocks in CPU memory, and only those at work on the device."""
+    everything = sum(weight.numel() for weight in made.transformer.parameters())
+    outside = everything - sum(weight.numel() for weight in made.transformer.blocks.parameters())
+    outside *= made.weight_sets * made.dtype.itemsize
+    inside = max(made.weights - outside, 0)
+    here = PLACES * inside // len(made.transformer.blocks)
+    return made._replace(weights=outside + here, host_weights=inside)
 
 
 def weight_bytes(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, storage: str) -> int:
@@ -126,15 +149,20 @@ def forecast(
             weight_sets=model.weight_sets,
             joint_switch=cache.switch == "joint",
         )
-        on_device, beside = model.weights + run.device, run.host + frames * per_frame
+        on_device, beside = model.weights + run.device, model.host_weights + run.host + frames * per_frame
         return (run, on_device + beside, 0) if host_room is None else (run, on_device, beside)
 
-    def fits(cache: CacheConfig, frames: int = frames) -> bool:
+    def fits(cache: CacheConfig, frames: int = frames, other: Outline = model) -> bool:
         _, device, host = taken(cache, frames)
-        return device <= room and host <= (host_room or 0)
+        device += other.weights - model.weights
+        return device <= room and host + other.host_weights - model.host_weights <= (host_room or 0)
 
     run, device, host = taken(cache)
-    remedies = () if fits(cache) else tuple(what_fits(fits, sampling, cache, frames))
+    remedies = ()
+    if not fits(cache):
+        elsewhere = offloaded(model)
+        fits_offloaded = host_room is not None and not model.host_weights and fits(cache, other=elsewhere)
+        remedies = tuple(what_fits(fits, sampling, cache, frames, [OFFLOAD_WEIGHTS] if fits_offloaded else []))
     return Forecast(model.weights, run, frames * per_frame, device, host, not remedies, remedies)
 
 
@@ -146,8 +174,13 @@ WAYS = (
     ("float8", "model", False),
     ("float8", "int8", False),
     ("float8", "int8", True),
+    ("float8, offloaded", "int8", False),
+    ("float8, offloaded", "int8", True),
+    ("model, offloaded", "int8", False),
+    ("model, offloaded", "int8", True),
 )
-"""Storage of the weights and of the cache, and whether that is offloaded: each takes less of the card, and costs more."""
+"""How the weights are kept, the storage of the cache, and whether that is offloaded: each takes less of the card, and costs
+more. The last two are for weights that have no other storage."""
 SHORT_WINDOW = 6
 """Latent frames; the shortest window that a family was trained with."""
 
@@ -155,7 +188,7 @@ SHORT_WINDOW = 6
 class Choice(NamedTuple):
     """A way to run a model on a card.
 
-    weights: how they are stored. cache: its settings. known: what that takes.
+    weights: how they are kept, of those in `WAYS`. cache: its settings. known: what that takes.
     device: bytes of the card, with `OVERHEAD`.
     """
 
@@ -169,8 +202,16 @@ class Choice(NamedTuple):
 
     def options(self) -> str:
         """As options of the command line, which say also what is the default."""
+        storage, _, elsewhere = self.weights.partition(", ")
+        weights = storage + (" --offload-weights" if elsewhere else "")
         offload = " --offload-cache" if self.cache.offload else ""
-        return f"--window {self.cache.window} --weight-storage {self.weights} --cache-storage {self.cache.storage}{offload}"
+        return f"--window {self.cache.window} --weight-storage {weights} --cache-storage {self.cache.storage}{offload}"
+
+
+def kept_in_ways(model: dict[str, Outline]) -> dict[str, Outline]:
+    """Outlines of a model by how its weights are kept. model: those that are whole on the device, the smallest last."""
+    smallest = list(model)[-1]
+    return model | {f"{smallest}, offloaded": offloaded(model[smallest])}
 
 
 CHOICE_HEAD = [
@@ -197,7 +238,7 @@ def told_choice(choice: Choice) -> list[str]:
 def choices(model: Mapping[str, Outline], height: int, width: int, card: int) -> list[Choice]:
     """Ways to run a model on a card of so many bytes, the one that changes least first; `known.fits` says which fit.
 
-    model: by the storage of its weights, "model" among them. height, width: pixels.
+    model: by how its weights are kept, "model" among them. height, width: pixels.
     """
     preset = model["model"].preset
     sampling = preset.sampling

@@ -81,7 +81,7 @@ def plan(said: dict) -> dict[str, Any]:
             "cache": known.run.cache,
             "prompts": known.run.prompts,
             "passes": known.run.activations,
-            "host": known.run.host + known.latents,
+            "host": known.run.host + known.latents + made.host_weights,
         },
         "device": str(device),
         "needed": known.device,

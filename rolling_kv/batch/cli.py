@@ -59,6 +59,7 @@ def add_command(commands) -> None:
         help="actors that encode prompts on CPUs, so that no GPU holds the text encoder (default: 0)",
     )
     options.add_model(batch)
+    options.add_offload(batch)
     for side in ("height", "width"):
         batch.add_argument(
             f"--{side}", type=int, help="pixels, where a job has none of its own (default: the model's usual size)"
@@ -85,6 +86,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         dtype=args.dtype,
         storage=args.weight_storage,
         loras=tuple((str(path), strength) for path, strength in options.loras_of(args)),
+        offload=args.offload_weights,
         device=str(args.device),
         rules=rules,
         guidance=args.guidance,

@@ -20,7 +20,7 @@ class Settings:
     """The model of a batch and how it is run; see `Pipeline.load` and `Pipeline.generate`.
 
     model, text_encoder, vae: files or folders, which every machine that works has under this name.
-    preset, dtype, storage, loras, device: of `Pipeline.load`.
+    preset, dtype, storage, loras, offload, device: of `Pipeline.load`.
     rules: cache settings that differ from the preset's, by their names in `CacheConfig`.
     guidance: scale of classifier-free guidance; None: the preset's.
     execution: how passes are computed.
@@ -35,6 +35,7 @@ class Settings:
     dtype: str = "auto"
     storage: str = "model"
     loras: tuple[tuple[str, float], ...] = ()
+    offload: bool = False
     device: str = "cpu"
     rules: Mapping[str, Any] = field(default_factory=dict)
     guidance: float | None = None
@@ -53,6 +54,7 @@ class Settings:
             dtype=self.dtype,
             storage=self.storage,
             loras=self.loras,
+            offload=self.offload,
             device=self.device,
         )
 
@@ -65,6 +67,8 @@ class Settings:
         preset = self.preset_of_model()
         self.sampling(preset).check_cache(self.cache(preset))
         self.execution.check(self.device, weight_storage=self.storage)
+        if self.offload:
+            self.execution.check_offloaded()
 
     def cache(self, preset: ModelPreset) -> CacheConfig:
         return preset.cache.with_rules(**self.rules)
@@ -74,4 +78,4 @@ class Settings:
 
     def deciding(self) -> dict[str, Any]:
         """What of it decides how a video looks, as JSON has it; where it is computed does not."""
-        return {name: value for name, value in asdict(self).items() if name not in ("device", "execution")}
+        return {name: value for name, value in asdict(self).items() if name not in ("device", "execution", "offload")}

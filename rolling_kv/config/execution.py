@@ -126,6 +126,15 @@ class ExecutionConfig:
         if self.cuda_graphs:
             self._check_cuda_graphs(device, weight_storage, packings, step_cache)
 
+    def check_offloaded(self) -> None:
+        """Raise ValueError unless these settings go together with weights that come from CPU memory block by block."""
+        for chosen, name in ((self.compile, "compile"), (self.cuda_graphs, "CUDA graphs")):
+            if chosen:
+                raise ValueError(
+                    f"{name} cannot go with weights in CPU memory, which are somewhere else whenever a block runs: turn "
+                    f"{name} off, or keep the weights on the device"
+                )
+
     def _check_cuda_graphs(self, device, weight_storage: str, packings: Collection[str], step_cache: bool) -> None:
         if step_cache:
             raise ValueError("a step cache cannot go with CUDA graphs: turn them off, or remove the step cache")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -148,10 +148,19 @@ def check_fits(
         check_memory(needed(cache), "this video", ", ".join(remedies))
 
 
-def what_fits(fits: Callable[..., bool], sampling: SamplingConfig, cache: CacheConfig, frames: int) -> list[str]:
+OFFLOAD_WEIGHTS = "offload the weights to CPU memory"
+
+
+def what_fits(
+    fits: Callable[..., bool],
+    sampling: SamplingConfig,
+    cache: CacheConfig,
+    frames: int,
+    weights: Iterable[str] = (),
+) -> list[str]:
     """What a person can change so that a run fits, as phrases. fits: called with a cache and, if it is another, a length.
 
-    frames: latent frames of the whole video.
+    frames: latent frames of the whole video. weights: phrases for what would fit of changes to the weights.
     """
     remedies = []
     least, now = cache.sink + sampling.chunk, cache.limit or frames
@@ -164,6 +173,7 @@ def what_fits(fits: Callable[..., bool], sampling: SamplingConfig, cache: CacheC
         remedies.append(f"keep the cache as {' or '.join(storages)}")
     if not cache.offload and fits(replace(cache, offload=True)):
         remedies.append("offload the cache to CPU memory")
+    remedies += weights
     if fits(cache, least):
         remedies.append("make the video shorter")
     return [*remedies, "make the picture smaller", "or close other programs"]

@@ -10,7 +10,8 @@ import torch
 
 from ..config import CacheConfig, SamplingConfig
 from ..devices import is_out_of_memory, obtainable_memory
-from .memory import estimate, what_fits
+from ..wan.offloaded import spared_by_offloading, weight_nbytes
+from .memory import OFFLOAD_WEIGHTS, estimate, what_fits
 
 _SHORT_BY = 0.9
 """Of what was expected to do: how much settings may take that are named where more was needed than expected."""
@@ -44,7 +45,8 @@ def telling_shortage(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        weights = weight_sets * sum(parameter.nbytes for parameter in transformer.parameters())
+        here, spared = weight_nbytes(transformer), spared_by_offloading(transformer)
+        weights = weight_sets * here
 
         def needed(cache: CacheConfig, frames: int = frames) -> int:
             run = estimate(
@@ -62,7 +64,9 @@ def telling_shortage(
 
         takes, room = needed(cache), obtainable_memory(device)
         budget = min(room, _SHORT_BY * takes)
-        remedies = what_fits(lambda *changed: needed(*changed) <= budget, sampling, cache, frames)
+        elsewhere = device.type != "cpu" and spared and takes - weight_sets * spared <= budget
+        changes = [OFFLOAD_WEIGHTS] if elsewhere else []
+        remedies = what_fits(lambda *changed: needed(*changed) <= budget, sampling, cache, frames, changes)
         traceback.clear_frames(error.__traceback__)  # they refer to the activations
         raise OutOfMemory(
             f"the memory of {device} is used up: this run takes about {takes / 2**30:.1f} GiB there "

@@ -217,6 +217,8 @@ def apply_rolling_kv_cache(
     execution = execution or ExecutionConfig()
     weights = weights_of(transformer)
     execution.check(weights.device, weight_storage=weights.storage, packings=weights.packings)
+    if weights.offloaded:
+        execution.check_offloaded()
     if is_attached(transformer):
         raise ValueError("this transformer has a rolling cache attached already; detach that one first")
     if transformer.is_cache_enabled:

@@ -10,6 +10,7 @@ import torch
 
 from ..config import ExecutionConfig
 from ..platforms import attending_with, attention_kernels, platform_of
+from .offloaded import offloaded_blocks
 
 eager: Any = torch.compiler.disable
 """Keeps a function out of the compiled parts. (torch's own annotations lose the function's arguments.)"""
@@ -22,20 +23,23 @@ class Weights(NamedTuple):
     device: where they are.
     storage: one of `config.WEIGHT_STORAGES`; packed ones count as "model".
     packings: of weights from a GGUF file (Q8_0, Q4_K, …).
+    offloaded: whether those of the blocks lie in CPU memory while they do not run.
     """
 
     device: torch.device
     storage: str
     packings: tuple[str, ...]
+    offloaded: bool = False
 
 
 def weights_of(transformer) -> Weights:
-    """Device, storage and packings of a stock `WanTransformer3DModel`."""
+    """Device, storage, packings and place of a stock `WanTransformer3DModel`."""
     parameters = list(transformer.parameters())
     float8 = any(parameter.dtype == torch.float8_e4m3fn for parameter in transformer.blocks.parameters())
     packings = dict.fromkeys(p.quant_type.name for p in parameters if hasattr(p, "quant_type"))
     device = transformer.patch_embedding.weight.device
-    return Weights(device, "float8" if float8 else "model", tuple(packings))
+    offloaded = offloaded_blocks(transformer) is not None
+    return Weights(device, "float8" if float8 else "model", tuple(packings), offloaded)
 
 
 @contextmanager

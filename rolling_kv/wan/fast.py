@@ -14,6 +14,7 @@ from ..config import ExecutionConfig
 from ..platforms import has_float8_products, platform_of
 from . import products
 from .fused import kernels_run_on
+from .offloaded import offloaded_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,11 @@ def fast_for(execution: ExecutionConfig, transformer, device: torch.device) -> F
         return Fast(execution.backend, False, "")
     dtype = transformer.patch_embedding.weight.dtype
     fused = execution.compile or (not execution.plain and kernels_run_on(device))
-    return fast_on(device, dtype, transformer.config.attention_head_dim, execution.backend, fused)
+    made = fast_on(device, dtype, transformer.config.attention_head_dim, execution.backend, fused)
+    if made.products and offloaded_blocks(transformer) is not None:
+        narrow = f"Fast passes use products in {str(dtype).removeprefix('torch.')} (the weights lie in CPU memory)."
+        made = made._replace(products=False, remark=f"{made.remark} {narrow}".strip())
+    return made
 
 
 def product_bytes(execution: ExecutionConfig, transformer, device: torch.device) -> int:

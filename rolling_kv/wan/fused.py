@@ -21,6 +21,7 @@ from ..config import ExecutionConfig
 from .context import PassContext
 from .execution import eager
 from .framewise import modulated
+from .offloaded import BlockHook, blocks_device
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ def may_fuse(block) -> bool:
 
 def kernels_for(execution: ExecutionConfig, blocks) -> Any:
     """The module `kernels`, where passes in half precision through these blocks use it; None where they do without."""
-    device = blocks[0].scale_shift_table.device
+    device = blocks_device(blocks)
     if execution.plain or execution.exact or execution.compile or not all(map(_has_wans_norms, blocks)):
         return None
     if not kernels_run_on(device):
@@ -196,13 +197,14 @@ def kernels_run_on(device: torch.device) -> bool:
 
 
 def is_plain(module: torch.nn.Module) -> bool:
-    """Whether calling `module` runs its class's forward and nothing else.
+    """Whether calling `module` runs its class's forward and nothing else but what brings its weights in.
 
     Libraries that take their hooks off often leave the class's own forward behind, as an attribute of the instance.
     """
     own = vars(module).get("forward")
     left_behind = getattr(own, "__self__", None) is module and getattr(own, "__func__", None) is type(module).forward
-    return (own is None or left_behind) and not (module._forward_hooks or module._forward_pre_hooks)
+    hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
+    return (own is None or left_behind) and all(isinstance(hook, BlockHook) for hook in hooks)
 
 
 def modulated_norm(x: torch.Tensor, norm, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

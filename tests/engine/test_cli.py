@@ -263,7 +263,7 @@ def test_inspect_tells_what_fits_a_card_and_proposes_it(folder, capsys):
     out = capsys.readouterr().out
     assert "on 12 GiB, 0.6 of them for CUDA, in bfloat16 at 832x480:" in out
     rows = [line for line in out.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 11 and all(row.endswith("| yes  |") for row in rows[1:])
+    assert len(rows) == 15 and all(row.endswith("| yes  |") for row in rows[1:])
     assert "proposed   --window 9 --weight-storage model --cache-storage model\n" in out
     main(["inspect", str(folder), "--card", "0.64"])
     assert "proposed   --window 9 --weight-storage model --cache-storage model\n" not in capsys.readouterr().out

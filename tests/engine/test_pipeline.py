@@ -28,6 +28,7 @@ from rolling_kv.vae.loading import load_vae
 from rolling_kv.vae.taehv import Taehv
 from rolling_kv.video import VideoWriter, read_frames, read_video_info, to_uint8
 from rolling_kv.wan.execution import weights_of
+from rolling_kv.wan.offloaded import offloaded_blocks
 
 SIZE = dict(height=32, width=32, seconds=0.2)
 PROMPT = "a red circle moving left"
@@ -129,6 +130,16 @@ def test_a_video_is_that_of_a_session_with_the_same_choices(folder, loras, tmp_p
             list(theirs.generate(1, seed=3))
     assert torch.equal(ours.state.latents(), theirs.state.latents())
     assert read_video_info(tmp_path / "video.mp4").frames == 9
+
+
+def test_offloaded_weights_make_the_same_video(folder, loras, tmp_path, sessions):
+    states = []
+    for offload in (False, True):
+        pipeline = Pipeline.load(folder, loras=[(loras[0], 0.7)], offload=offload)
+        pipeline.generate(PROMPT, tmp_path / f"{offload}.mp4", **SIZE, seed=3)
+        states.append(sessions[-1][1].state)
+        assert (offloaded_blocks(pipeline.model.transformer) is not None) == offload
+    assert torch.equal(states[0].latents(), states[1].latents())
 
 
 def test_a_recomputed_context_is_made_with_the_same_vae(folder, tmp_path, sessions, monkeypatch):

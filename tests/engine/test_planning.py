@@ -9,9 +9,19 @@ from rolling_kv.bundled import BUNDLED
 from rolling_kv.checkpoints.model import load_model
 from rolling_kv.checkpoints.readers import CheckpointError
 from rolling_kv.config import CacheConfig, SamplingConfig
-from rolling_kv.planning import OVERHEAD, choices, forecast, last_window, outline, window_after
-from rolling_kv.sampling.memory import estimate
+from rolling_kv.planning import (
+    OVERHEAD,
+    choices,
+    forecast,
+    kept_in_ways,
+    last_window,
+    offloaded,
+    outline,
+    window_after,
+)
+from rolling_kv.sampling.memory import OFFLOAD_WEIGHTS, estimate
 from rolling_kv.sampling.session import RollingSession
+from rolling_kv.wan.offloaded import offload_blocks, weight_nbytes
 
 ROOM = 2**40
 WINDOW, SAMPLING_3 = CacheConfig(21), SamplingConfig()
@@ -155,6 +165,43 @@ def test_a_way_fits_a_card_to_the_byte():
     needed = ways(2**40)[3].device
     assert ways(needed)[3].known.fits and not ways(needed - 1)[3].known.fits
     assert ways(needed)[3].options() == "--window 9 --weight-storage float8 --cache-storage int8"
+
+
+def test_offloaded_weights_are_further_ways_that_take_less():
+    model = {storage: outline(BUNDLED, dtype="bfloat16", storage=storage) for storage in ("model", "float8")}
+    found = choices(kept_in_ways(model), 64, 64, 2**40)
+    rows = [(way.weights, way.cache.storage, way.cache.offload) for way in found]
+    offloaded_rows = [("float8, offloaded", "int8", False), ("float8, offloaded", "int8", True)]
+    assert rows[5:7] == offloaded_rows and len(rows) == 14
+    assert found[5].device < found[3].device and found[6].device < found[4].device
+    assert found[5].known.host - found[3].known.host > found[3].device - found[5].device
+    said = "--window 9 --weight-storage float8 --offload-weights --cache-storage int8 --offload-cache"
+    assert found[6].options() == said
+    packed = {"model": model["model"]._replace(packed=True)}
+    rows = [(way.weights, way.cache.storage) for way in choices(kept_in_ways(packed), 64, 64, 2**40)]
+    assert ("model, offloaded", "int8") in rows and not any("float8" in weights for weights, _ in rows)
+
+
+@pytest.mark.parametrize("storage", ["model", "float8"])
+def test_the_outline_of_offloaded_weights_is_what_a_pass_takes(storage):
+    """To the roundness of addresses, and the norms that float8 leaves as they are."""
+    made, model = outline(BUNDLED, storage=storage, offload=True), load_model(BUNDLED, storage=storage)
+    blocks = offload_blocks(model.transformer, "cpu")
+    assert made.weights == pytest.approx(weight_nbytes(model.transformer), rel=0.05)
+    assert made.host_weights == pytest.approx(blocks.host_nbytes, rel=0.05)
+
+
+def test_offloading_the_weights_is_named_where_it_makes_a_run_fit():
+    made, known = outline(BUNDLED), planned(host_room=ROOM)
+    elsewhere = offloaded(made)
+    needed = known.device - made.weights + elsewhere.weights
+    assert OFFLOAD_WEIGHTS in planned(room=needed, host_room=ROOM).remedies
+    assert OFFLOAD_WEIGHTS not in planned(room=needed - 1, host_room=ROOM).remedies
+    assert OFFLOAD_WEIGHTS not in planned(room=needed, host_room=known.host).remedies
+    assert OFFLOAD_WEIGHTS not in planned(room=needed).remedies
+    moved = forecast(elsewhere, 64, 64, sampling=SAMPLING_3, cache=WINDOW, frames=21, room=needed - 1, host_room=ROOM)
+    assert moved.device == needed and moved.host == known.host + elsewhere.host_weights
+    assert OFFLOAD_WEIGHTS not in moved.remedies
 
 
 def test_packed_weights_have_no_other_storage():

@@ -3,16 +3,31 @@
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
+from builders import tiny_transformer
 from node_modules import node_module
+
+from rolling_kv.checkpoints.model import CausalModel
 
 
 class ModelPatcher:
-    def __init__(self, model, offload_device):
-        self.model, self.offload_device = model, offload_device
+    """As ComfyUI's: it moves all of a model, and counts what it is told or what it finds."""
+
+    def __init__(self, model, offload_device, load_device=None, size=0):
+        self.model, self.offload_device, self.load_device, self.size = model, offload_device, load_device, size
+
+    def model_size(self):
+        return self.size
+
+    def load(self, full_load):
+        with torch.inference_mode(torch.is_inference_mode_enabled()):
+            self.model.to(self.load_device)
 
     def detach(self, unpatch_all=True):
         if unpatch_all:
             self.model.device = self.offload_device
+            if isinstance(self.model, torch.nn.Module):
+                self.model.to(self.offload_device)
         return self.model
 
 
@@ -54,3 +69,33 @@ def test_bytes_of_loras_that_are_applied_are_not_announced_again(managed, monkey
     assert patcher.lora_bytes((("a file", 0.5), ("another", 1.0))) == 14
     model.transformers = ("weights", "weights of context passes")
     assert patcher.lora_bytes((("a file", 0.5), ("another", 1.0))) == 28
+
+
+def offloaded(managed, card):
+    model = CausalModel(tiny_transformer(num_layers=6))
+    patcher = managed.ManagedModel(model, load_device=torch.device(card), offload_device="cpu", offload=True)
+    return patcher, patcher._streamed[0], dict(model.transformer.named_parameters())
+
+
+def test_offloaded_blocks_are_neither_moved_nor_counted(managed):
+    """The meta device is in the place of a card."""
+    patcher, blocks, parameters = offloaded(managed, "meta")
+    inside = sum(p.nbytes for name, p in parameters.items() if name.startswith("blocks."))
+    outside = sum(p.nbytes for name, p in parameters.items() if not name.startswith("blocks."))
+    assert patcher.model_size() == outside + blocks.device_nbytes < outside + inside / 2
+    with torch.inference_mode():
+        patcher.load()
+    parameters = dict(patcher.model.transformer.named_parameters())
+    assert all((p.device.type == "cpu") == name.startswith("blocks.") for name, p in parameters.items())
+    assert not any(p.is_inference() for p in parameters.values())
+    assert [buffer.device.type for buffer in blocks._buffers] == ["meta"] * 2
+
+
+def test_what_offloaded_blocks_took_is_given_back_with_the_weights(managed):
+    patcher, blocks, _ = offloaded(managed, "cpu")
+    patcher.load()
+    assert len(blocks._buffers) == 2
+    patcher.detach(unpatch_all=False)
+    assert len(blocks._buffers) == 2
+    patcher.detach()
+    assert not blocks._buffers and patcher.model.transformer.blocks[0]._forward_pre_hooks

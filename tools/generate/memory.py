@@ -8,7 +8,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from rolling_kv.geometry import Geometry
-from rolling_kv.planning import CHOICE_HEAD, Outline, choices, told_choice, weight_bytes
+from rolling_kv.planning import CHOICE_HEAD, Outline, choices, kept_in_ways, told_choice, weight_bytes
 from rolling_kv.presets import PRESETS
 
 from ..comfyui.env import PACK
@@ -16,7 +16,7 @@ from .files import write
 from .readme import table
 
 PAGE = PACK / "docs" / "memory.md"
-CARDS = (8, 12, 16, 24, 32, 48)
+CARDS = (6, 8, 12, 16, 24, 32, 48)
 """GiB of memory that cards have."""
 MODELS = {  # by preset: layers, heads, inner size, channels of the latents
     "self-forcing": (30, 12, 8960, 16),
@@ -35,10 +35,14 @@ def outlines(name: str) -> dict[str, Outline]:
             out_channels=channels,
         )  # fmt: skip
     weights = dict(transformer.named_parameters())
-    return {
-        storage: Outline(transformer, PRESETS[name], torch.bfloat16, weight_bytes(weights, torch.bfloat16, storage), 1)
-        for storage in ("model", "float8")
-    }
+    return kept_in_ways(
+        {
+            storage: Outline(
+                transformer, PRESETS[name], torch.bfloat16, weight_bytes(weights, torch.bfloat16, storage), 1
+            )
+            for storage in ("model", "float8")
+        }
+    )
 
 
 def cards() -> str:

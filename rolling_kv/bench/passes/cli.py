@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ...config import WEIGHT_STORAGES, CacheConfig, SamplingConfig
-from ...options import add_cache, add_execution, cache_of, execution_of
+from ...options import add_cache, add_execution, add_offload, cache_of, execution_of
 from .. import options
 from ..chunks.experiment import Workload
 from ..figures import hardware, machine, markdown, size, write_json
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=int, default=3, help="latent frames of a pass (default: %(default)s)")
     options.add_dtype(parser)
     parser.add_argument("--weight-storage", choices=WEIGHT_STORAGES, default="model", help="default: %(default)s")
+    add_offload(parser)
     add_cache(parser, "the size's, and Self-Forcing's", switches=False)
     add_execution(parser)
     parser.add_argument("--repeats", type=int, default=10, help="timed passes (default: %(default)s)")
@@ -43,16 +44,19 @@ def make_experiment(args: argparse.Namespace) -> PassExperiment:
     shape = SIZES[args.size]
     sampling, execution = SamplingConfig(chunk=args.chunk), execution_of(args)
     execution.check(args.device, weight_storage=args.weight_storage)
+    if args.offload_weights:
+        execution.check_offloaded()
     load = Workload(
         shape, args.height or shape.height, args.width or shape.width, 1, cache_of(args, CacheConfig(shape.window)),
         sampling, dtype=options.dtype_of(args), device=args.device, execution=execution,
     )  # fmt: skip
-    return PassExperiment(load, args.weight_storage, args.repeats)
+    return PassExperiment(load, args.weight_storage, args.repeats, args.offload_weights)
 
 
 def describe(args: argparse.Namespace, experiment: PassExperiment) -> str:
     load = experiment.workload
     chosen = [f"weights in {experiment.weights}"] * (experiment.weights != "model")
+    chosen += ["weights offloaded"] * experiment.offload
     chosen += [f"cache in {load.cache.storage}"] * (load.cache.storage != "model")
     chosen += ["cache offloaded"] * load.cache.offload + load.execution.describe()
     return (

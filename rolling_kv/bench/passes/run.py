@@ -18,6 +18,7 @@ from ...checkpoints.transformer import build_transformer
 from ...config import ExecutionConfig
 from ...sampling.memory import Estimate, estimate
 from ...wan.attachment import apply_rolling_kv_cache
+from ...wan.offloaded import blocks_aside, offload_blocks, weight_nbytes
 from ..chunks.experiment import Workload
 from ..gauges import memory_beside, now, storage_bytes, turns
 from ..kinds import Kernels, taken_apart
@@ -29,11 +30,15 @@ WARMUP = 3
 
 @dataclass(frozen=True)
 class PassExperiment:
-    """workload: the model, the video and how passes are computed. weights: one of `WEIGHT_STORAGES`. repeats: timed turns."""
+    """workload: the model, the video and how passes are computed. weights: one of `WEIGHT_STORAGES`. repeats: timed turns.
+
+    offload: keep the weights of the blocks in CPU memory.
+    """
 
     workload: Workload
     weights: str = "model"
     repeats: int = 10
+    offload: bool = False
 
     def __post_init__(self):
         if self.workload.cache.unlimited:
@@ -44,7 +49,7 @@ class PassResult(NamedTuple):
     """Of the passes, in seconds and bytes.
 
     step, context: a denoising step and a context pass, medians. ready: until the first passes were done, compiling included.
-    weights: bytes of the model. announced: for the run, weights not included. held: what stays beside the weights between
+    weights: bytes of the model on the device. announced: for the run, weights not included. held: what stays beside the weights between
     passes: keys and values. peak: the most in use during a step, weights not included. kernels: of a step; None where it is a
     recorded graph.
     """
@@ -66,10 +71,17 @@ def measure(experiment: PassExperiment) -> PassResult:
     """Make a model, and measure its passes. On a CPU memory is followed before, without compiling."""
     load = experiment.workload
     device, execution = load.device, load.execution
-    transformer = build_transformer(load.random_weights(), dtype=load.dtype, device=device)
+    transformer = build_transformer(
+        load.random_weights(), dtype=load.dtype, device="cpu" if experiment.offload else device, runs_on=device
+    )
     if experiment.weights == "float8":
         store_float8(transformer)
     weights = storage_bytes([*transformer.parameters(), *transformer.buffers()])
+    if experiment.offload:
+        offload_blocks(transformer, device).prepare()
+        with blocks_aside(transformer):
+            transformer.to(device)
+        weights = weight_nbytes(transformer)
     announced = estimate(
         transformer, load.height, load.width, sampling=load.sampling, cache=load.cache, dtype=load.dtype
     )

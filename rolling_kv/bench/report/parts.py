@@ -62,6 +62,7 @@ def parts_of(size: str, device: str, window: int, quick: bool = False) -> list[P
         parts.append(passes("14B_float8", "--weight-storage", "float8", "--cache-storage", "int8", of=large, limit=90))
     parts += [
         passes("offloaded", "--offload-cache"),
+        passes("weights_offloaded", "--offload-weights"),
         passes("framewise", "--chunk", "1"),
         *([] if quick else [passes("720p", "--height", "720", "--width", "1280", "--window", "6")]),
     ]

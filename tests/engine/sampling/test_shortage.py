@@ -14,6 +14,7 @@ from rolling_kv.sampling.memory import estimate
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.sampling.shortage import OutOfMemory, telling_shortage
 from rolling_kv.tiny import make_tiny
+from rolling_kv.wan.offloaded import offload_blocks, spared_by_offloading
 
 GPU = torch.device("cuda")
 WIDE = CacheConfig(60, sink=1)
@@ -56,6 +57,19 @@ def test_offloading_is_no_advice_where_all_memory_is_the_same_or_it_is_done(monk
     room = taken(CacheConfig(20, sink=1))
     assert "offload" not in shortage(monkeypatch, room, device=torch.device("cpu"))
     assert "offload" not in shortage(monkeypatch, 10, CacheConfig(60, sink=1, offload=True))
+
+
+def test_offloading_the_weights_is_advised_where_that_is_enough(monkeypatch):
+    spared = spared_by_offloading(MODEL)
+    said = "offload the weights to CPU memory"
+    assert spared and said in shortage(monkeypatch, taken(WIDE) - spared)
+    assert said not in shortage(monkeypatch, taken(WIDE) - spared - 1)
+    assert said not in shortage(monkeypatch, taken(WIDE) - spared, device=torch.device("cpu"))
+    blocks = offload_blocks(MODEL, "cpu")
+    try:
+        assert said not in shortage(monkeypatch, taken(WIDE) - spared)
+    finally:
+        blocks.remove()
 
 
 @pytest.mark.parametrize(
