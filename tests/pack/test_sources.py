@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 
 import pytest
 
@@ -29,6 +30,7 @@ PROCESSES = {"os.system", "os.popen", "os.startfile", "os.fork", "os.kill"}
 each_file = pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.relative_to(PACK).as_posix())
 
 
+@cache
 def parse(path):
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
@@ -42,10 +44,12 @@ def imports(path):
             yield node.level, node.module or ""
 
 
+@cache
 def absolute(path):
     return {module.partition(".")[0] for level, module in imports(path) if level == 0}
 
 
+@cache
 def calls(path):
     """(dotted name, call) of every call in a file."""
     return [(ast.unparse(node.func), node) for node in ast.walk(parse(path)) if isinstance(node, ast.Call)]
