@@ -30,9 +30,10 @@ PICTURES = {
 """By file: the nodes of a graph, as `workflows.WORKFLOWS` has them, the node that is shown, and the part of it."""
 WIDE = """id => {
   const node = window.app.graph.nodes.find(made => made.type === id)
+  node.pos = [node.pos[0], node.pos[1] + 5000] // so wide, it would lie upon its neighbour
+  node.setSize([560, node.size[1]])
   window.app.canvas.ds.scale = 1
   window.app.canvas.ds.offset = [120 - node.pos[0], 120 - node.pos[1]]
-  node.setSize([560, node.size[1]])
   window.app.canvas.setDirty(true, true)
 }"""
 AROUND = 8
