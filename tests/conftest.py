@@ -1,8 +1,12 @@
 """Marks what needs a server or a browser, and says at the end how many tests of each kind ran."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# The models here are so small that a second thread costs more than it brings: also in the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 KINDS = ("engine", "pack", "web", "live", "browser")
 OUTCOMES = ("passed", "failed", "error", "skipped")
@@ -17,7 +21,7 @@ def pytest_collection_modifyitems(items):
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
         if folder == "live":
             item.add_marker(pytest.mark.live)
-        if {"frontend", "every_frontend"} & set(item.fixturenames):
+        if {"pages", "fresh_frontend"} & set(item.fixturenames):
             item.add_marker(pytest.mark.browser)
 
 

@@ -1,9 +1,5 @@
 import pytest
-import torch
 from hook_dummies import Dummy
-
-# The models here are so small that a second thread costs more than it brings.
-torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -210,7 +210,7 @@ def process(*arguments, code=None, folder=None, **environment) -> subprocess.Com
     return subprocess.run(
         [sys.executable, *program, *map(str, arguments)],
         capture_output=True,
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"PYTHONPATH": paths} | environment,
         stdin=subprocess.DEVNULL,
     )
 

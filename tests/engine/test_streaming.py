@@ -358,7 +358,7 @@ def test_kill_9_at_random_points_leaves_what_plays_and_goes_on_exactly(pipeline,
     videos = tmp_path / "videos"
     videos.mkdir()
     code = textwrap.dedent(KILLED)
-    environment = os.environ | {"PYTHONPATH": str(ENGINE), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ENGINE)}
     subprocess.run(
         [sys.executable, "-c", code, model, videos, "20", "1"], check=True, env=environment, capture_output=True
     )

@@ -4,5 +4,5 @@ from tools.comfyui.server import ComfyServer
 
 
 def start(install, *options, packs=None):
-    """A server that may not download, with one thread: models this small gain nothing from a second one."""
-    return ComfyServer(install, options, environment={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, packs=packs)
+    """A server that may not download."""
+    return ComfyServer(install, options, environment={"HF_HUB_OFFLINE": "1"}, packs=packs)

@@ -90,7 +90,7 @@ def refuses_other_seeds(transformer, shards: HeadShards) -> bool:
 def make_all(rank: int, ranks: int, weights: str, out: str) -> None:
     """Make every case with so many processes, of which this is one, and in the first one alone; tell what came of it."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{out}.meeting", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", init_method=Path(f"{out}.meeting").as_uri(), rank=rank, world_size=ranks)
     shards = HeadShards()
     transformer = torch.load(weights, weights_only=False)
     told: dict[str, dict[str, Any]] = {}

@@ -35,17 +35,9 @@ def transformer():
 def together(ranks, transformer, folder) -> dict[str, dict]:
     """What `shard_cases` tells of each case with so many processes."""
     torch.save(transformer, folder / "weights.pt")
-    environment = dict(
-        os.environ, PYTHONPATH=os.pathsep.join([str(PACK), str(PACK / "tests/support")]), OMP_NUM_THREADS="1"
-    )
-    command = [
-        sys.executable,
-        PACK / "tests/support/shard_cases.py",
-        ranks,
-        folder / "weights.pt",
-        folder / "told.json",
-    ]
-    ended = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600)
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(PACK), str(PACK / "tests/support")]))
+    given = map(str, (PACK / "tests/support/shard_cases.py", ranks, folder / "weights.pt", folder / "told.json"))
+    ended = subprocess.run([sys.executable, *given], env=environment, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr[-4000:]
     return json.loads((folder / "told.json").read_text())
 
@@ -144,8 +136,7 @@ def made_by(attachment):
 def generate(folder, output, *launcher, seconds="0.5"):
     command = [sys.executable, *launcher, "-m", "rolling_kv", "generate", "--prompt", "a red circle", "--model", folder]
     command += ["--output", output, "--width", "64", "--height", "64", "--seconds", seconds, "--device", "cpu"]
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    return subprocess.Popen(list(map(str, command)), cwd=PACK, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(list(map(str, command)), cwd=PACK, stderr=subprocess.PIPE, text=True)
 
 
 def torchrun(ranks):
