@@ -94,7 +94,11 @@ def test_a_stream_feeds_other_nodes_and_takes_schedules_sizes_and_rates(server, 
     assert [record.switch for record in records] == ["", "cut"]
 
 
-@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize(
+    ("every_server", "chunks"),
+    [("default", 1), ("default", 3), ("classic", 1), ("lru", 3), ("cacheless", 3)],
+    indirect=["every_server"],
+)
 def test_a_cancelled_stream_keeps_its_video_and_goes_on_from_its_state(every_server, chunks):
     client, folder = every_server.client, f"cancelled {chunks}"
     cancel = Cancel(client, chunks)
