@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from browser import fresh_page
+from browser import Pages, fresh_page
 from servers import start
 from stage import newest_frontend
 
@@ -106,17 +106,27 @@ def every_client(every_server):
     return every_server.client
 
 
+@pytest.fixture(scope="session")
+def pages(chromium):
+    return Pages(chromium)
+
+
 @pytest.fixture(params=[False, True], ids=["classic-nodes", "nodes-2"])
-def frontend(request, chromium, client):
-    """ComfyUI's own frontend, drawing nodes on the canvas, then as Vue components (Nodes 2.0)."""
+def frontend(request, pages, client):
+    """ComfyUI's own frontend, drawing nodes on the canvas, then as Vue components (Nodes 2.0), in a page that stays open."""
+    return pages.of(client, request.param)
+
+
+@pytest.fixture(params=[False, True], ids=["classic-nodes", "nodes-2"])
+def fresh_frontend(request, chromium, client):
+    """The same in a browser profile of its own."""
     with fresh_page(chromium, client, request.param) as page:
         yield page
 
 
 @pytest.fixture(params=[("default", False), ("default", True), ("newest", False), ("newest", True)],
                 ids=["pinned-classic", "pinned-nodes-2", "newest-classic", "newest-nodes-2"])  # fmt: skip
-def every_frontend(request, chromium, watch_log):
+def every_frontend(request, pages, watch_log):
     """ComfyUI's own frontend and the newest one, each with both ways to draw nodes."""
     name, in_vue = request.param
-    with fresh_page(chromium, watch_log(request.getfixturevalue(f"{name}_server")).client, in_vue) as page:
-        yield page
+    return pages.of(watch_log(request.getfixturevalue(f"{name}_server")).client, in_vue)

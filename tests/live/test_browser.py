@@ -21,17 +21,35 @@ SHIPPED = [path for path in WORKFLOWS if not needed(path)]
 OF_REAL_MODELS = [path for path in WORKFLOWS if needed(path)]
 
 
-@pytest.fixture
-def state(client, path):
-    """What a workflow loads is there before the page asks what there is."""
-    bring_state(client, api_prompts()[path.stem.removeprefix("rolling_kv_")])
+BENCHMARKS = PACK / "workflows/rolling_kv_benchmark.json"
+
+IN_TURN = [
+    pytest.param(path, in_vue, id=f"{'nodes-2' if in_vue else 'classic-nodes'}-{path.stem}")
+    for path, in_vue in zip(SHIPPED, itertools.cycle([False, True]))
+]
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
-def test_a_workflow_opens_and_runs(state, frontend, path, tmp_path):
+def opened(frontend, path) -> list[dict]:
+    """The nodes of a workflow that ships with all that it loads."""
+    bring_state(frontend.client, api_prompts()[path.stem.removeprefix("rolling_kv_")])
+    frontend.refresh()
     nodes = frontend.open_workflow(path)
     assert nodes and all(node["known"] for node in nodes)
     assert frontend.complaints() == ""
+    return nodes
+
+
+def make_small(frontend) -> None:
+    """Have the benchmark measure the same in fewer steps."""
+    frontend.set_widget("RollingKVBenchmark", "steps.count", 4)
+
+
+@pytest.mark.parametrize(("path", "frontend"), IN_TURN, indirect=["frontend"])
+def test_a_workflow_opens_and_runs(frontend, path, tmp_path):
+    """Each in one way to draw nodes; the test below opens all in both."""
+    nodes = opened(frontend, path)
+    if path == BENCHMARKS:
+        make_small(frontend)
     outputs = frontend.press_run(seconds=900)
     frontend.screenshot(tmp_path / f"{path.stem}.png")
     assert frontend.errors_from("RollingKV", "rolling-kv", "rolling_kv") == []
@@ -45,16 +63,16 @@ def test_a_workflow_opens_and_runs(state, frontend, path, tmp_path):
 
 
 @pytest.fixture
-def advanced(client):
+def advanced(frontend):
     """Advanced inputs are shown on all nodes."""
-    client.post("/settings/Comfy.Node.AlwaysShowAdvancedWidgets", True)
+    frontend.set("Comfy.Node.AlwaysShowAdvancedWidgets", True)
     yield
-    client.post("/settings/Comfy.Node.AlwaysShowAdvancedWidgets", False)
+    frontend.set("Comfy.Node.AlwaysShowAdvancedWidgets", False)
 
 
-def test_nodes_do_not_cover_each_other_and_have_their_colour(advanced, frontend, tmp_path):
-    for path in WORKFLOWS:
-        frontend.open_workflow(path)
+def test_workflows_open_and_their_nodes_do_not_cover_each_other_and_have_their_colour(advanced, frontend, tmp_path):
+    for path in [*SHIPPED, *OF_REAL_MODELS]:
+        opened(frontend, path) if path in SHIPPED else frontend.open_workflow(path)
         frontend.screenshot(tmp_path / f"{path.stem}.png")
         for one, other in itertools.combinations(frontend.rectangles(), 2):
             apart = one["right"] <= other["left"] or other["right"] <= one["left"]
@@ -76,7 +94,8 @@ def check_table(page, markdown):
 
 def test_the_table_is_still_there_after_a_look_at_another_tab(frontend):
     """The page closes a workflow's nodes when another one is shown, and makes them anew."""
-    frontend.open_workflow(PACK / "workflows/rolling_kv_benchmark.json")
+    frontend.open_workflow(BENCHMARKS)
+    make_small(frontend)
     frontend.press_run(seconds=900)
     rows = frontend.page.locator("table tr")
     count = rows.count()

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from browser import RUN_BUTTON, fresh_page
+from browser import RUN_BUTTON
 from graphs import loaders, node, prompt, read_video
 from live_page import CENTRE, NODE
 from test_browser import with_numbers
@@ -93,15 +93,21 @@ def test_what_it_plays_is_the_video(every_frontend, tmp_path):
     assert frontend.errors_from(*OURS) == []
 
 
+@pytest.fixture(autouse=True)
+def nothing_runs_on(client):
+    """After a test that failed."""
+    yield
+    client.interrupt()
+
+
 @pytest.fixture
-def classic(chromium, client):
-    with fresh_page(chromium, client, False) as page:
-        yield page
-        client.interrupt()  # a test that failed leaves nothing that runs on
+def classic(pages, client):
+    return pages.of(client, False)
 
 
-def test_it_grows_and_is_there_again_after_a_reload_and_in_another_tab(classic, tmp_path):
-    frontend, page, client = classic, classic.page, classic.client
+@pytest.mark.parametrize("fresh_frontend", [False], ids=["classic-nodes"], indirect=True)
+def test_it_grows_and_is_there_again_after_a_reload_and_in_another_tab(fresh_frontend, tmp_path):
+    frontend, page, client = fresh_frontend, fresh_frontend.page, fresh_frontend.client
     number = opened(frontend, streaming(0, "reload"), tmp_path)
     begin(frontend)
     chunk = "() => Number(document.querySelector('.rkv-live canvas')?.dataset.frame?.split(':')[0] ?? 0)"

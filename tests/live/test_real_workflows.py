@@ -22,7 +22,8 @@ each_workflow = pytest.mark.parametrize("path", OF_REAL_MODELS, ids=[path.stem f
 
 
 @each_workflow
-def test_without_the_files_the_page_names_them(frontend, path):
+def test_without_the_files_the_page_names_them(fresh_frontend, path):
+    frontend = fresh_frontend
     nodes = frontend.open_workflow(path)
     assert nodes and all(node["known"] for node in nodes)
     names, page = [file["name"] for file in needed(path)], frontend.page

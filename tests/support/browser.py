@@ -23,6 +23,13 @@ CHROMIUM_FLAGS = [
 ERROR_OVERLAY = "[data-testid='error-overlay']"
 RUN_BUTTON = "[data-testid='queue-button']"
 
+SET = "([id, value]) => window.app.extensionManager.setting.set(id, value)"
+IN_VUE = "Comfy.VueNodes.Enabled"
+
+SET_WIDGET = """([type, name, value]) => {
+  window.app.graph.nodes.find(node => node.type === type).widgets.find(widget => widget.name === name).value = value
+}"""
+
 RECORD_RUN = """() => {
   window.finishedRun = null
   const api = window.comfyAPI.api.api
@@ -61,12 +68,33 @@ def find_chromium() -> str | None:
 @contextmanager
 def fresh_page(chromium, client, in_vue: bool):
     """The frontend of a server in a fresh browser profile."""
-    client.post("/settings/Comfy.VueNodes.Enabled", in_vue)
-    context = chromium.new_context(viewport={"width": 1600, "height": 1000})
+    client.post(f"/settings/{IN_VUE}", in_vue)
+    context = new_context(chromium)
     try:
         yield Frontend(context.new_page(), client)
     finally:
         context.close()
+
+
+def new_context(chromium):
+    return chromium.new_context(viewport={"width": 1600, "height": 1000})
+
+
+class Pages:
+    """The frontend of each server in a page that stays open from test to test, as it does for people: it takes long to load."""
+
+    def __init__(self, chromium):
+        self.chromium, self.kept = chromium, {}
+
+    def of(self, client, in_vue: bool) -> Frontend:
+        """The page of a server, with that way to draw nodes; a fresh one where a test has left it with complaints."""
+        page = self.kept.get(client.url)
+        if page and page.complaints():
+            page.page.context.close()
+            page = None
+        self.kept[client.url] = page = page or Frontend(new_context(self.chromium).new_page(), client)
+        page.set(IN_VUE, in_vue)
+        return page
 
 
 class Frontend:
@@ -81,6 +109,17 @@ class Frontend:
         page.goto(client.url, timeout=120_000)
         page.wait_for_function("() => window.app?.vueAppReady && window.app.graph?.nodes.length", timeout=120_000)
         page.evaluate(RECORD_RUN)
+
+    def set(self, setting: str, value) -> None:
+        self.page.evaluate(SET, [setting, value])
+
+    def set_widget(self, node_type: str, name: str, value) -> None:
+        """Choose a value on the first node of a type."""
+        self.page.evaluate(SET_WIDGET, [node_type, name, value])
+
+    def refresh(self) -> None:
+        """Ask the server anew what there is, as the key R does."""
+        self.page.evaluate("() => window.app.refreshComboInNodes()")
 
     def open_workflow(self, path: Path) -> list[dict]:
         """Open a workflow file as a drop on the canvas does, and return its nodes.

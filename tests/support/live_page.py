@@ -7,7 +7,7 @@ import json
 import re
 import uuid
 
-from browser import OPEN_FILE
+from browser import OPEN_FILE, SET
 from PIL import Image
 
 from tools.comfyui.env import PACK
@@ -24,8 +24,6 @@ CENTRE = f"""id => {{
   canvas.centerOnNode(({NODE})(id))
   canvas.setDirty(true, true)
 }}"""
-
-SET = "([id, value]) => window.app.extensionManager.setting.set(id, value)"
 
 SHOWN = """canvas => {
   const { data } = canvas.getContext('2d').getImageData(canvas.width / 2, canvas.height / 2, 1, 1)
