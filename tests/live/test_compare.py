@@ -56,6 +56,7 @@ class Comparison:
 
     def colours(self, *places: tuple[float, float]) -> list[str]:
         """Which video is seen at places, in shares of width and height; "" where none is."""
+        self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         self.page.wait_for_timeout(300)  # until it is painted
         picture = np.asarray(Image.open(io.BytesIO(self.stage.screenshot())).convert("RGB"), dtype=int)
         height, width = picture.shape[:2]

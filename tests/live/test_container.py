@@ -80,4 +80,4 @@ def test_what_is_installed_starts_is_healthy_and_makes_a_video(install, installe
         assert len(video.frames) > 16
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(120)

@@ -1,11 +1,10 @@
 """The live view on a real server: it grows with the video, comes back after a reload, and what is said there is done."""
 
 import json
-import time
 
 import numpy as np
 import pytest
-from browser import RUN_BUTTON
+from browser import RUN_BUTTON, until
 from graphs import loaders, node, prompt, read_video
 from live_page import CENTRE, NODE
 from test_browser import with_numbers
@@ -46,20 +45,8 @@ def newest_run(client) -> dict:
 def begin(frontend) -> None:
     """Press Run, and wait until the sampler runs: pages also show what earlier tests have made."""
     frontend.page.locator(RUN_BUTTON).click()
-    wait_for(
-        lambda: [
-            run for run in json.loads(frontend.client.get("/rolling_kv/runs"))["runs"] if run["status"] == "running"
-        ]
-    )
-
-
-def wait_for(condition, seconds=120):
-    """What it gives once that is true."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-    return found
+    runs = lambda: json.loads(frontend.client.get("/rolling_kv/runs"))["runs"]  # noqa: E731
+    until(frontend.page, lambda: [run for run in runs() if run["status"] == "running"])
 
 
 def shown_frames(frontend, run, until):
@@ -111,18 +98,18 @@ def test_it_grows_and_is_there_again_after_a_reload_and_in_another_tab(fresh_fro
     number = opened(frontend, streaming(0, "reload"), tmp_path)
     begin(frontend)
     chunk = "() => Number(document.querySelector('.rkv-live canvas')?.dataset.frame?.split(':')[0] ?? 0)"
-    page.wait_for_function(f"() => ({chunk})() >= 1", timeout=120_000)
-    page.wait_for_function(f"() => ({chunk})() >= 2", timeout=60_000)
+    page.wait_for_function(f"() => ({chunk})() >= 1")
+    page.wait_for_function(f"() => ({chunk})() >= 2")
     page.on("dialog", lambda dialog: dialog.accept())
     page.reload()
-    page.wait_for_function("() => window.app?.vueAppReady && window.app.graph?.nodes.length", timeout=120_000)
-    page.wait_for_function(f"id => ({NODE})(id)", arg=number, timeout=30_000)
+    page.wait_for_function("() => window.app?.vueAppReady && window.app.graph?.nodes.length")
+    page.wait_for_function(f"id => ({NODE})(id)", arg=number)
     page.evaluate(CENTRE, number)
     page.locator(".rkv-live:visible canvas").wait_for()
     before = newest_run(client)["chunk"]
-    page.wait_for_function(f"chunk => ({chunk})() > chunk", arg=before, timeout=120_000)
+    page.wait_for_function(f"chunk => ({chunk})() > chunk", arg=before)
     client.interrupt()
-    wait_for(lambda: newest_run(client)["status"] == "cancelled")
+    until(page, lambda: newest_run(client)["status"] == "cancelled")
     page.locator(".rkv-live:visible .numbers", has_text="cancelled").wait_for()
     assert page.locator(".rkv-steering").is_hidden()
     assert frontend.errors_from(*OURS) == []
@@ -139,10 +126,10 @@ def test_what_is_typed_while_it_runs_is_made(classic, tmp_path):
     frontend, page, client = classic, classic.page, classic.client
     number = opened(frontend, streaming(0, "steered"), tmp_path)
     begin(frontend)
-    page.wait_for_function("() => document.querySelector('.rkv-live canvas')?.dataset.frame", timeout=120_000)
+    page.wait_for_function("() => document.querySelector('.rkv-live canvas')?.dataset.frame")
     page.evaluate(CENTRE, number)  # it has grown
     page.get_by_role("button", name="Pause").click()
-    wait_for(lambda: newest_run(client)["waiting"])
+    until(page, lambda: newest_run(client)["waiting"])
     paused = newest_run(client)
     page.get_by_label("How the prompt comes").select_option("cut")
     prompt_line = page.get_by_label("What shall happen next")
@@ -151,9 +138,9 @@ def test_what_is_typed_while_it_runs_is_made(classic, tmp_path):
     page.locator(".rkv-steering .answer", has_text="From the next chunk on: a blue circle moving right").wait_for()
     assert newest_run(client)["chunk"] == paused["chunk"]
     page.get_by_role("button", name="Resume").click()
-    wait_for(lambda: newest_run(client)["chunk"] >= paused["chunk"] + 2)
+    until(page, lambda: newest_run(client)["chunk"] >= paused["chunk"] + 2)
     page.get_by_role("button", name="Stop here").click()
-    page.wait_for_function("() => window.finishedRun", timeout=120_000)
+    page.wait_for_function("() => window.finishedRun")
     finished = page.evaluate("() => window.finishedRun")
     assert finished["kind"] == "execution_success"
     run = newest_run(client)
@@ -187,5 +174,5 @@ def test_the_node_of_a_subgraph_shows_what_is_made_in_it(frontend, tmp_path):
     # Nodes 2.0 of the older frontend lets a subgraph's node have no view: ComfyUI's own picture is there.
     page.locator(f".rkv-live:visible canvas, [data-node-id='{outer}'] img:visible").first.wait_for(timeout=120_000)
     client.interrupt()
-    wait_for(lambda: newest_run(client)["status"] == "cancelled")
+    until(page, lambda: newest_run(client)["status"] == "cancelled")
     assert frontend.errors_from(*OURS) == []

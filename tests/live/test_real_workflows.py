@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
+from browser import until
 from builders import original_names
 from graphs import PACK, read_video
-from playwright.sync_api import TimeoutError
 from safetensors.torch import save_file
 from test_browser import OF_REAL_MODELS, needed
 from test_load_lora import write_lora
@@ -28,10 +28,10 @@ def test_without_the_files_the_page_names_them(fresh_frontend, path):
     assert nodes and all(node["known"] for node in nodes)
     names, page = [file["name"] for file in needed(path)], frontend.page
     named = "names => names.every(name => document.body.innerText.includes(name))"
-    try:
-        page.wait_for_function(named, arg=names, timeout=5000)
-    except TimeoutError:  # they are in a list that is closed
-        page.get_by_text("Show missing models").first.click()
+    closed = page.get_by_text("Show missing models").first
+    until(page, lambda: page.evaluate(named, names) or closed.is_visible())
+    if not page.evaluate(named, names):  # they are in a list that is closed
+        closed.click()
         page.wait_for_function(named, arg=names)
     # The list asks the registry of nodes, which is out of reach.
     errors = frontend.errors_from("RollingKV", "rolling-kv", "rolling_kv")

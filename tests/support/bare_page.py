@@ -32,7 +32,6 @@ class BarePage:
         variables = "; ".join(f"{name}: {value}" for name, value in THEMES[theme].items())
         imports = "; ".join(f'await import("/extensions/rolling-kv/{name}")' for name in scripts)
         self.shell = SHELL.format(variables=variables, imports=imports)
-        page.set_default_timeout(10_000)
         page.on("pageerror", lambda error: self.errors.append(error.message))
         page.route(f"{URL}/**", self._serve)
         page.goto(URL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,6 +66,15 @@ def find_chromium() -> str | None:
     return os.environ.get("CHROMIUM_PATH") or next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
 
 
+def until(page, condition):
+    """Let a page go on until a condition holds; returns what the condition gives then."""
+    deadline = time.monotonic() + 120
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        page.wait_for_timeout(50)
+    return found
+
+
 @contextmanager
 def fresh_page(chromium, client, in_vue: bool):
     """The frontend of a server in a fresh browser profile."""
@@ -76,8 +86,11 @@ def fresh_page(chromium, client, in_vue: bool):
         context.close()
 
 
-def new_context(chromium):
-    return chromium.new_context(viewport={"width": 1600, "height": 1000})
+def new_context(chromium, **options):
+    """A browser profile of its own. Whatever is waited for may take long on a machine that has other things to do."""
+    context = chromium.new_context(**{"viewport": {"width": 1600, "height": 1000}} | options)
+    context.set_default_timeout(120_000)
+    return context
 
 
 class Pages:
@@ -106,8 +119,8 @@ class Frontend:
         self.messages: list[tuple[str, str, str]] = []
         page.on("console", lambda m: self.messages.append((m.type, m.text, m.location.get("url", ""))))
         page.on("pageerror", lambda error: self.messages.append(("pageerror", error.message, error.stack or "")))
-        page.goto(client.url, timeout=120_000)
-        page.wait_for_function("() => window.app?.vueAppReady && window.app.graph?.nodes.length", timeout=120_000)
+        page.goto(client.url)
+        page.wait_for_function("() => window.app?.vueAppReady && window.app.graph?.nodes.length")
         page.evaluate(RECORD_RUN)
 
     def set(self, setting: str, value) -> None:

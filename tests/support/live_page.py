@@ -7,7 +7,7 @@ import json
 import re
 import uuid
 
-from browser import OPEN_FILE, SET
+from browser import OPEN_FILE, SET, until
 from PIL import Image
 
 from tools.comfyui.env import PACK
@@ -69,8 +69,8 @@ class LivePage:
         page.on("console", lambda m: self._heard(m.type, m.text, m.location.get("url", "")))
         page.on("pageerror", lambda error: self._heard("error", error.message, error.stack or ""))
         stage.watch(page)
-        page.goto(stage.url, timeout=120_000)
-        page.wait_for_function(READY, timeout=120_000)
+        page.goto(stage.url)
+        page.wait_for_function(READY)
 
     def _heard(self, kind, text, script):
         if kind in ("error", "warning") and re.search(r"rolling[-_]?kv", text + script, re.IGNORECASE):
@@ -107,12 +107,11 @@ class LivePage:
     def plays(self, chunk: int, panel: int = 0) -> None:
         """Wait until a frame of the chunk is shown, and compare every frame that is seen meanwhile with its colour."""
         canvas = self.panels.nth(panel).locator("canvas")
-        for _ in range(400):
+
+        def played():
             shown, pixel = canvas.evaluate(SHOWN)
-            if shown is not None:
-                number, frame = map(int, shown.split(":"))
-                assert tuple(pixel) == colour(number, frame), shown
-                if number == chunk:
-                    return
-            self.page.wait_for_timeout(50)
-        raise AssertionError(f"chunk {chunk} is not played; the last frame was {shown}")
+            number, frame = (0, 0) if shown is None else map(int, shown.split(":"))
+            assert shown is None or tuple(pixel) == colour(number, frame), shown
+            return number == chunk
+
+        until(self.page, played)

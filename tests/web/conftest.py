@@ -1,6 +1,7 @@
 """One page of the newest frontend on a server that only plays its part; it stays open from test to test."""
 
 import pytest
+from browser import new_context
 from live_page import RENDERERS, LivePage
 from stage import Stage, newest_frontend
 
@@ -8,9 +9,7 @@ from stage import Stage, newest_frontend
 @pytest.fixture(scope="session")
 def opened(chromium):
     with Stage(newest_frontend()) as stage:
-        context = chromium.new_context(
-            viewport={"width": 1600, "height": 1000}, permissions=["clipboard-read", "clipboard-write"]
-        )
+        context = new_context(chromium, permissions=["clipboard-read", "clipboard-write"])
         yield LivePage(context.new_page(), stage)
         context.close()
 
@@ -27,7 +26,7 @@ def live(request, opened):
 
 @pytest.fixture(scope="module")
 def bare_context(chromium):
-    context = chromium.new_context(viewport={"width": 600, "height": 500})
+    context = new_context(chromium, viewport={"width": 600, "height": 500})
     yield context
     context.close()
 

@@ -2,6 +2,7 @@
 
 import pytest
 from bare_page import BarePage
+from browser import until
 from page_answers import PLAN, WINDOW, plan
 
 from rolling_kv.config import CacheConfig, SamplingConfig
@@ -71,6 +72,7 @@ def test_it_asks_again_only_when_something_has_changed(inspector):
     inspector.change("")
     inspector.change("attach.widgets[1].value = 12")
     inspector.change("attach.widgets[1].value = 15")
+    until(inspector.page, lambda: len(inspector.posts) > 1)
     inspector.page.wait_for_timeout(600)
     assert [body["model"]["attach"][0]["window.frames"] for _, body in inspector.posts] == [9, 15]
 

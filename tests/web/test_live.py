@@ -5,6 +5,7 @@ import struct
 import threading
 
 import pytest
+from browser import until
 from live_page import NODE, colour, put_strip, told
 
 ONE_RENDERER = pytest.mark.parametrize("live", ["classic"], indirect=True)
@@ -207,8 +208,7 @@ def test_what_is_heard_while_the_list_of_runs_is_on_its_way_is_newer_than_the_li
 
     monkeypatch.setattr(live.stage, "get", slowly)
     live.stage.sockets[0].close()
-    while not asked.is_set():
-        live.page.wait_for_timeout(50)
+    until(live.page, asked.is_set)
     live.begin(node, chunk=3, status="ended")
     live.panels.get_by_text("done · chunk 3 of 8").wait_for()
     may.set()
@@ -392,7 +392,15 @@ def test_nothing_is_played_while_nobody_can_see_it(live):
     live.plays(1)
     frame = f"id => ({NODE})(id).widgets.find(w => w.name == 'live').element.querySelector('canvas').dataset.frame"
     live.page.evaluate("() => { window.app.canvas.ds.offset[0] -= 5000; window.app.canvas.setDirty(true, true) }")
-    live.page.wait_for_timeout(700)
+
+    def still():
+        seen = []
+        for _ in range(8):
+            live.page.wait_for_timeout(100)
+            seen.append(live.page.evaluate(frame, node))
+        return len(set(seen)) == 1
+
+    until(live.page, still)
     seen = live.page.evaluate(frame, node)
     live.page.wait_for_timeout(700)
     assert live.page.evaluate(frame, node) == seen
@@ -405,7 +413,7 @@ def test_settings_are_told_to_the_server_and_texts_follow_the_language(live):
     node = opened_at_sampler(live)
     live.set("RollingKV.Live.Size", 384)
     live.set("RollingKV.Live.Preview", False)
-    live.page.wait_for_timeout(300)
+    until(live.page, lambda: [route for route, _ in live.stage.posts].count("preview") > 1)
     assert [body for route, body in live.stage.posts if route == "preview"] == [
         {"on": True, "size": 384},
         {"on": False, "size": 384},
@@ -415,6 +423,7 @@ def test_settings_are_told_to_the_server_and_texts_follow_the_language(live):
     live.set("Comfy.Locale", "zh")
     try:
         live.begin(node, chunk=2, seconds=0.75)
+        live.panels.get_by_text("第 2 / 8 块").wait_for()
         assert live.panels.locator(".numbers").inner_text() == "第 2 / 8 块 · 0.8 秒"
     finally:
         live.set("Comfy.Locale", "en")
