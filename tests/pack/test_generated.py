@@ -7,7 +7,7 @@ import pytest
 
 from rolling_kv.presets import PRESETS
 from tools.comfyui.env import PACK
-from tools.generate import help_pages, memory, models, readme, schemas
+from tools.generate import help_pages, memory, models, readme, results, schemas
 from tools.generate.examples import WORKFLOWS
 from tools.generate.workflows import layout
 
@@ -34,6 +34,37 @@ def test_the_table_of_cards_is_counted_from_the_models():
     page = memory.PAGE.read_text(encoding="utf-8")
     assert page == memory.generated(), DUE
     assert all(f"(`{name}`)" in page for name in memory.MODELS)
+
+
+def test_the_tables_of_gpus_are_the_reports(tmp_path):
+    assert results.PAGE.read_text(encoding="utf-8") == results.generated(), DUE
+    assert results.section(tmp_path) == f"{results.HEADING}\n\n{results.NONE}"
+    cases = {"cases": [{"name": "a", "difference": 1e-6}]}
+    ended = {"seconds": 3.0, "command": "python -m rolling_kv bench cases"}
+    machine = {
+        "gpu": "Card",
+        "cpu": "CPU",
+        "driver": "1.2",
+        "torch": "2.9",
+        "system": "Linux",
+        "revision": "abcdef" * 4,
+    }
+    report = {"machine": machine, "size": "1.3B", "quick": False, "parts": [
+        ended | {"name": "cases", "status": "done", "figures": cases},
+        ended | {"name": "graphs", "status": "failed: no", "figures": None},
+        ended | {"name": "of another version", "status": "done", "figures": {}},
+    ]}  # fmt: skip
+    for name in ("b-2026-01", "a-2026-02"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+    section = results.section(tmp_path)
+    assert section.index("results/a-2026-02/report.json") < section.index("results/b-2026-01/report.json")
+    assert (
+        section.count("**Card**, random weights of the size 1.3B; driver 1.2, torch 2.9; Linux; revision abcdefabc (")
+        == 2
+    )
+    assert section.count("1 cases, at most 1.0e-06 off (a)") == 2 and section.count("| failed: no ") == 2
+    assert "another version" not in section
 
 
 @pytest.mark.parametrize("language", help_pages.HEADS)

@@ -12,6 +12,7 @@ Without a URL it starts a ComfyUI of its own. It writes
   README.md                      the tables of files and models
   docs/models.md                 the table of families
   docs/memory.md                 the table of cards
+  docs/benchmarks.md             the tables of the reports in docs/results/
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from ..comfyui.client import ComfyClient
 from ..comfyui.env import ComfyError, find_install, install_missing
 from ..comfyui.server import ComfyServer
-from . import help_pages, memory, models, pictures, readme, schemas, workflows
+from . import help_pages, memory, models, pictures, readme, results, schemas, workflows
 from .examples import WORKFLOWS
 
 
@@ -31,6 +32,7 @@ def generate(client: ComfyClient, names: list[str], models_folder: Path | None =
     readme.generate()
     models.generate()
     memory.generate()
+    results.generate()
     help_pages.generate()
     if models_folder is not None:
         workflows.write_stand_ins(models_folder)

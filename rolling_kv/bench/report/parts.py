@@ -27,7 +27,8 @@ class Part(NamedTuple):
 def parts_of(size: str, device: str, window: int, quick: bool = False) -> list[Part]:
     """The parts for a random model of that size with that window.
 
-    quick: as few turns as show that everything runs, for as long as that takes, and the VAE at a small width; without 14B.
+    quick: as few turns as show that everything runs, for as long as that takes, and the VAE at a small width. What is large is
+        for cards alone, and never quick.
     """
     few = ("--repeats", "1") if quick else ()
     model, picture = ("--size", size), ("--vae-size", "tiny") if quick else ()
@@ -36,6 +37,7 @@ def parts_of(size: str, device: str, window: int, quick: bool = False) -> list[P
     def passes(name: str, *options: str, of: tuple[str, ...] = model, limit: float = 60) -> Part:
         return Part(name, ("passes", *of, *options, *few), limit, _pass)
 
+    large = device == "cuda" and not quick
     parts = [
         Part("kernels", ("kernels", *model, *few), 60, _kernels),
         passes("pass"),
@@ -56,15 +58,15 @@ def parts_of(size: str, device: str, window: int, quick: bool = False) -> list[P
         passes("weights_float8", "--weight-storage", "float8"),
         *(passes(f"window_{frames}", "--window", str(frames)) for frames in (12, 6) if frames < window),
     ]
-    if not quick:
-        large = ("--size", "14B", "--window", "6")
-        parts.append(passes("14B", of=large, limit=90))
-        parts.append(passes("14B_float8", "--weight-storage", "float8", "--cache-storage", "int8", of=large, limit=90))
+    if large:
+        fewer = "--weight-storage", "float8", "--cache-storage", "int8"
+        of = "--size", "14B", "--window", "6"
+        parts += [passes("14B", of=of, limit=90), passes("14B_float8", *fewer, of=of, limit=90)]
     parts += [
         passes("offloaded", "--offload-cache"),
         passes("weights_offloaded", "--offload-weights"),
         passes("framewise", "--chunk", "1"),
-        *([] if quick else [passes("720p", "--height", "720", "--width", "1280", "--window", "6")]),
+        *([passes("720p", "--height", "720", "--width", "1280", "--window", "6")] if large else []),
     ]
     return [part._replace(limit=10 * part.limit) for part in parts] if quick else parts  # on whatever machine there is
 
