@@ -73,7 +73,7 @@ class RollingKVLoadModel(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Run the blocks through torch.compile: the first chunk takes a minute or more, the others are "
-                    "faster. Needs a C++ compiler, on a GPU Triton. Not with float8 storage.",
+                    "faster. Needs a C++ compiler, on a GPU Triton; with float8 storage an RTX 40 or H100.",
                 ),
                 io.Combo.Input(
                     "speed",

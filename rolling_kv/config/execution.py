@@ -9,6 +9,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 
 from ..devices import has_float64
+from ..platforms import has_float8_products, platform_of
 from .checks import check_choice
 
 WEIGHT_STORAGES = ("model", "float8")
@@ -115,16 +116,16 @@ class ExecutionConfig:
             raise ValueError(
                 f'a GGUF file keeps its own packing: set the weight storage to "model" instead of "{weight_storage}"'
             )
-        if self.compile and weight_storage == "float8":
+        if self.compile and weight_storage == "float8" and device is not None and not _compiles_float8(device):
             raise ValueError(
-                "weights in float8 cannot go with compile: each layer is widened outside of the compiled code, which "
-                'cuts it into pieces that bring nothing. Turn compile off, or set the weight storage to "model"; the '
-                "weights of a GGUF file are small and can be compiled."
+                f"weights in float8 cannot go with compile on {device}: compiled code widens float8 on NVIDIA GPUs from RTX "
+                '40 and H100 on. Turn compile off, or set the weight storage to "model"; the weights of a GGUF file are '
+                "small and can be compiled."
             )
         if self.compile and step_cache:
             raise ValueError("a step cache cannot go with compiled blocks: turn compile off, or remove the step cache")
         if self.cuda_graphs:
-            self._check_cuda_graphs(device, weight_storage, packings, step_cache)
+            self._check_cuda_graphs(device, packings, step_cache)
 
     def check_offloaded(self) -> None:
         """Raise ValueError unless these settings go together with weights that come from CPU memory block by block."""
@@ -135,19 +136,19 @@ class ExecutionConfig:
                     f"{name} off, or keep the weights on the device"
                 )
 
-    def _check_cuda_graphs(self, device, weight_storage: str, packings: Collection[str], step_cache: bool) -> None:
+    def _check_cuda_graphs(self, device, packings: Collection[str], step_cache: bool) -> None:
         if step_cache:
             raise ValueError("a step cache cannot go with CUDA graphs: turn them off, or remove the step cache")
         if device is not None and torch.device(device).type != "cuda":
             raise ValueError(f"CUDA graphs need a CUDA device, but the model is on {device}: turn them off")
-        if weight_storage == "float8":
-            raise ValueError(
-                "weights in float8 cannot go with CUDA graphs: each layer's weights move when it runs, and a graph "
-                'would go on reading the old place. Turn CUDA graphs off, or set the weight storage to "model".'
-            )
         waiting = [packing for packing in packings if packing not in RECORDABLE_PACKINGS]
         if waiting:
             raise ValueError(
                 f"weights packed as {', '.join(waiting)} cannot go with CUDA graphs: unpacking them copies small tables "
                 "from the CPU, which cannot be recorded. Turn CUDA graphs off, or use a GGUF file in Q8_0."
             )
+
+
+def _compiles_float8(device: torch.device | str) -> bool:
+    """Whether code that torch.compile makes for a device brings float8 to other dtypes."""
+    return torch.device(device).type == "cpu" or has_float8_products(platform_of(device))

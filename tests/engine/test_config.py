@@ -7,6 +7,7 @@ import torch
 
 from rolling_kv.config import ALL_FRAMES, CacheConfig, ExecutionConfig, SamplingConfig
 from rolling_kv.geometry import GEOMETRIES, WAN_21, WAN_22, geometry_of
+from rolling_kv.platforms import Platform
 
 
 def test_defaults_are_those_of_self_forcing():
@@ -55,11 +56,9 @@ def test_what_is_not_the_default_is_described():
         (ExecutionConfig(), dict(weight_storage="int4"), "weight storage must be one of model, float8, got 'int4'"),
         (ExecutionConfig(), dict(weight_storage="float8", packings=["Q8_0"]), "keeps its own packing"),
         (ExecutionConfig(exact=True), dict(device="mps"), "turn exact off"),
-        (ExecutionConfig(compile=True), dict(weight_storage="float8"), "Turn compile off"),
         (ExecutionConfig(compile=True), dict(step_cache=True), "turn compile off"),
         (ExecutionConfig(cuda_graphs=True), dict(step_cache=True), "turn them off"),
         (ExecutionConfig(cuda_graphs=True), dict(device="cpu"), "CUDA graphs need a CUDA device"),
-        (ExecutionConfig(cuda_graphs=True), dict(device="cuda", weight_storage="float8"), "Turn CUDA graphs off"),
         (ExecutionConfig(cuda_graphs=True), dict(device="cuda", packings=["Q4_K"]), "packed as Q4_K"),
         (ExecutionConfig(backend="flesh"), {}, "attention backend must be one of native, .* got 'flesh'"),
     ],
@@ -69,6 +68,16 @@ def test_what_does_not_go_together_is_refused(execution, given, message):
         execution.check(**given)
 
 
+@pytest.mark.parametrize("capability, compiles", [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_float8_is_compiled_where_compiled_code_knows_it(capability, compiles, monkeypatch):
+    monkeypatch.setattr("rolling_kv.config.execution.platform_of", lambda device: Platform("cuda", capability))
+    if compiles:
+        ExecutionConfig(compile=True).check("cuda", weight_storage="float8")
+    else:
+        with pytest.raises(ValueError, match='on cuda: .* RTX 40.*Turn compile off.*"model"'):
+            ExecutionConfig(compile=True).check("cuda", weight_storage="float8")
+
+
 @pytest.mark.parametrize(
     "execution, given",
     [
@@ -76,6 +85,8 @@ def test_what_does_not_go_together_is_refused(execution, given, message):
         (ExecutionConfig(exact=True, backend="native"), dict(device="cpu", step_cache=True)),
         (ExecutionConfig(exact=True), dict(device=torch.device("cuda"))),
         (ExecutionConfig(compile=True), dict(device="cpu", packings=["Q4_K"])),
+        (ExecutionConfig(compile=True), dict(device="cpu", weight_storage="float8")),
+        (ExecutionConfig(cuda_graphs=True), dict(device="cuda", weight_storage="float8")),
         (ExecutionConfig(compile=True, cuda_graphs=True), dict(device="cuda", packings=["Q8_0", "BF16"])),
         (ExecutionConfig(cuda_graphs=True), {}),
     ],

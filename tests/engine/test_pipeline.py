@@ -178,9 +178,9 @@ def test_a_tiny_decoder_makes_the_same_video_in_its_own_pictures(folder, tmp_pat
     assert not any("other" in path.name for path in tmp_path.iterdir())
 
 
-def test_float8_cannot_be_compiled(folder, tmp_path):
-    pipeline = Pipeline.load(folder, storage="float8")
-    with pytest.raises(ValueError, match="float8 cannot go with compile"):
+def test_offloaded_weights_cannot_be_compiled(folder, tmp_path):
+    pipeline = Pipeline.load(folder, offload=True)
+    with pytest.raises(ValueError, match="compile cannot go with weights in CPU memory"):
         pipeline.generate(PROMPT, tmp_path / "video.mp4", **SIZE, execution=ExecutionConfig(compile=True))
     assert not any(tmp_path.iterdir())
 
@@ -369,7 +369,7 @@ def test_a_gguf_file_takes_its_text_encoder_and_vae_from_elsewhere(folder, tmp_p
         (["--lora", "style.safetensors", "much"], "a file and a number, its strength; got style.safetensors much"),
         (["--lora", "a.safetensors", "1", "b.safetensors"], "Give --lora again"),
         (["--lora", "absent.safetensors"], "absent.safetensors: there is no such file"),
-        (["--compile", "--weight-storage", "float8"], "float8 cannot go with compile"),
+        (["--compile", "--offload-weights"], "compile cannot go with weights in CPU memory"),
         (["--backend", "_flash_3"], "_flash_3 is not installed"),
     ],
 )

@@ -36,10 +36,12 @@ def test_a_missing_lora_is_named_with_its_folder(client, name):
 
 
 @pytest.mark.traceback_expected
-def test_float8_weights_that_are_to_be_compiled_are_refused_by_the_loader(client):
+def test_offloaded_weights_that_are_to_be_compiled_are_refused_by_the_loader(client):
     graph = one_sampler()
-    graph["model"]["inputs"] |= {"storage": "float8", "compile": True}
-    with pytest.raises(PromptFailed, match="RollingKVLoadModel.*float8 cannot go with compile.*Turn compile off"):
+    graph["model"]["inputs"] |= {"offload": True, "compile": True}
+    with pytest.raises(
+        PromptFailed, match="RollingKVLoadModel.*compile cannot go with weights in CPU.*turn compile off"
+    ):
         client.run(graph)
 
 

@@ -68,22 +68,24 @@ def test_weights_of_a_gguf_file_compile_as_others_do(compilations):
     assert counts[0] == counts[1] > 0
 
 
-def test_float8_weights_are_refused(compilations):
-    """Their layers are widened between the compiled parts: twice as many graphs, and nothing gained."""
-    transformer = tiny_transformer()
-    store_float8(transformer)
-    model = CausalModel(transformer, ModelPreset("test", SAMPLING, CacheConfig(5)))
-    session = RollingSession(
-        model,
-        torch.zeros(1, 6, transformer.config.text_dim),
-        height=32,
-        width=48,
-        execution=ExecutionConfig(compile=True),
-    )
-    with pytest.raises(ValueError, match='float8 cannot go with compile.*Turn compile off.*"model"'), session:
-        pass
-    assert not compilations and not any("forward" in vars(block) for block in transformer.blocks)
-    ExecutionConfig(compile=True).check(weight_storage="model")
+def test_float8_weights_compile_as_others_do(compilations):
+    """They are widened inside of the compiled parts: as many graphs, and the same video as uncompiled."""
+    counts, videos = [], []
+    for storage, execution in (("model", True), ("float8", True), ("float8", False)):
+        transformer = tiny_transformer()
+        if storage == "float8":
+            store_float8(transformer)
+        model = CausalModel(transformer, ModelPreset("test", SAMPLING, CacheConfig(5)))
+        prompt, before = torch.zeros(1, 6, transformer.config.text_dim), len(compilations)
+        torch._dynamo.reset()
+        execution = ExecutionConfig(compile=execution)
+        with RollingSession(model, prompt, height=32, width=48, execution=execution) as session:
+            list(session.generate(3, seed=7))
+        counts.append(len(compilations) - before)
+        videos.append(session.state.latents())
+    assert counts[0] == counts[1] > 0 == counts[2]
+    torch.testing.assert_close(videos[1], videos[2], atol=1e-5, rtol=1e-4)
+    assert not torch.equal(videos[0], videos[1])
 
 
 def test_more_shapes_than_torch_compiles_by_itself_stay_compiled():
