@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from graphs import (
     loaders,
     node,
@@ -18,6 +19,7 @@ from graphs import (
 
 from rolling_kv.bundled import BUNDLED
 from rolling_kv.vae.loading import load_vae
+from rolling_kv.vae.taehv import Taehv, TinyVAE
 from tools.comfyui.client import PromptFailed, first_file
 
 
@@ -59,6 +61,30 @@ def test_a_batch_gives_the_frames_of_one_video_after_the_other(client):
     assert images.shape == (18, 64, 64, 3)
     assert np.abs(images - np.concatenate(expected)).max() < 1.01
     assert np.abs(expected[0] - expected[1]).mean() > 3
+
+
+def test_a_tiny_decoder_takes_the_place_of_the_vae_and_x264_that_of_an_encoder_that_is_not_there(server, client):
+    torch.manual_seed(3)
+    tiny = Taehv(16, (8, 8, 8, 8), (1, 2, 2), 1)
+    torch.save(tiny.state_dict(), server.folder / "models/vae_approx/taew2_1.pth")
+    graph = one_sampler(1)
+    graph["tiny"] = node("RollingKVLoadVAE", vae_name="taew2_1.pth")
+    graph["images"] = node("RollingKVDecodeImages", vae=["tiny", 0], latent=["sample", 0])
+    graph["save images"] = save_images("images")
+    graph["video"] = node("RollingKVDecodeVideo", vae=["tiny", 0], latent=["sample", 0], encoder="h264_nvenc")
+    graph["save video"] = save_video("video")
+    outputs = client.run(graph)
+    with torch.inference_mode():
+        expected = TinyVAE(tiny).decoder().decode(saved_latent(client, outputs))[0]
+    expected = (expected * 127.5 + 127.5).permute(1, 2, 3, 0).numpy()
+    images = saved_images(client, outputs, "save images")
+    assert images.shape == expected.shape == (9, 64, 64, 3) and np.abs(images - expected).max() < 1.01
+    video = read_video(client.view(first_file({"save video": outputs["save video"]}, ".mp4")))
+    assert video.frames.shape == images.shape and np.abs(video.frames - images).mean() < 6
+    assert "taew2_1.pth is a tiny decoder" in server.log
+    assert "the encoder h264_nvenc does not open here" in server.log, (
+        "pictures of 64 pixels are too small for any GPU's"
+    )
 
 
 @pytest.mark.traceback_expected
