@@ -12,6 +12,7 @@ import torch
 from builders import tiny_transformer
 from shard_cases import CASES, FEW, SIDE, WINDOW, made
 
+from rolling_kv.cli import main
 from rolling_kv.config import ExecutionConfig
 from rolling_kv.sampling.state_file import read_state
 from rolling_kv.step_cache import METHODS
@@ -133,10 +134,15 @@ def made_by(attachment):
     attachment.forward(torch.zeros(1, 16, FEW.chunk, SIDE // 8, SIDE // 8), 0.0, Branch(cache, PromptCache(embeds)))
 
 
-def generate(folder, output, *launcher, seconds="0.5"):
-    command = [sys.executable, *launcher, "-m", "rolling_kv", "generate", "--prompt", "a red circle", "--model", folder]
-    command += ["--output", output, "--width", "64", "--height", "64", "--seconds", seconds, "--device", "cpu"]
-    return subprocess.Popen(list(map(str, command)), cwd=PACK, stderr=subprocess.PIPE, text=True)
+def generating(folder, output, seconds="0.5") -> list[str]:
+    """The arguments of a command."""
+    given = ["generate", "--prompt", "a red circle", "--model", folder, "--output", output, "--width", "64"]
+    return list(map(str, [*given, "--height", "64", "--seconds", seconds, "--device", "cpu"]))
+
+
+def generate(folder, output, *launcher, **options):
+    command = [sys.executable, *launcher, "-m", "rolling_kv", *generating(folder, output, **options)]
+    return subprocess.Popen(command, cwd=PACK, stderr=subprocess.PIPE, text=True)
 
 
 def torchrun(ranks):
@@ -145,10 +151,10 @@ def torchrun(ranks):
 
 def test_torchrun_makes_the_video_that_one_process_makes(tmp_path):
     folder = make_tiny(tmp_path / "tiny")
-    for name, launcher in (("alone", ()), ("together", torchrun(2))):
-        process = generate(folder, tmp_path / f"{name}.mp4", *launcher)
-        _, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error
+    main(generating(folder, tmp_path / "alone.mp4"))
+    process = generate(folder, tmp_path / "together.mp4", *torchrun(2))
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
     alone, together = (torch.cat(list(read_frames(tmp_path / f"{name}.mp4"))) for name in ("alone", "together"))
     assert alone.shape == together.shape and (alone.int() - together.int()).abs().max() <= 4
 
