@@ -55,7 +55,7 @@ def wired(said: object) -> Wired:
     check_choice("storage", storage, WEIGHT_STORAGES)
     checked_value(inputs.dtype(""), dtype)
     path = model_files.get(model_files.MODEL, load.get("model_name"))
-    offload = checked_value(io.Boolean.Input("offload"), load.get("offload", False))
+    offload = bool(checked_value(io.Boolean.Input("offload"), load.get("offload", False)))
     made = _outline(path, _stamp(path), preset, dtype, storage, str(mm.get_torch_device()), offload)
     cache, attached = made.preset.cache, said.get("attach", [])
     if not isinstance(attached, list) or len(attached) > MOST_ATTACHED:

@@ -38,7 +38,7 @@ from .vae.latents import to_model
 from .vae.loading import AnyVAE, load_vae
 from .video import PLAIN
 from .wan.fast import product_bytes
-from .wan.offloaded import blocks_aside, offload_blocks, weight_nbytes
+from .wan.offloaded import move_outside, offload_blocks, weight_nbytes
 from .wan.shards import HeadShards
 
 logger = logging.getLogger(__name__)
@@ -115,8 +115,7 @@ class Pipeline:
         LoraStack(causal).set(opened)
         for transformer in causal.transformers if offload else ():
             offload_blocks(transformer, device)
-            with blocks_aside(transformer):
-                transformer.to(device)
+            move_outside(transformer, device)
         texts = text_encoder
         if texts is None or isinstance(texts, (str, Path)):
             texts = load_text_encoder(parts["text_encoder"], dtype=dtype, runs_on=device)

@@ -204,6 +204,12 @@ def blocks_aside(transformer) -> Iterator[None]:
         transformer.blocks = blocks
 
 
+def move_outside(transformer, device: torch.device) -> None:
+    """Move what lies outside of a transformer's blocks to a device."""
+    with blocks_aside(transformer):
+        transformer.to(device)
+
+
 def weight_nbytes(transformer) -> int:
     """Bytes that the weights of a transformer take on the device where it computes."""
     blocks = offloaded_blocks(transformer)
@@ -244,7 +250,7 @@ def _pack(block: nn.Module, memory: HostMemory) -> Packed:
     return Packed(places, tensors, flat, offsets, [tensor.data_ptr() for tensor in tensors])
 
 
-def _like(tensor: Tensor, memory: Tensor) -> Tensor:
+def _like(tensor: Any, memory: Tensor) -> Any:
     """A tensor, parameter or packed parameter of that shape and dtype at the beginning of bytes."""
     made = memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
     if hasattr(tensor, "quant_type"):

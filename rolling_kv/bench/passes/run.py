@@ -18,7 +18,7 @@ from ...checkpoints.transformer import build_transformer
 from ...config import ExecutionConfig
 from ...sampling.memory import Estimate, estimate
 from ...wan.attachment import apply_rolling_kv_cache
-from ...wan.offloaded import blocks_aside, offload_blocks, weight_nbytes
+from ...wan.offloaded import move_outside, offload_blocks, weight_nbytes
 from ..chunks.experiment import Workload
 from ..gauges import memory_beside, now, storage_bytes, turns
 from ..kinds import Kernels, taken_apart
@@ -79,8 +79,7 @@ def measure(experiment: PassExperiment) -> PassResult:
     weights = storage_bytes([*transformer.parameters(), *transformer.buffers()])
     if experiment.offload:
         offload_blocks(transformer, device).prepare()
-        with blocks_aside(transformer):
-            transformer.to(device)
+        move_outside(transformer, device)
         weights = weight_nbytes(transformer)
     announced = estimate(
         transformer, load.height, load.width, sampling=load.sampling, cache=load.cache, dtype=load.dtype
