@@ -14,9 +14,15 @@ from itertools import islice
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm, patchify, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d,
+    WanRMS_norm,
+    WanUpsample,
+    patchify,
+    unpatchify,
+)
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch.nn.functional import conv3d, pad, rms_norm
 
 from ..geometry import WAN_21, WAN_22, Geometry, geometry_of
 from ..platforms import exact_convolutions
@@ -257,14 +263,31 @@ def streamline(vae: AutoencoderKLWan) -> None:
     Weights of 3D convolutions lie with their channels last, and so do the pictures that come out of them. There a norm is one
     kernel in the place of seven, and the activation behind it changes what the norm has just made. With others PyTorch leaves
     cuDNN 9.8 to 9.14 aside in half precision (2.9.0 every later one too), and takes many times the time and memory.
+    Convolutions take zeros for what is outside of a picture, which then needs no copy with a margin, and pictures are enlarged
+    in their own precision.
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+        if isinstance(module, WanCausalConv3d):
+            module.forward = partial(_convolved_to_the_margin, module)
+        elif isinstance(module, WanUpsample):
+            module.forward = partial(nn.Upsample.forward, module)
         elif isinstance(module, WanRMS_norm) and module.channel_first and not isinstance(module.bias, nn.Parameter):
             module.forward = partial(_norm_channels_last, module)
         elif isinstance(module, nn.SiLU):
             module.inplace = True
+
+
+def _convolved_to_the_margin(conv: WanCausalConv3d, x: Tensor, before: Tensor | None = None) -> Tensor:
+    """What a `WanCausalConv3d` makes of frames, and of those before them."""
+    across, _, down, _, missing, _ = conv._padding
+    if before is not None and missing:
+        x = torch.cat([before.to(x.device), x], dim=2)
+        missing -= before.shape[2]
+    if missing:  # the first frames of a video
+        x = pad(x, (0, 0, 0, 0, missing, 0))
+    return conv3d(x, conv.weight, conv.bias, conv.stride, (0, down, across))
 
 
 def _norm_channels_last(norm: WanRMS_norm, x: Tensor) -> Tensor:

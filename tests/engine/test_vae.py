@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import convolutions_round
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rolling_kv.checkpoints.readers import CheckpointError
 from rolling_kv.geometry import GEOMETRIES, WAN_21, WAN_22
@@ -326,6 +327,27 @@ def test_a_streamlined_vae_makes_the_same_up_to_rounding(make):
         if hasattr(module, "gamma"):
             module.gamma.zero_()
     assert not torch.equal(WanVAE(again).decoder().decode(raw), torch.cat(ours, 2)), "a copy has norms of its own"
+
+
+@pytest.mark.parametrize("make", [make_vae, make_vae_22], ids=["2.1", "2.2"])
+def test_a_streamlined_vae_copies_no_picture_for_its_margin_or_its_precision(make):
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made.append(str(function))
+            return function(*args, **kwargs or {})
+
+    copies, vae = [], make().to(torch.bfloat16)
+    for each in (copy.deepcopy(vae), vae):
+        if each is vae:
+            streamline(vae)
+        stream, raw = WanVAE(each).decoder(), latents(4, channels=vae.config.z_dim)
+        with torch.inference_mode():
+            stream.decode(raw[:, :, :3])
+            made: list[str] = []
+            with Copies():
+                stream.decode(raw[:, :, 3:])
+        copies.append(sum("pad" in name or "type_as" in name for name in made))
+    assert copies[0] > 10 and copies[1] == 0
 
 
 def test_a_streamlined_norm_of_nothing_is_nothing():
