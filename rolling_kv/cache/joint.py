@@ -78,6 +78,10 @@ class JointPass:
     repeats = False
     """The anchor moves with every pass: none is recorded."""
 
+    @staticmethod
+    def value_rows(layer: int) -> None:
+        """Nothing is written."""
+
     def __init__(self, cache: JointKVCache, frames: int):
         self.cache = cache
         self.shape = cache.shape

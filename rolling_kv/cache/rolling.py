@@ -44,8 +44,8 @@ class Turning(Protocol):
         """The keys of projected [B, S, H, D], which nothing keeps."""
         ...
 
-    def write(self, parts: Parts, places: Places, key: torch.Tensor, value: torch.Tensor, /) -> None:
-        """Write projected keys and values into their places in the parts of a layer."""
+    def write(self, parts: Parts, places: Places, key: torch.Tensor, value: torch.Tensor | None, /) -> None:
+        """Write projected keys, and values unless they are there, into their places in the parts of a layer."""
         ...
 
     def read(self, parts: Parts, dtype: torch.dtype, /) -> torch.Tensor:
@@ -224,7 +224,7 @@ class RollingKVCache:
         self,
         layer: int,
         key: torch.Tensor,
-        value: torch.Tensor,
+        value: torch.Tensor | None,
         turning: Turning | None = None,
         slots: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,6 +233,7 @@ class RollingKVCache:
         layer: index of the transformer block.
         key, value: [B, S, H, D] with S tokens of the open chunk, the key after RoPE.
         turning: what makes keys of projections while it writes them; the key is such a projection then.
+            The value may be None: what `value_rows` has given is filled.
         slots: where the device finds the tokens' slots, see `slots`; None: the CPU tells them.
 
         Returns keys and values, [B, used tokens, H, D] each, valid until the next update: views of the buffer, or copies
@@ -251,7 +252,7 @@ class RollingKVCache:
         self,
         layer: int,
         key: torch.Tensor,
-        value: torch.Tensor,
+        value: torch.Tensor | None,
         turning: Turning | None = None,
         slots: torch.Tensor | None = None,
     ) -> Parts:
@@ -265,9 +266,21 @@ class RollingKVCache:
         if turning is not None:
             turning.write(parts, self._writes if slots is None else slots, key, value)
         else:
+            assert value is not None
             self._pack(parts, key, value, slots)
         self.store.close(layer, written)
         return parts
+
+    def value_rows(self, layer: int) -> list[tuple[int, torch.Tensor]] | None:
+        """Where the open chunk's values may be written before `update`: (first token, rows [B, S, H, D]) of each segment.
+
+        None where they are packed, offloaded, or something is still to be done in the layer with what they take the place of.
+        """
+        waiting = bool(self._work) and layer not in self._worked
+        if waiting or self.config.offload or self.config.storage != "model":
+            return None
+        (part,) = self.store.open(layer, self._used)
+        return [(source, part[1, :, slot : slot + count]) for source, slot, count in self._writes]
 
     def _pack(self, parts: Parts, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor | None) -> None:
         for kind, packed in enumerate((self.codec.pack(key), self.codec.pack(value))):

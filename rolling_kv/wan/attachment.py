@@ -22,7 +22,7 @@ from .context import Pass, PassContext
 from .execution import best_kernels, compiled_code, weights_of
 from .fast import fast_for, say_once
 from .framewise import framewise_forward
-from .fused import fused_forwards, is_plain, kernels_for, last_block_forward
+from .fused import fused_forwards, fuses_half, is_plain, kernels_for, last_block_forward
 from .graphs import Addresses, CudaRecorder, PassGraphs, PassKey
 from .inputs import PassInputs, condition_forward, video_by_video
 from .processors import PromptCrossAttention, RollingSelfAttention
@@ -180,8 +180,10 @@ class RollingAttachment:
         fused = [] if self.execution.exact or self.execution.compile else fused_forwards(blocks, context.kernels)
         for module, forward in (*fused, *in_float8):
             self._set_forward(module, forward)
+        in_fewer = {id(module) for module, _ in fused}
         for block, is_stock in zip(blocks, plain):
-            self._set_forward(block, framewise_forward(block, block.forward, is_stock))
+            takes_frames = (fuses_half,) if id(block) in in_fewer else ()
+            self._set_forward(block, framewise_forward(block, block.forward, is_stock, *takes_frames))
         if plain[-1]:  # somebody else's forward, which may bring its weights in, is never cut short
             self._set_forward(last, last_block_forward(last, last.forward, context))
         if self.execution.compile:

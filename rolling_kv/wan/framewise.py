@@ -7,19 +7,25 @@ block's order of arithmetic: with equal timesteps the result is that of a single
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 
-def framewise_forward(block, block_forward, plain: bool):
+def framewise_forward(
+    block, block_forward, plain: bool, takes_frames: Callable[[torch.Tensor], bool] = lambda x: False
+):
     """A `forward` for a `WanTransformerBlock`: `block_forward` unless the modulation has a row for each frame.
 
     plain: whether `block_forward` runs nothing of somebody else's; otherwise it always runs, with the rows repeated for
         each token as stock diffusers has them.
+    takes_frames: whether `block_forward` takes a modulation with a row for each frame by itself, where it is given such
+        hidden states.
     """
 
     def forward(hidden_states, encoder_hidden_states, temb, rotary_emb):
         """hidden_states: [B, S, dim]; temb: modulation [B, 6, dim] or [B, f, 6, dim]. Returns [B, S, dim]."""
-        if temb.ndim == 3:
+        if temb.ndim == 3 or takes_frames(hidden_states):
             return block_forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
         if not plain:
             temb = temb.repeat_interleave(hidden_states.shape[1] // temb.shape[1], dim=1)

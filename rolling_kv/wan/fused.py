@@ -42,7 +42,11 @@ def fused_forwards(blocks, kernels: Any = None) -> list[tuple[torch.nn.Module, C
             f"{len(blocks) - len(fusable)} of {len(blocks)} blocks run as diffusers has them, a little slower: another "
             "library has put a forward or a hook of its own on them"
         )
-    pairs = [(block, fused_forward(block, block.forward, kernels)) for block in fusable]
+    handed = Handed()
+    # Weights that a hook brings in are not there yet while the block before computes.
+    following = [after if may_fuse(after) and not after._forward_pre_hooks else None for after in blocks[1:]] + [None]
+    after = {id(block): next_block for block, next_block in zip(blocks, following)}
+    pairs = [(block, fused_forward(block, block.forward, kernels, handed, after[id(block)])) for block in fusable]
     return pairs + [(block.ffn, fused_feed_forward(block.ffn, block.ffn.forward)) for block in fusable]
 
 
@@ -51,11 +55,34 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def fused_forward(block, stock_forward, kernels: Any = None):
-    """A `forward` for one stock `WanTransformerBlock`; what is neither float32 nor `fuses_half` goes to `stock_forward`."""
+class Handed:
+    """What a block has made for the one after it, in the kernel of its own last sum: its first norm, and its modulation."""
+
+    def __init__(self):
+        self._kept: tuple[torch.Tensor, Any] | None = None
+
+    def give(self, hidden_states: torch.Tensor, made: Any) -> None:
+        """Keep what was made of a block's result."""
+        self._kept = hidden_states, made
+
+    def take(self, hidden_states: torch.Tensor) -> Any:
+        """What was made of this very tensor; None where a block is given another one."""
+        kept, self._kept = self._kept, None
+        return kept[1] if kept is not None and kept[0] is hidden_states else None
+
+
+def fused_forward(block, stock_forward, kernels: Any = None, handed: Handed | None = None, following: Any = None):
+    """A `forward` for one stock `WanTransformerBlock`; what is neither float32 nor `fuses_half` goes to `stock_forward`.
+
+    handed: between the blocks of a transformer. following: the block after it, if what is made for it will be taken.
+    """
+    handed = handed or Handed()
 
     def forward(hidden_states, encoder_hidden_states, temb, rotary_emb):
-        """hidden_states: [B, S, dim]; temb: modulation [B, 6, dim]. Returns [B, S, dim]; the inputs are left alone."""
+        """hidden_states: [B, S, dim]; temb: modulation [B, 6, dim]; where `fuses_half`, [B, f, 6, dim] too.
+
+        Returns [B, S, dim]; the inputs are left alone.
+        """
         if fuses_half(hidden_states):
             return half_forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
         if hidden_states.dtype != torch.float32:
@@ -68,11 +95,10 @@ def fused_forward(block, stock_forward, kernels: Any = None):
         return hidden_states.addcmul_(fed, ff_gate)
 
     def half_forward(hidden_states, encoder_hidden_states, temb, rotary_emb):
-        modulation = block.scale_shift_table + temb.float()
-        modulation[:, 1::3].add_(1)  # both scales
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.chunk(6, dim=1)
         if kernels is not None:
-            normed = kernels.normed(hidden_states, scale, shift, block.norm1.eps)
+            taken = handed.take(hidden_states)
+            shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation_of(block, temb) if taken is None else taken[1]
+            normed = kernels.normed(hidden_states, scale, shift, block.norm1.eps) if taken is None else taken[0]
             attended, affine = block.attn1(normed, None, None, rotary_emb), block.norm2
             hidden_states, normed = kernels.summed_and_normed(
                 hidden_states, attended, gate, affine.weight[None], affine.bias[None], affine.eps
@@ -81,12 +107,20 @@ def fused_forward(block, stock_forward, kernels: Any = None):
             hidden_states, normed = kernels.summed_and_normed(
                 hidden_states, attended, None, ff_scale, ff_shift, block.norm3.eps
             )
-            return torch.addcmul(hidden_states, block.ffn(normed), ff_gate, out=hidden_states)
+            if following is None:
+                return narrowed_sum(hidden_states, block.ffn(normed), ff_gate, out=hidden_states)
+            rows = modulation_of(following, temb)
+            hidden_states, normed = kernels.summed_and_normed(
+                hidden_states, block.ffn(normed), ff_gate, rows[1], rows[0], following.norm1.eps
+            )
+            handed.give(hidden_states, (normed, rows))
+            return hidden_states
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation_of(block, temb)
         attended = block.attn1(half_modulated_norm(hidden_states, block.norm1, scale, shift), None, None, rotary_emb)
         hidden_states = narrowed_sum(hidden_states, attended, gate)
         hidden_states += block.attn2(block.norm2(hidden_states), encoder_hidden_states, None, None)
         fed = block.ffn(half_modulated_norm(hidden_states, block.norm3, ff_scale, ff_shift))
-        return torch.addcmul(hidden_states, fed, ff_gate, out=hidden_states)
+        return narrowed_sum(hidden_states, fed, ff_gate, out=hidden_states)
 
     return forward
 
@@ -136,14 +170,15 @@ def last_block_forward(block, block_forward, context: PassContext):
     @eager
     def write_keys(hidden_states, temb, rotary_emb) -> None:
         shift, scale = (block.scale_shift_table + temb.float())[..., :2, :].chunk(2, dim=-2)
-        if temb.ndim == 4:
+        halves = fuses_half(hidden_states) and not context.execution.exact
+        if temb.ndim == 4 and not halves:
             normed = modulated(block.norm1(hidden_states.float()), scale, shift)
         elif context.execution.exact:
             normed = block.norm1(hidden_states.float()) * (1 + scale) + shift
-        elif fuses_half(hidden_states) and context.kernels is not None:
+        elif halves and context.kernels is not None:
             normed = context.kernels.normed(hidden_states, 1 + scale, shift, block.norm1.eps)
-        elif fuses_half(hidden_states):
-            normed = half_modulated_norm(hidden_states, block.norm1, 1 + scale, shift)
+        elif halves:
+            normed = half_modulated_norm(hidden_states, block.norm1, 1 + by_frame(scale), by_frame(shift))
         else:
             normed = modulated_norm(hidden_states.float(), block.norm1, scale, shift)
         block.attn1.processor.write_of(block.attn1, normed.type_as(hidden_states), rotary_emb)
@@ -196,6 +231,11 @@ def kernels_run_on(device: torch.device) -> bool:
     return True
 
 
+def is_linear(module) -> bool:
+    """Whether a module is torch's Linear with a bias, and nothing of somebody else's."""
+    return type(module) is torch.nn.Linear and module.bias is not None and is_plain(module)
+
+
 def is_plain(module: torch.nn.Module) -> bool:
     """Whether calling `module` runs its class's forward and nothing else but what brings its weights in.
 
@@ -214,18 +254,44 @@ def modulated_norm(x: torch.Tensor, norm, scale: torch.Tensor, shift: torch.Tens
     return torch.addcmul(shift, F.layer_norm(x, norm.normalized_shape, eps=norm.eps), 1 + scale)
 
 
+def modulation_of(block, temb: torch.Tensor) -> list[torch.Tensor]:
+    """The six rows of a block's modulation, to both scales of which 1 is added, [B, R, dim] each; see `by_frame`."""
+    modulation = block.scale_shift_table + temb.float()
+    modulation[..., 1::3, :].add_(1)
+    return [by_frame(row) for row in modulation.chunk(6, dim=-2)]
+
+
+def by_frame(row: torch.Tensor) -> torch.Tensor:
+    """A row of a modulation, [B, 1, dim], or one for each frame, [B, f, 1, dim], as [B, R, dim]."""
+    return row.squeeze(-2) if row.ndim == 4 else row
+
+
 def half_modulated_norm(x: torch.Tensor, norm, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """LayerNorm of [B, S, dim] in float32, then x * scale + shift as it is narrowed; scale and shift are [B or 1, 1, dim]."""
-    return torch.addcmul(shift, norm(x.float()), scale, out=torch.empty_like(x, memory_format=torch.contiguous_format))
+    """LayerNorm of [B, S, dim] in float32, then x * scale + shift as it is narrowed.
+
+    scale, shift: [B or 1, R, dim], R rows of which each is for as many tokens as the others.
+    """
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.addcmul(shift[:, :, None], _split(norm(x.float()), shift), scale[:, :, None], out=_split(out, shift))
+    return out
 
 
-def narrowed_sum(x: torch.Tensor, added: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """x + added * gate in the gate's float32, in the dtype of `x`.
+def _split(tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[B, S, dim] as [B, R, S / R, dim]. rows: [B or 1, R, dim]."""
+    return tokens.unflatten(1, (rows.shape[1], -1))
+
+
+def narrowed_sum(
+    x: torch.Tensor, added: torch.Tensor, gate: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x + added * gate in the gate's float32, in the dtype of `x`. gate: as `half_modulated_norm` takes scale and shift.
 
     It is contiguous whatever `x` is: the patch embedding's convolution may leave the tokens of a channel side by side, and a
     sum would hand that on to every block.
     """
-    return torch.addcmul(x, added, gate, out=torch.empty_like(x, memory_format=torch.contiguous_format))
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    torch.addcmul(_split(x, gate), _split(added, gate), gate[:, :, None], out=_split(out, gate))
+    return out
 
 
 def rms_norm_(x: torch.Tensor, norm) -> torch.Tensor:

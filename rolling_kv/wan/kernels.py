@@ -33,7 +33,10 @@ WIDENED = 2048
 
 
 def normed(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
-    """LayerNorm of [B, S, dim], then x * scale + shift; scale and shift end with dim, and have one row or one for each video."""
+    """LayerNorm of [B, S, dim], then x * scale + shift.
+
+    scale, shift: float32 [B or 1, R, dim], R rows of which each is for as many tokens as the others; or [1, dim].
+    """
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _launch_norm(x, None, None, scale, shift, eps, out, out)
     return out
@@ -55,21 +58,21 @@ def summed_and_normed(
 
 def _launch_norm(x, added, gate, scale, shift, eps, total, out) -> None:
     batch, tokens, dim = x.shape
-    rows = [
-        given if given is None else given.expand(batch, *given.shape[1:]).view(batch, dim)
-        for given in (gate, scale, shift)
-    ]
-    strides = [0 if row is None else row.stride(0) for row in rows]
+    rows = [None if given is None else given.view(len(given), -1, dim) for given in (gate, scale, shift)]
+    spread = [0 if row is None else row.stride(0) * (len(row) > 1) for row in rows]
+    steps = [0 if row is None else row.stride(1) * (row.shape[1] > 1) for row in rows]
+    each = [tokens if row is None else tokens // row.shape[1] for row in rows]
     _norm[(tokens, batch)](
-        x, added, *rows, total, out, tokens, *x.stride(), *(added.stride() if added is not None else (0, 0, 0)), *strides,
-        eps, DIM=dim, BLOCK=triton.next_power_of_2(dim), num_warps=8 if dim > 2048 else 4,
+        x, added, *rows, total, out, tokens, *x.stride(), *(added.stride() if added is not None else (0, 0, 0)),
+        *spread, *steps, *each, eps, DIM=dim, BLOCK=triton.next_power_of_2(dim), num_warps=8 if dim > 2048 else 4,
     )  # fmt: skip
 
 
 @triton.jit
 def _norm(
     x, added, gate, scale, shift, total, out, tokens, x_video, x_token, x_value, added_video, added_token, added_value,
-    gate_video, scale_video, shift_video, eps, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    gate_video, scale_video, shift_video, gate_row, scale_row, shift_row, gate_tokens, scale_tokens, shift_tokens, eps,
+    DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token, video = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -79,15 +82,14 @@ def _norm(
     if added is not None:
         more = tl.load(added + video * added_video + token * added_token + at * added_value, inside, 0.0).to(tl.float32)
         if gate is not None:
-            more *= tl.load(gate + video * gate_video + at, inside, 0.0)
+            more *= tl.load(gate + video * gate_video + token // gate_tokens * gate_row + at, inside, 0.0)
         narrow = (row + more).to(total.dtype.element_ty)
         tl.store(total + place, narrow, inside)
         row = narrow.to(tl.float32)
     centred = tl.where(inside, row - tl.sum(row) / DIM, 0.0)
     row = centred * tl.rsqrt(tl.sum(centred * centred) / DIM + eps)
-    row = row * tl.load(scale + video * scale_video + at, inside, 0.0) + tl.load(
-        shift + video * shift_video + at, inside, 0.0
-    )
+    scaled = row * tl.load(scale + video * scale_video + token // scale_tokens * scale_row + at, inside, 0.0)
+    row = scaled + tl.load(shift + video * shift_video + token // shift_tokens * shift_row + at, inside, 0.0)
     tl.store(out + place, row.to(out.dtype.element_ty), inside)
 
 
@@ -107,15 +109,21 @@ class Turn(NamedTuple):
         _put(heads, self, (out,))
         return out
 
-    def write(self, parts: Parts, places: Places, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Write projected keys and values, [B, S, H, D] each, into their places in the parts of a layer."""
+    def write(self, parts: Parts, places: Places, key: torch.Tensor, value: torch.Tensor | None) -> None:
+        """Write projected keys and values, [B, S, H, D] each, into their places in the parts of a layer.
+
+        value: None where these are there already.
+        """
         if isinstance(places, torch.Tensor):
+            assert value is not None
             for kind, fresh, turn in ((0, key, self), (1, value, None)):
                 _put(fresh, turn, tuple(part[kind] for part in parts), places)
             return
         for source, slot, count in places:
             here = self._replace(rotation=self.rotation[:, source : source + count])
             for kind, fresh, turn in ((0, key, here), (1, value, None)):
+                if fresh is None:
+                    continue
                 _put(
                     fresh[:, source : source + count], turn, tuple(part[kind, :, slot : slot + count] for part in parts)
                 )

@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from ..rope import rotate
 from .context import PassContext
 from .execution import eager
-from .fused import fuses_half, rms_norm_
+from .fused import fuses_half, is_linear, rms_norm_
 
 
 class RollingSelfAttention:
@@ -37,10 +37,12 @@ class RollingSelfAttention:
 
     def _attend_by_kernels(self, attn, hidden_states, rotary_emb):
         """The same with kernels, which make keys as they write them into the cache."""
-        query, key, value = (
-            projection(hidden_states).unflatten(2, (attn.heads, -1)) for projection in (attn.to_q, attn.to_k, attn.to_v)
-        )
+        query, key = (made(hidden_states).unflatten(2, (attn.heads, -1)) for made in (attn.to_q, attn.to_k))
         query = self._turn(attn.norm_q, rotary_emb).turned(query)
+        value = self._values(attn, hidden_states)
+        if value is None:
+            turn, cache = self._turn(attn.norm_k, rotary_emb), self.context.running.branch.cache
+            return attend(self, query, *cache.update(self.layer, key, None, turn))
         return joined(
             attend(
                 self,
@@ -50,6 +52,19 @@ class RollingSelfAttention:
             for branch, (query, key, value, rotation) in self.context.running.apart(query, key, value, rotary_emb)
         )
 
+    def _values(self, attn, hidden_states) -> torch.Tensor | None:
+        """The chunk's values, [B, S, H, D]; None where the product has left them in the cache, which saves a copy."""
+        context, linear = self.context, attn.to_v
+        alone = len(hidden_states) == 1 == len(context.running.branches) and context.slots is None
+        if alone and is_linear(linear) and linear.weight.dtype == hidden_states.dtype:
+            rows = context.running.branch.cache.value_rows(self.layer)
+            if rows is not None and rows[0][1].dtype == hidden_states.dtype:
+                for source, into in rows:
+                    tokens = hidden_states[0, source : source + into.shape[1]]
+                    torch.addmm(linear.bias, tokens, linear.weight.t(), out=into[0].flatten(1))
+                return None
+        return linear(hidden_states).unflatten(2, (attn.heads, -1))
+
     def _turn(self, norm, rotation):
         return self.context.kernels.Turn(norm.weight, norm.eps, rotation)
 
@@ -58,7 +73,10 @@ class RollingSelfAttention:
         if not self._by_kernels(hidden_states):
             self.write(*self.key_value(attn, hidden_states, rotary_emb))
             return
-        key, value = (made(hidden_states).unflatten(2, (attn.heads, -1)) for made in (attn.to_k, attn.to_v))
+        key, value = attn.to_k(hidden_states).unflatten(2, (attn.heads, -1)), self._values(attn, hidden_states)
+        if value is None:
+            self.context.running.branch.cache.write(self.layer, key, None, self._turn(attn.norm_k, rotary_emb))
+            return
         for branch, (own, values, rotation) in self.context.running.apart(key, value, rotary_emb):
             branch.cache.write(self.layer, own, values, self._turn(attn.norm_k, rotation), self.context.slots)
 

@@ -11,13 +11,15 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from rolling_kv.cache.codecs import CODECS
+from rolling_kv.cache.rolling import RollingKVCache
 from rolling_kv.checkpoints.model import CausalModel
 from rolling_kv.config import CacheConfig, ExecutionConfig, SamplingConfig
 from rolling_kv.presets import ModelPreset
 from rolling_kv.rope import rotary_rotations, rotate
 from rolling_kv.sampling.session import RollingSession
-from rolling_kv.wan import fused, kernels, processors, products
-from rolling_kv.wan.fused import half_modulated_norm, narrowed_sum
+from rolling_kv.wan import attachment, fused, kernels, processors, products
+from rolling_kv.wan.fused import by_frame, half_modulated_norm, narrowed_sum
+from rolling_kv.wan.offloaded import offload_blocks
 from rolling_kv.wan.processors import normalise
 
 few = settings(max_examples=8, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
@@ -39,10 +41,10 @@ def some(shape, dtype, seed, layout=""):
     return values
 
 
-def rows(batch, dim, shared, seed):
-    """Scale, shift and gate as `chunk` gives them, float32."""
-    made = some((1 if shared else batch, 6, dim), torch.float32, seed).chunk(6, dim=1)
-    return made[1] + 1, made[0], made[2]
+def rows(batch, dim, shared, seed, frames=1):
+    """Scale, shift and gate as `modulation_of` gives them, float32; frames: with a row each."""
+    made = some((1 if shared else batch, frames, 6, dim), torch.float32, seed).chunk(6, dim=2)
+    return [by_frame(row) for row in (made[1] + 1, made[0], made[2])]
 
 
 def assert_rounded_alike(made, plain, ulps=1):
@@ -53,10 +55,10 @@ def assert_rounded_alike(made, plain, ulps=1):
 
 
 @few
-@given(counts, counts, st.integers(1, 70), dtypes, layouts, st.booleans(), seeds)
-def test_normed(batch, tokens, dim, dtype, layout, shared, seed):
-    x = some((batch, tokens, dim), dtype, seed, layout)
-    scale, shift, _ = rows(batch, dim, shared, seed)
+@given(counts, counts, counts, st.integers(1, 70), dtypes, layouts, st.booleans(), seeds)
+def test_normed(batch, tokens, frames, dim, dtype, layout, shared, seed):
+    x = some((batch, frames * tokens, dim), dtype, seed, layout)
+    scale, shift, _ = rows(batch, dim, shared, seed, frames)
     norm = torch.nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
     made = kernels.normed(x, scale, shift, norm.eps)
     assert made.is_contiguous() and made.dtype == dtype
@@ -66,10 +68,16 @@ def test_normed(batch, tokens, dim, dtype, layout, shared, seed):
 
 
 @few
-@given(counts, counts, st.integers(2, 70), dtypes, layouts, layouts, st.booleans(), st.booleans(), seeds)
-def test_summed_and_normed(batch, tokens, dim, dtype, layout, other, shared, gated, seed):
-    x, added = some((batch, tokens, dim), dtype, seed, layout), some((batch, tokens, dim), dtype, seed + 1, other)
-    scale, shift, gate = rows(batch, dim, shared, seed)
+@given(
+    counts, counts, counts, st.integers(2, 70), dtypes, layouts, layouts, st.booleans(), st.booleans(), st.booleans(), seeds
+)  # fmt: skip
+def test_summed_and_normed(batch, tokens, frames, dim, dtype, layout, other, shared, gated, one_affine, seed):
+    """one_affine: a gate for each frame before a norm that has one row, as that of the cross-attention."""
+    size = batch, frames * tokens, dim
+    x, added = some(size, dtype, seed, layout), some(size, dtype, seed + 1, other)
+    scale, shift, gate = rows(batch, dim, shared, seed, frames)
+    if one_affine:
+        scale, shift, _ = rows(1, dim, True, seed)
     before = x.clone(), added.clone()
     norm = torch.nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
     total, made = kernels.summed_and_normed(x, added, gate if gated else None, scale, shift, norm.eps)
@@ -244,11 +252,60 @@ def test_kernels_that_give_other_numbers_are_noticed_before_they_are_used(monkey
         kernels.check("cpu")
 
 
-def test_a_video_is_as_near_to_float32_as_without_kernels(monkeypatch):
-    """Steps, context passes and a window that wraps; a batch of two."""
+@pytest.mark.parametrize(
+    "rules", [{}, {"positions": "window"}, {"window": 4, "positions": "window", "leaving": "memory"}]
+)
+def test_one_video_whose_values_are_not_copied(monkeypatch, rules):
+    """Also where kept frames move or are averaged first."""
+    on_a_gpu(monkeypatch)
+    cache = CacheConfig(**{"window": 3, "sink": 1} | rules)
+    asked, rows_of = [], RollingKVCache.value_rows
+    monkeypatch.setattr(RollingKVCache, "value_rows", lambda *at: asked.append(rows_of(*at)) or asked[-1])
+    exact, plain = (video(dtype, cache, ExecutionConfig(plain=True), 1, 6) for dtype in (torch.float32, torch.float16))
+    assert not asked
+    made = video(torch.float16, cache, None, 1, 6)
+    assert any(rows is not None for rows in asked) and (None in asked) == bool(rules)
+    assert (made - exact).norm() <= 1.3 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize(("batch", "offloaded"), [(1, False), (2, False), (1, True)])
+def test_blocks_with_a_timestep_for_each_frame(monkeypatch, batch, offloaded):
+    """One after the other: the first has made the second's norm, unless the second's weights are elsewhere by then."""
+    on_a_gpu(monkeypatch)
+    transformer = tiny_transformer(num_attention_heads=2, attention_head_dim=12, cross_attn_norm=True).half()
+    x, prompt, temb = (
+        some((batch, *size), torch.float16, seed) for seed, size in enumerate([(12, 24), (5, 24), (3, 6, 24)])
+    )
+    given = prompt, temb, transformer.rope(torch.zeros(batch, 16, 3, 4, 4))
+    if offloaded:
+        offload_blocks(transformer, "cpu")
+    launched, launches, launch = [], [], kernels._launch_norm
+    monkeypatch.setattr(kernels, "_launch_norm", lambda *rest: launched.append(1) or launch(*rest))
+
+    def through(kernels):
+        made = x
+        with torch.no_grad():
+            forwards = dict(fused.fused_forwards(transformer.blocks, kernels))
+            for block in transformer.blocks:
+                made = forwards[block](made, *given)
+                launches.append(len(launched))
+        return made
+
+    plain, made = through(None), through(kernels)
+    assert launches == ([0, 0, 3, 6] if offloaded else [0, 0, 4, 6])
+    torch.testing.assert_close(made, plain, atol=2e-2, rtol=1e-2)
+
+
+def on_a_gpu(monkeypatch):
     monkeypatch.setattr(fused, "fuses_half", lambda x: x.dtype == torch.float16)
     monkeypatch.setattr(processors, "fuses_half", fused.fuses_half)
+    monkeypatch.setattr(attachment, "fuses_half", fused.fuses_half)
     monkeypatch.setattr(fused, "kernels_run_on", lambda device: True)
+
+
+def test_a_video_is_as_near_to_float32_as_without_kernels(monkeypatch):
+    """Steps, context passes and a window that wraps; a batch of two."""
+    on_a_gpu(monkeypatch)
     launched = []
     put = kernels._put
     monkeypatch.setattr(kernels, "_put", lambda *given: launched.append(1) or put(*given))
@@ -263,12 +320,12 @@ def test_a_video_is_as_near_to_float32_as_without_kernels(monkeypatch):
     assert (made - exact).norm() <= 1.3 * (plain - exact).norm()
 
 
-def video(dtype, cache, execution=None):
+def video(dtype, cache, execution=None, batch=2, chunks=4):
     transformer = tiny_transformer(num_attention_heads=2, attention_head_dim=12, cross_attn_norm=True).to(dtype)
     model = CausalModel(transformer, ModelPreset("test", SamplingConfig(chunk=1, denoising_steps=(1000, 500)), cache))
     prompt = torch.randn(1, 6, transformer.config.text_dim, generator=torch.Generator().manual_seed(0))
-    with RollingSession(model, prompt, height=16, width=32, batch=2, execution=execution) as session:
-        for _ in session.generate(4, seed=[7, 8]):
+    with RollingSession(model, prompt, height=16, width=32, batch=batch, execution=execution) as session:
+        for _ in session.generate(chunks, seed=[7, 8][:batch]):
             pass
     return session.state.latents().float()
 

@@ -13,7 +13,7 @@ from rolling_kv.cache.prompt import Branch, PromptCache
 from rolling_kv.cache.rolling import RollingKVCache
 from rolling_kv.cache.sizes import CacheShape
 from rolling_kv.config import CacheConfig, ExecutionConfig
-from rolling_kv.wan import fast, fused, processors
+from rolling_kv.wan import attachment, fast, fused, processors
 from rolling_kv.wan.attachment import apply_rolling_kv_cache
 from rolling_kv.wan.fused import fused_feed_forward, fused_forward, half_modulated_norm, narrowed_sum
 
@@ -118,13 +118,16 @@ def count_kernels(monkeypatch, counted):
         monkeypatch.setattr(kernels, name, Kernel(name))
 
 
-def counted_block(monkeypatch, heads, head_dim, batch=1, storage="model", fuse=True, triton=False, execution=None):
+def counted_block(
+    monkeypatch, heads, head_dim, batch=1, storage="model", fuse=True, triton=False, execution=None, time=500.0
+):
     """What one block asks for in a pass over a chunk of 3 latent frames at 480x832, attention itself left out."""
     counted = Counted()
     if triton:
         count_kernels(monkeypatch, counted)
     if not fuse:
-        monkeypatch.setattr(fused, "fuses_half", lambda x: False)
+        for module in (fused, attachment):
+            monkeypatch.setattr(module, "fuses_half", lambda x: False)
     monkeypatch.setattr(processors, "dispatch_attention_fn", lambda query, *_, **__: query)
     # One kernel on CUDA, which the meta device takes apart: this one reads and writes as much.
     monkeypatch.setattr(torch, "rms_norm", lambda x, shape, weight, eps: x * weight)
@@ -135,7 +138,7 @@ def counted_block(monkeypatch, heads, head_dim, batch=1, storage="model", fuse=T
     part = Branch(cache, PromptCache(prompt))
     latents = torch.empty(batch, 16, 3, 60, 104, device="meta", dtype=torch.bfloat16)
     with torch.no_grad(), apply_rolling_kv_cache(transformer, execution) as attached:
-        block = transformer.blocks[0]
+        block = transformer.blocks[1]  # one that others stand before and behind
         forward = block.forward
 
         def counting(*inputs):
@@ -145,7 +148,7 @@ def counted_block(monkeypatch, heads, head_dim, batch=1, storage="model", fuse=T
         cache.begin(3)
         attached.forward(latents, 500.0, part)  # the prompt's keys
         block.forward = counting
-        attached.forward(latents, 500.0, part)
+        attached.forward(latents, time, part)
         del block.forward
     return counted, counted.nbytes / (batch * 4680 * heads * head_dim)
 
@@ -153,7 +156,7 @@ def counted_block(monkeypatch, heads, head_dim, batch=1, storage="model", fuse=T
 def transformer_on_meta(heads, head_dim):
     size = {"num_attention_heads": heads, "attention_head_dim": head_dim, "ffn_dim": heads * head_dim * 35 // 6}
     with torch.device("meta"):
-        transformer = WanTransformer3DModel(num_layers=2, **size).to(torch.bfloat16)
+        transformer = WanTransformer3DModel(num_layers=3, **size).to(torch.bfloat16)
     for block in transformer.blocks:
         block.scale_shift_table.data = block.scale_shift_table.data.float()
         for norm in (block.norm1, block.norm2, block.norm3):
@@ -180,10 +183,12 @@ def test_kernels_and_bytes_of_a_block(monkeypatch, heads, head_dim, batch):
 def test_kernels_and_bytes_of_a_block_with_triton(monkeypatch, heads, head_dim, batch):
     block, moved = counted_block(monkeypatch, heads, head_dim, batch, triton=True)
     assert len(block.products) == 8
-    assert len(block.kernels) == 11 and 42 <= moved <= 44
+    # The values of one video are written where the cache has them; those of two are copied there.
+    assert len(block.kernels) == (9 if batch == 1 else 10)
+    assert abs(moved - (37 if batch == 1 else 41)) < 1
 
 
-STORED = [("float8", False, 32, 155), ("int8", False, 46, 219), ("float8", True, 13, 47), ("int8", True, 13, 47)]
+STORED = [("float8", False, 32, 155), ("int8", False, 46, 219), ("float8", True, 12, 45), ("int8", True, 12, 45)]
 
 
 @pytest.mark.parametrize(("storage", "triton", "kernels", "nbytes"), STORED)
@@ -195,7 +200,7 @@ def test_kernels_and_bytes_of_a_block_with_a_packed_cache(monkeypatch, storage, 
     assert (len(block.kernels), round(moved)) == (kernels, nbytes)
 
 
-@pytest.mark.parametrize(("triton", "kernels", "nbytes"), [(False, 69, 498), (True, 17, 75)], ids=["torch", "triton"])
+@pytest.mark.parametrize(("triton", "kernels", "nbytes"), [(False, 69, 498), (True, 16, 73)], ids=["torch", "triton"])
 def test_kernels_and_bytes_of_a_fast_block(monkeypatch, triton, kernels, nbytes):
     """All 8 products in float8: what goes into them is quantised in six turns, one for queries, keys and values.
 
@@ -207,3 +212,36 @@ def test_kernels_and_bytes_of_a_fast_block(monkeypatch, triton, kernels, nbytes)
     block, moved = counted_block(monkeypatch, 12, 128, triton=triton, execution=ExecutionConfig(fast=True))
     assert block.products == ["_scaled_mm"] * 8
     assert (len(block.kernels), round(moved)) == (kernels, nbytes)
+
+
+@pytest.mark.parametrize(
+    ("ways", "kernels", "nbytes"),
+    [({"fuse": False}, 39, 250), ({}, 26, 139), ({"triton": True}, 9, 37)],
+    ids=["stock", "torch", "triton"],
+)
+def test_kernels_and_bytes_of_a_block_with_a_timestep_for_each_frame(monkeypatch, ways, kernels, nbytes):
+    if "triton" in ways and find_spec("triton") is None:
+        pytest.skip("Triton is for Linux")
+    block, moved = counted_block(monkeypatch, 12, 128, time=(1000.0, 500.0, 0.0), **ways)
+    assert len(block.products) == 8
+    assert (len(block.kernels), round(moved)) == (kernels, nbytes)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.usefixtures("on_any_device")
+def test_a_block_gives_what_the_stock_block_gives_with_a_timestep_for_each_frame(dtype):
+    block, (hidden, prompt, _, rotation) = block_and_inputs(2, dtype)
+    temb = torch.randn(2, 3, 6, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.no_grad():
+        made = fused_forward(block, None)(hidden, prompt, temb, rotation)
+        stock = block(hidden, prompt, temb.repeat_interleave(4, dim=1), rotation)
+    assert (made == stock).float().mean() >= 0.97 and made.is_contiguous()
+    torch.testing.assert_close(made, stock, atol=4 * torch.finfo(dtype).eps, rtol=2 * torch.finfo(dtype).eps)
+
+
+def test_what_a_block_has_made_is_for_the_very_tensor_that_it_gave():
+    handed, x = fused.Handed(), torch.zeros(3)
+    handed.give(x, "made")
+    assert handed.take(torch.zeros(3)) is None and handed.take(x) is None, "it is gone once it was not taken"
+    handed.give(x, "made")
+    assert handed.take(x) == "made" and handed.take(x) is None
