@@ -18,6 +18,7 @@ from ...checkpoints.transformer import build_transformer
 from ...config import ExecutionConfig
 from ...sampling.memory import Estimate, estimate
 from ...wan.attachment import apply_rolling_kv_cache
+from ...wan.fast import product_bytes
 from ...wan.offloaded import move_outside, offload_blocks, weight_nbytes
 from ..chunks.experiment import Workload
 from ..gauges import memory_beside, now, storage_bytes, turns
@@ -82,8 +83,9 @@ def measure(experiment: PassExperiment) -> PassResult:
         move_outside(transformer, device)
         weights = weight_nbytes(transformer)
     announced = estimate(
-        transformer, load.height, load.width, sampling=load.sampling, cache=load.cache, dtype=load.dtype
-    )
+        transformer, load.height, load.width, sampling=load.sampling, cache=load.cache, dtype=load.dtype,
+        products=product_bytes(execution, transformer, device),
+    )  # fmt: skip
     x = load.noise(0, 0).to(load.dtype)
     assert load.prompt.ndim == 3  # made before anything is counted
     counted = execution if device.type == "cuda" else replace(execution, compile=False)

@@ -51,7 +51,11 @@ def parts_of(size: str, device: str, window: int, quick: bool = False) -> list[P
     if device == "cuda":
         nvenc = "--tiny-decoder", "--encoder", "h264_nvenc"
         parts.insert(-1, Part("pipeline_nvenc", ("pipeline", *model, *nvenc, *chunks), 60, _pipeline))
-        parts.append(passes("graphs", "--cuda-graphs"))
+        parts += [
+            passes("graphs", "--cuda-graphs"),
+            passes("fast", "--fast"),
+            passes("fast_graphs", "--fast", "--cuda-graphs"),
+        ]
     parts += [
         passes("cache_int8", "--cache-storage", "int8"),
         passes("cache_float8", "--cache-storage", "float8"),

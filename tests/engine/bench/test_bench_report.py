@@ -44,10 +44,20 @@ def test_the_parts_of_a_card_are_in_the_order_of_worth_and_their_options_are_tho
     assert names[5:8] == ["pipeline", "pipeline_tiny", "pipeline_nvenc"]
     on_a_cpu = {part.name for part in parts_of("tiny", "cpu", 9)}
     assert not on_a_cpu & {"14B", "14B_float8", "720p", "pipeline_nvenc", "graphs"} and on_a_cpu < set(names)
-    for name in ("compiled", "graphs", "cache_int8", "weights_float8", "window_12", "window_6", "14B", "offloaded"):
+    for name in (
+        "compiled",
+        "graphs",
+        "fast",
+        "cache_int8",
+        "weights_float8",
+        "window_12",
+        "window_6",
+        "14B",
+        "offloaded",
+    ):
         assert name in names
     for part in parts:
-        if part.name != "graphs":  # it asks for a CUDA device
+        if "graphs" not in part.name:  # it asks for a CUDA device
             assert callable(arguments(part.command).run)
         assert 0 < part.limit <= 150
     assert {part.name for part in QUICK} < set(names)

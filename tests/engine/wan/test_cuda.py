@@ -14,6 +14,7 @@ from rolling_kv.config import SAMPLERS, CacheConfig, ExecutionConfig, SamplingCo
 from rolling_kv.presets import ModelPreset
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.sampling.state import CacheState
+from rolling_kv.wan.fast import fast_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -137,6 +138,15 @@ def test_triton_kernels_are_as_near_to_float32_as_torchs_own(storage, dtype):
     plain = video(made, cache=cache, chunks=4, execution=ExecutionConfig(plain=True))
     assert not torch.equal(with_kernels, plain)
     assert (with_kernels - exact).norm() <= 1.3 * (plain - exact).norm()
+
+
+def test_fast_videos_are_near_the_standard_ones():
+    """By whatever the card and what is installed give; see the remark for what that is."""
+    made = model(torch.bfloat16)
+    plain, recorded = video(made, chunks=4), ExecutionConfig(fast=True, cuda_graphs=True)
+    as_fast = video(made, chunks=4, execution=ExecutionConfig(fast=True))
+    assert (as_fast - plain).norm() <= 0.1 * plain.norm(), fast_for(recorded, made.transformer, torch.device("cuda"))
+    torch.testing.assert_close(video(made, execution=recorded), video(made, execution=ExecutionConfig(fast=True)))
 
 
 def test_memory_on_the_device_does_not_grow():

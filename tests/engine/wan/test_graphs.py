@@ -18,7 +18,7 @@ from rolling_kv.config import ALL_FRAMES, RECORDABLE_PACKINGS, CacheConfig, Exec
 from rolling_kv.presets import ModelPreset
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.step_cache import SeaCache
-from rolling_kv.wan import attachment, graphs
+from rolling_kv.wan import attachment, fast, graphs
 from rolling_kv.wan.attachment import apply_rolling_kv_cache
 
 CHUNK, WINDOW, SINK = 2, 5, 1
@@ -159,6 +159,17 @@ def test_a_chunk_is_written_where_the_indices_say(model, recorders, monkeypatch)
     monkeypatch.setattr(RollingKVCache, "slots", property(lambda cache: kept.append(slots(cache)) or kept[0]))
     moved, _ = video(model, execution=ExecutionConfig(cuda_graphs=True))
     assert len({tuple(places.tolist()) for places in kept}) == 2 and not torch.equal(moved, plain)
+
+
+def test_recorded_fast_passes_change_no_bit(recorders, monkeypatch):
+    """Rows are quantised inside of the recording."""
+    monkeypatch.setattr(fast, "fast_on", lambda *_: fast.Fast(None, True, ""))
+    transformer = tiny_transformer(num_attention_heads=2, attention_head_dim=16, num_layers=2).bfloat16()
+    model = CausalModel(transformer, ModelPreset("test", SAMPLING, CacheConfig(WINDOW, SINK)))
+    plain, _ = video(model, chunks=6, execution=ExecutionConfig(fast=True))
+    recorded, held = video(model, chunks=6, execution=ExecutionConfig(fast=True, cuda_graphs=True))
+    assert torch.equal(recorded, plain) and held == 2
+    assert not torch.equal(plain, video(model, chunks=6)[0])
 
 
 def test_graphs_go_when_weights_move(model, recorders):
