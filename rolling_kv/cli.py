@@ -28,7 +28,7 @@ from .inspection import CheckpointInfo, inspect_checkpoint
 from .listening import listen
 from .messages import printable
 from .pipeline import LAST_PROMPT_SECONDS, Interrupted, Pipeline, clip_of, plan_prompts, seconds_anew, start_of
-from .planning import CHOICE_HEAD, OVERHEAD, choices, kept_in_ways, outline, told_choice
+from .planning import CHOICE_HEAD, OVERHEAD, TEXT_ENCODER, choices, kept_in_ways, outline, told_choice
 from .presets import PRESETS
 from .sampling.state_file import check_state_path, is_state_file, read_state
 from .sampling.steering import Steering
@@ -442,6 +442,10 @@ def _inspect_card(path: Path, info: CheckpointInfo, gibibytes: float) -> None:
     rows = [[*told_choice(choice), "yes" if choice.known.fits else ""] for choice in found]
     print("\n".join(markdown([*CHOICE_HEAD, "fits"], rows)))
     fitting = next((choice for choice in found if choice.known.fits), None)
+    room = gibibytes * 2**30 - OVERHEAD
+    told = [f"{size / 2**30:.1f} GiB in {kept}" for kept, size in TEXT_ENCODER.items() if size > room]
+    if told:
+        print(f"\nthe text encoder UMT5-XXL takes {', '.join(told)} while it encodes: it runs on the CPU instead")
     print(f"\nproposed   {'nothing of these fits: make the picture smaller' if fitting is None else fitting.options()}")
 
 

@@ -265,6 +265,11 @@ def test_inspect_tells_what_fits_a_card_and_proposes_it(folder, capsys):
     rows = [line for line in out.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 15 and all(row.endswith("| yes  |") for row in rows[1:])
     assert "proposed   --window 9 --weight-storage model --cache-storage model\n" in out
+    assert "the text encoder UMT5-XXL takes 11.6 GiB in 16 bit while it encodes: it runs on the CPU instead" in out
+    main(["inspect", str(folder), "--card", "7"])
+    assert "takes 11.6 GiB in 16 bit, 7.3 GiB in float8 while" in capsys.readouterr().out
+    main(["inspect", str(folder), "--card", "24"])
+    assert "text encoder" not in capsys.readouterr().out
     main(["inspect", str(folder), "--card", "0.64"])
     assert "proposed   --window 9 --weight-storage model --cache-storage model\n" not in capsys.readouterr().out
     main(["inspect", str(folder), "--card", "0.5"])

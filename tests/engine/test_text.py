@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from rolling_kv.bench.gauges import TensorBytes
 from rolling_kv.checkpoints.readers import CheckpointError
+from rolling_kv.planning import TEXT_ENCODER
 from rolling_kv.text import TextEncoder, clean, load_text_encoder
 
 PROMPTS = ["a red circle moving left across the stormy sea", "", "cats & dogs"]
@@ -242,6 +243,9 @@ def test_bytes_are_announced_for_the_largest_encoder():
             for block in encoder.encoder.encoder.block:
                 block(torch.empty(1, 512, 4096))
     assert 6.2 < encoder.nbytes / 2**30 < 6.4
+    assert abs(encoder.nbytes + encoder.working_nbytes - TEXT_ENCODER["float8"]) < 2e7
+    inside = sum(parameter.numel() for parameter in encoder.parameters() if parameter.dtype == torch.float8_e4m3fn)
+    assert abs(encoder.nbytes + inside + encoder.working_nbytes - TEXT_ENCODER["16 bit"]) < 2e7
     assert 0.7 * encoder.working_nbytes < held.peak <= encoder.working_nbytes < 1.1 * 2**30
     assert all_held.peak <= encoder.working_nbytes
 
