@@ -8,11 +8,13 @@ import torch
 from comfy_api.latest import InputImpl, io
 
 from ..rolling_kv.devices import check_memory
+from ..rolling_kv.vae.shortage import telling_decoding_shortage
 from ..rolling_kv.video import VideoWriter
 from . import borders, inputs, run
 from .guard import guarded
 from .types import CATEGORY, VAE
 
+TILED = "decode with ComfyUI's VAE Decode (Tiled), which takes the same latents, and has seams"
 BYTES_PER_PIXEL = 3 * torch.float32.itemsize
 
 
@@ -125,9 +127,9 @@ def _decode(vae, samples: torch.Tensor, node_id: str, kept: int = 0):
 
     kept: bytes on the VAE's device that the caller keeps them in.
     """
-    count, height, width = samples.shape[2:]
-    vae.bring_to_device(kept + vae.model.decode_bytes(*vae.model.geometry.pixel_size(height, width)))
-    with run.progress(node_id) as on_frame:
+    count, size = samples.shape[2], vae.model.geometry.pixel_size(*samples.shape[3:])
+    vae.bring_to_device(kept + vae.model.decode_bytes(*size))
+    with run.progress(node_id) as on_frame, telling_decoding_shortage(vae.model, *size, TILED):
         for done, frames in enumerate(vae.model.decoder().decode_frames(samples)):
             on_frame(done, count)
             yield frames

@@ -11,8 +11,8 @@ import comfy.model_management as mm
 from comfy.utils import ProgressBar
 from server import PromptServer
 
+from ..rolling_kv.devices import OutOfMemory
 from ..rolling_kv.sampling.memory import check_fits, estimate
-from ..rolling_kv.sampling.shortage import OutOfMemory
 from .patchers import ManagedModule
 from .types import ModelHandle
 

@@ -65,6 +65,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and said
 
 
+class OutOfMemory(ValueError):
+    """The memory of a device is used up. The message is for people."""
+
+
 def has_float64(device: torch.device) -> bool:
     """Whether tensors on `device` can be float64."""
     return device.type in FLOAT64

@@ -9,16 +9,12 @@ from contextlib import contextmanager
 import torch
 
 from ..config import CacheConfig, SamplingConfig
-from ..devices import is_out_of_memory, obtainable_memory
+from ..devices import OutOfMemory, is_out_of_memory, obtainable_memory
 from ..wan.offloaded import spared_by_offloading, weight_nbytes
 from .memory import OFFLOAD_WEIGHTS, estimate, what_fits
 
 _SHORT_BY = 0.9
 """Of what was expected to do: how much settings may take that are named where more was needed than expected."""
-
-
-class OutOfMemory(ValueError):
-    """A run has used up the memory of its device. The message is for people."""
 
 
 @contextmanager

@@ -16,10 +16,13 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rolling_kv.checkpoints.readers import CheckpointError
+from rolling_kv.devices import OutOfMemory
 from rolling_kv.geometry import GEOMETRIES, WAN_21, WAN_22
 from rolling_kv.platforms import Platform
 from rolling_kv.vae.latents import LATENTS_MEAN, LATENTS_STD, STATISTICS, to_model, to_raw
 from rolling_kv.vae.loading import ARCHITECTURES, load_vae
+from rolling_kv.vae.shortage import telling_decoding_shortage
+from rolling_kv.vae.taehv import Taehv, TinyVAE
 from rolling_kv.vae.wan import WanVAE, streamline
 
 
@@ -374,6 +377,20 @@ def test_only_half_precision_is_loaded_streamlined(tmp_path):
         for dtype in ("float32", "bfloat16")
     ]
     assert layouts == [False, True]
+
+
+def test_memory_that_ends_while_decoding_is_told_with_what_helps():
+    vae = WanVAE(STOCK)
+    with pytest.raises(
+        OutOfMemory, match=r"decoding 832x480 takes about \d+\.\d GiB.*can be had.*tiny decoder, taew2_1.*; tile it$"
+    ):
+        with telling_decoding_shortage(vae, 480, 832, "tile it"):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(ValueError, match="^else$"), telling_decoding_shortage(vae, 480, 832):
+        raise ValueError("else")
+    tiny = TinyVAE(Taehv(16, (8, 6, 4, 4), (1, 2, 2), 1))
+    with pytest.raises(OutOfMemory, match="What helps: tile it$"), telling_decoding_shortage(tiny, 64, 64, "tile it"):
+        raise MemoryError
 
 
 # ---- files
