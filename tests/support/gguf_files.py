@@ -15,6 +15,16 @@ def packable(name, tensor, kind):
     return tensor.ndim == 2 and tensor.shape[1] % block == 0 and not delicate
 
 
+def k_quant(values, kind):
+    """Random blocks of a K-quant: gguf-py unpacks these but cannot pack them. The scales are set, in float16."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    data = np.random.default_rng(values.size).integers(0, 256, (values.size // block, size), dtype=np.uint8)
+    scales = {Kind.Q4_K: [0, 2], Kind.Q5_K: [0, 2], Kind.Q6_K: [208]}[kind]
+    for offset in scales:
+        data[:, offset : offset + 2] = np.frombuffer(np.float16(1e-4).tobytes(), dtype=np.uint8)
+    return data.reshape(*values.shape[:-1], -1)
+
+
 def write_gguf(path, weights, kind, prefix="", pack=gguf.quants.quantize):
     """The original names, as published files have them; returns what the packed weights stand for in float32."""
     writer = gguf.GGUFWriter(path, "wan")

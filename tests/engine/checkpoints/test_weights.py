@@ -3,7 +3,6 @@
 import struct
 import weakref
 
-import numpy as np
 import pytest
 import torch
 from builders import original_names, scaled_float8, tiny_transformer, with_prefix
@@ -27,7 +26,7 @@ from rolling_kv.sampling.session import RollingSession
 
 gguf = pytest.importorskip("gguf")
 from diffusers.quantizers.gguf import utils as gguf_utils  # noqa: E402
-from gguf_files import packable, write_gguf  # noqa: E402
+from gguf_files import k_quant, packable, write_gguf  # noqa: E402
 
 Kind = gguf.GGMLQuantizationType
 SIZE = dict(num_attention_heads=2, ffn_dim=512)  # 256 wide: a row is a whole number of blocks of every packing
@@ -51,16 +50,6 @@ def checkpoint(weights, tmp_path_factory):
 def in_blocks(weights):
     """Names of the weights of the Linear layers of the blocks."""
     return [f"blocks.{name}.weight" for name in LAYERS if f"blocks.{name}.weight" in weights]
-
-
-def k_quant(values, kind):
-    """Random blocks of a K-quant: gguf-py unpacks these but cannot pack them. The scales are set, in float16."""
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    data = np.random.default_rng(values.size).integers(0, 256, (values.size // block, size), dtype=np.uint8)
-    scales = {Kind.Q4_K: [0, 2], Kind.Q5_K: [0, 2], Kind.Q6_K: [208]}[kind]
-    for offset in scales:
-        data[:, offset : offset + 2] = np.frombuffer(np.float16(1e-4).tobytes(), dtype=np.uint8)
-    return data.reshape(*values.shape[:-1], -1)
 
 
 def video(model):

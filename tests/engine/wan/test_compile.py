@@ -6,7 +6,7 @@ from builders import tiny_transformer
 
 from rolling_kv.bench.storage.experiment import pack
 from rolling_kv.checkpoints.float8 import store_float8
-from rolling_kv.checkpoints.model import CausalModel
+from rolling_kv.checkpoints.model import CausalModel, load_model
 from rolling_kv.checkpoints.transformer import build_transformer
 from rolling_kv.config import CacheConfig, ExecutionConfig, SamplingConfig
 from rolling_kv.presets import ModelPreset
@@ -53,19 +53,26 @@ def test_chunks_after_the_first_compile_nothing(compilations):
     assert torch.equal(again, compiled) and len(compilations) == counts[-1]
 
 
-def test_weights_of_a_gguf_file_compile_as_others_do(compilations):
+def test_weights_of_a_gguf_file_compile_as_others_do(compilations, tmp_path):
+    """Unpacking is a part of the compiled code, that of K-quants too."""
     pytest.importorskip("gguf")
+    from gguf_files import Kind, k_quant, write_gguf
+
     counts = []
-    for packing in ("model", "Q8_0"):
-        weights = tiny_transformer(ffn_dim=256).state_dict()
-        transformer = build_transformer(weights if packing == "model" else pack(weights, packing))
-        model = CausalModel(transformer, ModelPreset("test", SAMPLING, CacheConfig(5)))
-        prompt, before = torch.zeros(1, 6, transformer.config.text_dim), len(compilations)
+    for packing in ("model", "Q8_0", "Q4_K"):
+        weights = tiny_transformer(num_attention_heads=2, ffn_dim=512).state_dict()
+        if packing == "Q4_K":  # the package cannot pack it
+            write_gguf(tmp_path / "model.gguf", weights, Kind.Q4_K, pack=k_quant)
+            model = load_model(tmp_path / "model.gguf", preset=ModelPreset("test", SAMPLING, CacheConfig(5)))
+        else:
+            transformer = build_transformer(weights if packing == "model" else pack(weights, packing))
+            model = CausalModel(transformer, ModelPreset("test", SAMPLING, CacheConfig(5)))
+        prompt, before = torch.zeros(1, 6, model.config.text_dim), len(compilations)
         torch._dynamo.reset()
         with RollingSession(model, prompt, height=32, width=48, execution=ExecutionConfig(compile=True)) as session:
             list(session.generate(3, seed=7))
         counts.append(len(compilations) - before)
-    assert counts[0] == counts[1] > 0
+    assert counts[0] == counts[1] == counts[2] > 0
 
 
 def test_float8_weights_compile_as_others_do(compilations):
