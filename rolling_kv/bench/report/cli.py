@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 
 from .. import options
@@ -45,7 +46,8 @@ def main(args: argparse.Namespace) -> None:
             write_json(file, as_json(args, size, known, outcomes))
         print(f"  {outcome.name}: {said(part, outcome)} ({outcome.seconds:.0f} s)", flush=True)
 
-    run_parts(parts, args.out, args.minutes * 60, given, told)
+    with suppress(KeyboardInterrupt):  # what is known so far is told all the same
+        run_parts(parts, args.out, args.minutes * 60, given, told)
     print("\n" + "\n".join(table(parts, outcomes)))
     print(f"\nAll figures are in {args.out / RESULT}; what each part printed is beside it.")
 

@@ -105,6 +105,16 @@ def test_the_command_writes_every_figure_and_prints_the_table_last(tmp_path, cap
     assert "matrix products" in (tmp_path / "out" / "kernels.txt").read_text()
 
 
+def test_ctrl_c_tells_what_is_known_so_far(tmp_path, capsys, monkeypatch):
+    def stopped(parts, folder, seconds, given, told):
+        told(parts[0], run.Outcome(parts[0].name, "python -m", "failed: no", 1.0, None))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_parts", stopped)
+    main(f"bench report --threads 1 --size tiny --out {tmp_path}".split())
+    assert "| kernels | failed: no " in capsys.readouterr().out and (tmp_path / "report.json").is_file()
+
+
 def test_unknown_parts_and_no_time_are_refused(tmp_path):
     with pytest.raises(ValueError, match="kernels, pass.*got speed"):
         cli.chosen(QUICK, ["speed"])
