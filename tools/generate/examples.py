@@ -14,7 +14,7 @@ from rolling_kv.presets import DEFAULT_PRESET, PRESETS, TEXT_ENCODER_FILES, VAE_
 
 from .readme import link
 
-TINY = "tiny (bundled)"
+TINY, STRIPES = "tiny (bundled)", "stripes (bundled)"
 CIRCLE, SQUARE = "a red circle moving right", "a blue circle moving right"
 LONGLIVE_SCHEDULE = """0: A wide shot of a lighthouse on a cliff at dusk, waves breaking below, warm light in its window, in a painterly style.
 10: A storm rises over the same lighthouse, dark clouds and heavy rain, its beam cuts through the night.
@@ -439,6 +439,43 @@ WORKFLOWS = {
                 (340, 270),
                 "## Compare\nOne prompt, two seeds. After a run **Compare Videos** plays both in step: drag the wipe, or set them side by "
                 "side. Compare schedules or two settings of the cache in the same way.",
+            ),
+            (1, (720, 270), REAL_MODELS),
+        ],
+    },
+    "rolling_kv_lora": {
+        "nodes": LOADERS
+        | {
+            "lora": ("RollingKVLoadLoRA", {"model": "cache.0", "lora_name": STRIPES}),
+            "prompt": prompt(CIRCLE),
+            "plain": sample("prompt.0", 3.0, 1),
+            "striped": sample("prompt.0", 3.0, 1, model="lora.0"),
+            "plain_decode": ("RollingKVDecodeVideo", {"vae": "vae.0", "latent": "plain.0", "enlarge": 6}),
+            "striped_decode": ("RollingKVDecodeVideo", {"vae": "vae.0", "latent": "striped.0", "enlarge": 6}),
+            "compare": (
+                "RollingKVCompareVideos",
+                {
+                    "first": "plain_decode.0",
+                    "second": "striped_decode.0",
+                    "first_name": "without",
+                    "second_name": "with the LoRA",
+                },
+            ),
+        },
+        "columns": [
+            "model text_encoder vae",
+            "cache prompt lora",
+            "plain striped",
+            "plain_decode striped_decode",
+            "compare",
+        ],
+        "notes": [
+            (
+                0,
+                (340, 270),
+                "## A LoRA\n**Load LoRA** changes the model of one branch, here with the stripes that come with the bundled model; "
+                "the other branch keeps it as it was. Both have one seed, so all else is the same. **strength** says how much of "
+                "it, and several of these nodes in a row add up.",
             ),
             (1, (720, 270), REAL_MODELS),
         ],

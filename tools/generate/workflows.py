@@ -24,9 +24,9 @@ from .files import as_json, write
 
 WIDTH, GAP, TITLE = 340, 40, 30
 ROOM = {
-    "RollingKVLoadModel": 260, "RollingKVLoadTextEncoder": 136, "RollingKVLoadVAE": 136, "RollingKVEncodePrompt": 140, "RollingKVPromptSchedule": 520,
+    "RollingKVLoadModel": 356, "RollingKVLoadTextEncoder": 136, "RollingKVLoadVAE": 136, "RollingKVEncodePrompt": 140, "RollingKVPromptSchedule": 520,
     "RollingKVAttachCache": 440, "RollingKVLoadLoRA": 136, "RollingKVStepCache": 292, "RollingKVSample": 830, "RollingKVEncodeVideo": 300, "RollingKVStreamVideo": 910, "RollingKVSaveState": 130, "RollingKVLoadState": 190, "RollingKVInspectState": 520, "RollingKVDecodeImages": 80, "ImageScaleBy": 130, "CreateVideo": 130,
-    "RollingKVDecodeVideo": 160, "RollingKVBenchmark": 556, "RollingKVCompareVideos": 620, "SaveVideo": 148, "LoadImage": 340,
+    "RollingKVDecodeVideo": 200, "RollingKVBenchmark": 556, "RollingKVCompareVideos": 620, "SaveVideo": 148, "LoadImage": 340,
 }  # fmt: skip
 """Heights of the nodes where they are largest: in Nodes 2.0, with advanced inputs shown, and while they play what they make."""
 
