@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import folder_paths
 
-from ..rolling_kv.bundled import BUNDLED
+from ..rolling_kv.bundled import BUNDLED, BUNDLED_LORA
 from ..rolling_kv.messages import shown
 from ..rolling_kv.presets import DEFAULT_PRESET, TEXT_ENCODER_FILES, VAE_FILE
 
-BUNDLED_NAME = "tiny (bundled)"
+BUNDLED_NAME, BUNDLED_LORA_NAME = "tiny (bundled)", "stripes (bundled)"
 SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
 LONGEST, LONGEST_PART = 4096, 255
 """Characters of a path, and of a name in it, that a file system may have."""
@@ -49,9 +49,9 @@ LORA = Kind("LoRA", "loras")
 
 def choices(kind: Kind) -> list[str]:
     """Names for a combo: the bundled model, single files, then diffusers folders in models/diffusers."""
+    names = [name for name, _ in _bundled(kind)]
     if not kind.subfolder:
-        return folder_paths.get_filename_list(kind.folder)
-    names = [BUNDLED_NAME] if (BUNDLED / kind.subfolder).is_dir() else []
+        return names + folder_paths.get_filename_list(kind.folder)
     names += [name for name in folder_paths.get_filename_list(kind.folder) if name.lower().endswith(SUFFIXES)]
     if kind in (MODEL, TEXT_ENCODER):  # ComfyUI does not list these
         names += sorted(name for name in _files(kind.folder) if name.lower().endswith(".gguf"))
@@ -65,8 +65,9 @@ def find(kind: Kind, name: object) -> Path | None:
 
     A name never leads out of the folders.
     """
-    if name == BUNDLED_NAME and kind.subfolder:
-        return BUNDLED if (BUNDLED / kind.subfolder).is_dir() else None
+    for bundled, path in _bundled(kind):
+        if name == bundled:
+            return path
     below = inside(name)
     if below is None:
         return None
@@ -109,6 +110,12 @@ def missing(kind: Kind, name: object) -> str:
     folders = " (or a diffusers folder into models/diffusers)" if kind.subfolder else ""
     link = f" One that works: {kind.link}" if kind.link else ""
     return f"{said} Put the file into {places}{folders}, then press R to refresh.{link}"
+
+
+def _bundled(kind: Kind) -> list[tuple[str, Path]]:
+    """What the pack itself has of a kind: its name in a combo, and the folder or file; empty where it is not there."""
+    name, path = (BUNDLED_NAME, BUNDLED) if kind.subfolder else (BUNDLED_LORA_NAME, BUNDLED_LORA)
+    return [(name, path)] if (path / kind.subfolder).exists() else []
 
 
 def _diffusers_folders(subfolder: str) -> set[str]:

@@ -8,6 +8,8 @@ from .geometry import WAN_21, Geometry
 
 BUNDLED = Path(__file__).resolve().parent.parent / "models" / "tiny"
 """Where the pack looks for the tiny model."""
+BUNDLED_LORA = BUNDLED / "loras" / "stripes.safetensors"
+"""A LoRA for it: the background in stripes."""
 BUNDLED_SIZE = 64
 """Pixels along each side that it makes."""
 

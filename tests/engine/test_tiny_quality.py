@@ -3,21 +3,25 @@
 The full measurement is tools/train_tiny/measure.py; its table is in docs/tiny-model.md.
 """
 
-from pathlib import Path
+import json
+from dataclasses import replace
 
 import pytest
+import sentencepiece
 import torch
+from transformers import AutoTokenizer
 
+from rolling_kv.bundled import BUNDLED, BUNDLED_LORA
+from rolling_kv.words import read_words
 from tools.train_tiny import measure
 from tools.train_tiny.detector import detect, direction, prediction_errors
+from tools.train_tiny.prompts import WORDS, vocabulary
 from tools.train_tiny.world import render, trajectory
-
-FOLDER = Path(__file__).parents[2] / "models" / "tiny"
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return measure.Tiny.load(FOLDER)
+    return measure.Tiny.load(BUNDLED)
 
 
 def test_detector_reads_exact_frames():
@@ -29,7 +33,8 @@ def test_detector_reads_exact_frames():
         seen = detect(frames)
         assert seen.present.all()
         assert set(seen.colour) == {scene.colour} and set(seen.shape) == {scene.shape}
-        assert direction(seen.position[: measure.STRAIGHT_FRAMES]) == scene.direction
+        way = "" if scene.speed == "still" else scene.direction
+        assert direction(seen.position[: measure.STRAIGHT_FRAMES]) == way
         errors.append(prediction_errors(seen.position).median())
     # What the detector itself adds, in pixels: the corners of slow triangles fall between the samples of the renderer.
     assert torch.stack(errors).median() < 0.05 and max(errors) < 0.3
@@ -65,3 +70,69 @@ def test_a_new_prompt_changes_the_colour_and_not_the_motion(tiny):
     assert seen["old colour before, frames"] >= 0.97
     assert seen["new colour from the second chunk's end on, frames"] >= 0.97
     assert seen["error at the switch, px"] < 2
+
+
+def test_other_words_change_nothing_else_and_the_picture_is_clean(tiny):
+    seen = measure.measure_words(tiny, 20)
+    assert seen["a shape is there, clean, frames"] >= 0.97
+    assert seen["the same shape throughout, videos"] >= 0.9
+    assert seen["colour right where it is said, frames"] >= 0.97
+    assert seen["shape right where it is said, frames"] >= 0.93
+    assert seen["direction right where it is said, videos"] >= 0.93
+
+
+def test_a_new_prompt_changes_shape_background_and_speed(tiny):
+    seen = measure.measure_changes(tiny, 8)
+    assert seen["new shape, frames"] >= 0.9 and seen["new background, frames"] >= 0.9
+    assert seen["new speed, videos"] >= 0.6
+
+
+@pytest.mark.parametrize("positions", ["absolute", "window"])
+def test_a_minute_does_not_drift(tiny, positions):
+    cache = replace(tiny.model.preset.cache, positions=positions)
+    seen = measure.measure_minutes(tiny, 4, cache, minutes=1.0)
+    assert seen["right shape and colour, frames"] >= 0.97
+    assert seen["drift of size, % of it, mean"] <= 3
+    assert seen["drift of brightness, % of the range, mean"] <= 3
+
+
+def test_the_lora_brings_stripes(tiny):
+    seen = measure.measure_lora(tiny, BUNDLED_LORA, 4)
+    assert seen["striped, frames"] >= 0.95 and seen["shade of the stripes without it, of 255"] < 3
+    assert BUNDLED_LORA.stat().st_size < 2**20
+
+
+def test_the_files_are_small_and_tell_the_words_of_the_grammar():
+    assert sum(file.stat().st_size for file in BUNDLED.rglob("*") if file.is_file()) < 24 * 2**20
+    content = json.loads((BUNDLED / "rolling_kv.json").read_text(encoding="utf-8"))
+    assert content["words"] == vocabulary()
+    words = read_words(BUNDLED)
+    every = " ".join([*WORDS, *WORDS.values()])
+    assert words.unknown(every) == [
+        "black",
+        "grey",
+        "white",
+        "黑色",
+        "gray",
+        "灰色",
+        "白色",
+        "深",
+    ]  # of backgrounds alone
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a red circle moving left", "A RED, Circle? cat-dog", "一个红色圆圈向左移动, 白色背景", "", "straße 🙂 redwood"],
+)
+def test_both_files_of_the_tokenizer_agree(text):
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(BUNDLED / "tokenizer/spiece.model"))
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "tokenizer", local_files_only=True)
+    assert tokenizer(text).input_ids == [*pieces.encode(" ".join(text.split())), 1]
+
+
+def test_spellings_and_synonyms_are_the_same_to_the_model(tiny):
+    plain, *others = tiny.text.encode(
+        ["a big red circle moving left", "A BIG Red Circle Moving LEFT", "a large red ball going left"]
+    )
+    assert all(torch.equal(plain, other) for other in others)
+    assert torch.equal(*tiny.text.encode(["a red cat", "a red zebra"]))

@@ -121,3 +121,18 @@ def test_tiny_decoders_are_listed_beside_vaes_and_found(model_files, folders):
     make(folders.root / "vae" / "taew2_1.safetensors")
     assert model_files.find(model_files.VAE, "taew2_1.safetensors").parent.name == "vae"
     assert model_files.find(model_files.TEXT_ENCODER, "taew2_1.safetensors") is None
+
+
+def test_what_the_pack_has_itself_is_listed_first_and_found(model_files, folders, tmp_path, monkeypatch):
+    make(folders.root / "loras/style.safetensors")
+    monkeypatch.setattr(model_files, "BUNDLED", tmp_path / "model")
+    monkeypatch.setattr(model_files, "BUNDLED_LORA", tmp_path / "model/loras/stripes.safetensors")
+    assert model_files.choices(model_files.LORA) == ["style.safetensors"]
+    assert model_files.find(model_files.LORA, model_files.BUNDLED_LORA_NAME) is None
+    make(model_files.BUNDLED_LORA)
+    make(model_files.BUNDLED / "vae/weights.safetensors")
+    assert model_files.choices(model_files.LORA) == [model_files.BUNDLED_LORA_NAME, "style.safetensors"]
+    assert model_files.get(model_files.LORA, model_files.BUNDLED_LORA_NAME) == model_files.BUNDLED_LORA
+    assert model_files.find(model_files.LORA, model_files.BUNDLED_NAME) is None
+    assert model_files.get(model_files.VAE, model_files.BUNDLED_NAME) == model_files.BUNDLED
+    assert model_files.BUNDLED_NAME not in model_files.choices(model_files.MODEL)

@@ -11,17 +11,23 @@ from .world import COLOURS, DIRECTIONS, SHAPES, SIDE, SIZES, coverage
 SMALLEST_CONTRAST = 0.25
 """Distance of the shape's colour from the background, in [-1, 1] per channel, below which there is no shape."""
 
+UNITS = {"circle": torch.pi, "square": 1.8**2, "triangle": 27**0.5 * 0.65**2}
+"""Areas of shapes of size 1."""
+
 
 class Sighting(NamedTuple):
     """What is seen in T frames. present [T] bool; position [T, 2] (x, y) in pixels, the centre of mass; area [T] in pixels;
-    colour, shape: T names; background [T, 3] in [-1, 1]."""
+    size [T]: half of the width, about, that such a shape of this area has; colour, shape: T names; background [T, 3] in
+    [-1, 1]; mismatch [T]: how much of the area is not as in the ideal shape, 0..1."""
 
     present: torch.Tensor
     position: torch.Tensor
     area: torch.Tensor
+    size: torch.Tensor
     colour: list[str]
     shape: list[str]
     background: torch.Tensor
+    mismatch: torch.Tensor
 
 
 def detect(frames: torch.Tensor) -> Sighting:
@@ -45,16 +51,16 @@ def detect(frames: torch.Tensor) -> Sighting:
     present = (contrast > SMALLEST_CONTRAST * 3**0.5) & (area > 0.5 * sizes.min()) & (area < 1.7 * sizes.max())
     palette = torch.tensor(list(COLOURS.values())) / 127.5 - 1
     colours = torch.cdist(front, palette).argmin(1)
-    shapes = torch.stack([_mismatch(shape, inside, position, area) for shape in SHAPES], 1).argmin(1)
-    return Sighting(
-        present, position, area, [list(COLOURS)[i] for i in colours], [SHAPES[i] for i in shapes], background
-    )
+    mismatch, shapes = torch.stack([_mismatch(shape, inside, position, area) for shape in SHAPES], 1).min(1)
+    shape = [SHAPES[i] for i in shapes]
+    size = (area / torch.tensor([UNITS[name] for name in shape])).sqrt()
+    colour = [list(COLOURS)[i] for i in colours]
+    return Sighting(present, position, area, size, colour, shape, background, mismatch / area.clamp_min(1.0))
 
 
 def _mismatch(shape: str, inside: torch.Tensor, position: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
     """Squared difference [T] of the seen coverage [T, 4096] from an ideal shape with the same area and centre of mass."""
-    units = {"circle": torch.pi, "square": 1.8**2, "triangle": 27**0.5 * 0.65**2}
-    size = (area / units[shape]).sqrt().view(-1, 1, 1)
+    size = (area / UNITS[shape]).sqrt().view(-1, 1, 1)
     axis = torch.arange(SIDE) + 0.5
     x = axis.view(1, 1, -1) - position[:, 0].view(-1, 1, 1)
     y = axis.view(1, -1, 1) - position[:, 1].view(-1, 1, 1)

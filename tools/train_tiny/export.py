@@ -17,7 +17,10 @@ from rolling_kv.tiny import save_model
 from rolling_kv.vae.latents import LATENTS_MEAN, LATENTS_STD
 
 from .loop import WORK
-from .train_transformer import PRESET, SCALE, Denoiser, tokenizer_file
+from .prompts import vocabulary
+from .train_lora import LORA, save_lora
+from .train_transformer import PRESET, Denoiser, tokenizer_file
+from .train_vae import CODE, SCALE, linear_code
 from .train_vae import CONFIG as VAE_CONFIG
 
 
@@ -48,16 +51,17 @@ def finished_vae() -> AutoencoderKLWan:
 def export(folder: Path, denoiser: str = "transformer") -> None:
     model = Denoiser()
     model.load_state_dict(averaged(denoiser))
-    progress = torch.load(WORK / f"{denoiser}.pt", weights_only=True)["step"]
     save_model(
         folder,
         model.transformer,
         finished_vae(),
-        model.text.encoder,
+        model.text.shipped(),
         tokenizer_file().read_bytes(),
         PRESET,
-        {"trained_steps": progress},
+        {"words": vocabulary()},
     )
+    linear_code().save(folder / CODE)
+    save_lora(folder / LORA)
 
 
 def main() -> None:

@@ -69,7 +69,8 @@ def train(
         keep = min(average, (step + 1) / (step + 10))
         with torch.no_grad():
             for mean, now in zip(averaged.parameters(), module.parameters()):
-                mean.lerp_(now, 1 - keep)
+                if now.requires_grad:
+                    mean.lerp_(now, 1 - keep)
         total += value.item()
         if rank == 0 and (step + 1) % 50 == 0:
             log(f"step {step + 1}/{steps} loss {total / 50:.5f} {(time.time() - since) / 50:.2f} s/step")
@@ -83,15 +84,63 @@ def train(
     return averaged
 
 
+def autocast() -> torch.autocast:
+    """bfloat16 where this CPU computes in it; elsewhere it would be many times slower than float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose steps are made orthogonal (Jordan et al. 2024), of convolutions too, as matrices of their outputs.
+
+    torch.optim.Muon computes in bfloat16, which is slow where the CPU has no instructions for it, and takes no convolutions.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[tuple[nn.Parameter, torch.Tensor]]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+                    mean.lerp_(parameter.grad, 1 - group["momentum"])
+                    update = parameter.grad.lerp(mean, group["momentum"]).flatten(1)
+                    alike.setdefault(update.shape, []).append((parameter, update))
+            for shape, pairs in alike.items():
+                updates = orthogonal(torch.stack([update for _, update in pairs]))
+                # As large as the steps of AdamW (Liu et al. 2025).
+                rate = group["lr"] * 0.2 * max(shape) ** 0.5
+                for (parameter, _), update in zip(pairs, updates):
+                    parameter.add_(update.view(parameter.shape), alpha=-rate)
+
+
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """About the nearest orthogonal matrices to [N, rows, columns], by four steps of a Newton-Schulz iteration.
+
+    The steps are polynomials of the smaller Gram matrix, so only their product is multiplied with the matrices.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.transpose(1, 2) if tall else matrices
+    x = x / x.flatten(1).norm(dim=1).clamp_min(1e-7)[:, None, None]
+    gram = x @ x.transpose(1, 2)
+    product = None
+    for step in range(4):
+        power = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        power.diagonal(dim1=1, dim2=2).add_(3.4445)
+        product = power if product is None else power @ product
+        if step < 3:
+            gram = power @ gram @ power
+    x = product @ x
+    return x.transpose(1, 2) if tall else x
+
+
 def make_optimizers(module: nn.Module, rate: float, matrices: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
     taken = {id(parameter) for parameter in matrices}
-    rest = [parameter for parameter in module.parameters() if id(parameter) not in taken]
+    rest = [parameter for parameter in module.parameters() if parameter.requires_grad and id(parameter) not in taken]
     optimizers = [torch.optim.AdamW(rest, rate, betas=(0.9, 0.99), weight_decay=0.0)]
-    if matrices:
-        optimizers.append(
-            torch.optim.Muon(matrices, MUON_RATE * rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        )
-    return optimizers
+    return optimizers + ([Muon(matrices, MUON_RATE * rate)] if matrices else [])
 
 
 def join_workers() -> tuple[int, int]:

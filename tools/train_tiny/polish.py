@@ -23,13 +23,14 @@ from rolling_kv.sampling.session import RollingSession
 
 from . import wan_vae
 from .detector import detect
-from .loop import WORK, train
-from .self_forcing import Track, pixel_times
-from .train_transformer import PRESET, SCALE, Denoiser
-from .train_vae import NOISE, frame_loss, linear_code, make_vae, random_clips
-from .world import SHAPES, SIDE, random_scene, render
+from .loop import WORK, autocast, train
+from .self_forcing import follow, pixel_times
+from .train_transformer import PRESET, Denoiser
+from .train_vae import NOISE, SCALE, frame_loss, linear_code, make_vae, random_clips
+from .world import SHAPES, SIDE, Track, random_scene, render
 
-STEPS, RATE = 140, 8e-4
+STEPS, STEPS_ON, RATE = 140, 30, 8e-4
+"""STEPS_ON: where the decoder went on from an exported one, which was polished already."""
 VIDEOS, CHUNKS = 64, 8
 LONG_CROPS = (32, 93, 2)
 
@@ -50,7 +51,7 @@ def own_videos(count: int, chunks: int, seed: int = 11) -> tuple[torch.Tensor, t
     places = []
     for chunk in range(chunks):
         times = pixel_times(chunk)
-        known = known & track.fit([detect(video[:, times]) for video in frames], times, bounces=chunk > 0)
+        known = known & follow(track, [detect(video[:, times]) for video in frames], times, bounces=chunk > 0)
         places.append(track.at(times))
     kept = known.nonzero()[:, 0].tolist()
     paths = torch.cat(places, 1)[kept]
@@ -65,7 +66,7 @@ def polish(steps: int = STEPS, rate: float = RATE) -> nn.Module:
     latents, shown, others = own_videos(VIDEOS, CHUNKS)
 
     def draw(codes):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             return wan_vae.decode(vae, codes.to(memory_format=torch.channels_last_3d)).float()
 
     def loss(step, generator, _):

@@ -1,113 +1,166 @@
 """Training clips of the transformer: a pool of motions in code space, painted in random colours when they are drawn.
 
-The code is linear in the pixels, and a frame is background + (colour - background) * coverage. So it is enough to keep the
-code of the coverage, per colour channel, and a clip in any colours, also with a change of colour, costs nothing to make.
+It keeps the code of the coverage alone, so a clip in any colours, also with a change of colour, costs nothing to make.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import torch
 
-from .code import LinearCode, blocks
+from .code import TIME, LinearCode
+from .prompts import describe
 from .world import (
     BACKGROUNDS,
     COLOURS,
-    SIDE,
-    SIZES,
+    DIRECTIONS,
+    SHAPES,
+    SPEEDS,
     Scene,
-    coverage,
+    Track,
+    backdrop,
+    chance,
+    covered,
+    latent_places,
+    look_numbers,
+    other_shapes,
+    pick,
     random_scene,
     random_start,
-    recoloured,
-    trajectory,
 )
 
 LATENT_FRAMES = 12
 CHUNK = 3
+CHUNKS = LATENT_FRAMES // CHUNK
+RESHAPED, RETIMED, RECOLOURED, REPAINTED = 0.25, 0.3, 0.5, 0.3
+"""Shares of the changes that a later prompt makes: another shape, speed, colour, background."""
+CHANGED = 0.6
+"""Share of the motions that another prompt may change."""
 
 
 class Batch(NamedTuple):
-    """latents [B, 16, 12, 8, 8]; prompts: two for each clip; second [B, 4]: chunks that follow the second prompt;
-    begins [B]: the clip starts the video (else the first chunk lacks its past, and is only context)."""
+    """latents [B, 16, 12, 8, 8]; ways [2, B, 16, 12, 8, 8]: from there to the other two shapes; prompts: two for each
+    clip; second [B, 4]: chunks that follow the second prompt. looks [B, 4, 4], places [B, 12, 2]: see `facts`."""
 
     latents: torch.Tensor
+    ways: torch.Tensor
     prompts: list[tuple[str, str]]
     second: torch.Tensor
-    begins: torch.Tensor
+    looks: torch.Tensor
+    places: torch.Tensor
+
+
+def changed(scene: Scene, generator: torch.Generator, kinds: frozenset[str]) -> tuple[Scene, frozenset[str]]:
+    """The scene as another prompt changes it, and which attributes that prompt has to say.
+
+    kinds: which of "shape", "speed", "colour" and "background" may change.
+    """
+    shares = {"shape": RESHAPED, "speed": RETIMED, "colour": RECOLOURED, "background": REPAINTED}
+    choices = {"shape": SHAPES, "speed": SPEEDS, "colour": COLOURS, "background": BACKGROUNDS}
+    new = {
+        name: pick([value for value in choices[name] if value != getattr(scene, name)], generator)
+        for name, share in shares.items()
+        if name in kinds and chance(generator) < share
+    }
+    if "speed" in new and scene.speed != "still" and chance(generator) < 0.4:
+        new["speed"] = "still"
+    # What the prompt says of the direction counts where the shape stood; elsewhere the frames before it know better.
+    starts = "speed" in new and scene.speed == "still"
+    turned = {"direction": pick(DIRECTIONS, generator)} if starts or chance(generator) < 0.4 else {}
+    return replace(scene, **new, **turned), frozenset(new) | ({"direction"} if starts else frozenset())
 
 
 class Pool:
-    """`motions` [N, 3, 16, 12, 8, 8] in float16: the code of the coverage for each colour channel."""
+    """`motions` [N, 3, 16, 12, 8, 8] in float16: the code of the coverage for each colour channel. `paths` [N, 48, 2].
 
-    def __init__(self, motions: torch.Tensor, scenes: list[Scene], begins: torch.Tensor, code: LinearCode):
-        self.motions, self.scenes, self.begins, self.code = motions, scenes, begins, code
-        self.weight_sum = code.weight.sum((2, 3, 4))  # [16, 3]: the code of a constant colour, up to the mean
-        self.offset = torch.einsum("ncijk,cijk->n", code.weight, code.mean)
+    scenes, then: what is seen before and from chunk `border` on, where they differ; 0 where no chunk does.
+    """
+
+    def __init__(
+        self,
+        motions: torch.Tensor,
+        scenes: list[Scene],
+        then: list[Scene],
+        must: list[frozenset[str]],
+        border: torch.Tensor,
+        paths: torch.Tensor,
+        code: LinearCode,
+    ):
+        self.motions, self.scenes, self.then, self.must, self.border = motions, scenes, then, must, border
+        self.paths, self.code = paths, code
 
     @classmethod
     def make(cls, code: LinearCode, clips: int, seed: int = 3) -> Pool:
         generator = torch.Generator().manual_seed(seed)
-        motions, scenes, begins = [], [], []
-        weight = code.weight.permute(1, 0, 2, 3, 4).reshape(48, -1)
+        motions, scenes, after, musts, borders, paths = [], [], [], [], [], []
         for _ in range(clips):
             scene = random_scene(generator)
-            late = bool(torch.rand((), generator=generator) < 0.5)
-            start = random_start(scene, generator)
-            if late:
-                skip = 1 + int(torch.randint(240, (), generator=generator))
-                path = trajectory(scene, start, skip + 4 * LATENT_FRAMES)[skip:]
-            else:
-                path = trajectory(scene, start, 4 * LATENT_FRAMES - 3)
-                path = torch.cat([path[:1].expand(3, -1), path])
-            axis = torch.arange(SIDE) + 0.5
-            x, y = axis.view(1, 1, SIDE) - path[:, 0, None, None], axis.view(1, SIDE, 1) - path[:, 1, None, None]
-            inside = coverage(scene.shape, SIZES[scene.size], x, y)
-            cells = blocks(inside[None, None])[0].flatten(3)  # [12, 8, 8, 256]
-            motions.append((cells @ weight.T).permute(3, 0, 1, 2).unflatten(0, (3, 16)).half())
+            # Half of the clips begin the video: its first frame counts as four.
+            late = chance(generator) < 0.5
+            first = 1 + int(torch.randint(240, (), generator=generator)) if late else -3
+            border = int(torch.randint(1, CHUNKS, (), generator=generator)) if chance(generator) < CHANGED else 0
+            then, must = changed(scene, generator, frozenset({"shape", "speed"})) if border else (scene, frozenset())
+            track = Track([scene], torch.tensor([random_start(scene, generator)]))
+            times = first + torch.arange(4 * LATENT_FRAMES, dtype=torch.float32)
+            cut = 4 * CHUNK * border if border else len(times)
+            path = track.at(times[:cut].clamp_min(0))
+            if border:
+                track.turn([then], float(times[cut - 1]))
+                path = torch.cat([path, track.at(times[cut:])], 1)
+            pieces = (scene.shape, slice(0, cut)), (then.shape, slice(cut, None))
+            inside = torch.cat([covered([shape], [scene.size], path[:, part]) for shape, part in pieces], 1)
+            motions.append(code.cover(inside)[0].half())
+            paths.append(path[0])
             scenes.append(scene)
-            begins.append(not late)
-        return cls(torch.stack(motions), scenes, torch.tensor(begins), code)
+            after.append(then)
+            musts.append(must)
+            borders.append(border)
+        return cls(torch.stack(motions), scenes, after, musts, torch.tensor(borders), torch.stack(paths), code)
 
     def state(self) -> dict:
-        keys = ("shape", "colour", "direction", "size", "speed", "background")
-        return {
-            "motions": self.motions,
-            "scenes": [[getattr(s, k) for k in keys] for s in self.scenes],
-            "begins": self.begins,
-        }
+        rows = [[list(asdict(s).values()) for s in scenes] for scenes in (self.scenes, self.then)]
+        must = list(map(sorted, self.must))
+        return {"motions": self.motions, "scenes": rows, "must": must, "border": self.border, "paths": self.paths}
 
     @classmethod
     def from_state(cls, state: dict, code: LinearCode) -> Pool:
-        return cls(state["motions"], [Scene(*values) for values in state["scenes"]], state["begins"], code)
+        scenes, then = ([Scene(*values) for values in row] for row in state["scenes"])
+        must = list(map(frozenset, state["must"]))
+        return cls(state["motions"], scenes, then, must, state["border"], state["paths"], code)
 
-    def draw(
-        self, count: int, generator: torch.Generator, begins: bool = False, switch: float = 0.35, unnamed: float = 0.06
-    ) -> Batch:
-        """`count` clips; a share `switch` of them changes the colour at a chunk border, a share `unnamed` has no prompt.
-
-        begins: only clips that start the video.
-        """
-        allowed = self.begins.nonzero()[:, 0] if begins else torch.arange(len(self.scenes))
-        rows = allowed[torch.randint(len(allowed), (count,), generator=generator)]
-        chunks = LATENT_FRAMES // CHUNK
-        second = torch.zeros(count, chunks, dtype=torch.bool)
-        fronts, backs, prompts = torch.empty(count, chunks, 3), torch.empty(count, 3), []
+    def draw(self, count: int, generator: torch.Generator, striped: bool = False) -> Batch:
+        """`count` clips in random colours, with prompts for them; striped: in that style."""
+        rows = torch.randint(len(self.scenes), (count,), generator=generator)
+        second = torch.arange(CHUNKS) >= torch.where(self.border[rows] > 0, self.border[rows], CHUNKS)[:, None]
+        fronts, backs, prompts, looks = torch.empty(count, 2, 3), torch.empty(count, 2, 8, 3), [], []
         for index, row in enumerate(rows.tolist()):
             look = random_scene(generator)
-            first = replace(self.scenes[row], colour=look.colour, background=look.background)
-            then = recoloured(first, generator)
-            chance = torch.rand(2, generator=generator)
-            if chance[0] < switch:
-                second[index, int(torch.randint(1, chunks, (), generator=generator)) :] = True
-            fronts[index] = torch.tensor(COLOURS[first.colour])
-            fronts[index, second[index]] = torch.tensor(COLOURS[then.colour], dtype=torch.float32)
-            backs[index] = torch.tensor(BACKGROUNDS[first.background])
-            prompts.append(("", "") if chance[1] < unnamed else (first.prompt, then.prompt))
-        fronts, backs = fronts / 127.5 - 1, backs / 127.5 - 1
-        contrast = (fronts - backs[:, None]).repeat_interleave(CHUNK, 1)  # [B, 12, 3]
-        latents = torch.einsum("bcnthw,btc->bnthw", self.motions[rows].float(), contrast)
-        latents += (backs @ self.weight_sum.T - self.offset)[:, :, None, None, None]
-        return Batch(latents, prompts, second, self.begins[rows])
+            first = replace(self.scenes[row], colour=look.colour, background=look.background, striped=striped)
+            then = replace(self.then[row], colour=look.colour, background=look.background, striped=striped)
+            direction = then.direction
+            then, must = changed(then, generator, frozenset({"colour", "background"}))
+            then = replace(then, direction=direction)
+            fronts[index] = torch.tensor([COLOURS[first.colour], COLOURS[then.colour]]) / 127.5 - 1
+            backs[index] = backdrop([first, then])
+            looks.append(torch.stack([look_numbers(first), look_numbers(then)]))
+            prompt, _ = describe(first, generator)
+            prompts.append((prompt, describe(then, generator, must=must | self.must[row])[0]))
+        pick_chunks = second.repeat_interleave(CHUNK, 1).long()  # [B, 12]
+        clips = torch.arange(count)[:, None]
+        fronts, backs = fronts[clips, pick_chunks], backs[clips, pick_chunks]  # [B, 12, 3], [B, 12, 8, 3]
+        latents = self.code.paint(self.motions[rows].float(), fronts, backs)
+        later = pick_chunks.repeat_interleave(TIME, 1)[..., None, None] > 0
+        ways = []
+        for turn in range(len(SHAPES) - 1):
+            before, after = (
+                covered(
+                    [other_shapes(scene.shape)[turn] for scene in scenes], [s.size for s in scenes], self.paths[rows]
+                )
+                for scenes in ([self.scenes[row] for row in rows], [self.then[row] for row in rows])
+            )
+            inside = torch.where(later, after, before)
+            ways.append(self.code.paint(self.code.cover(inside), fronts, backs) - latents)
+        looks = torch.stack(looks)[clips, second.long()]
+        return Batch(latents, torch.stack(ways), prompts, second, looks, latent_places(self.paths[rows]))

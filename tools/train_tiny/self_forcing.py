@@ -9,6 +9,8 @@ al. 2011, arXiv:1011.0686.)
 
 from __future__ import annotations
 
+from dataclasses import replace
+from statistics import mode
 from typing import NamedTuple
 
 import torch
@@ -17,55 +19,87 @@ from rolling_kv.checkpoints.model import CausalModel
 from rolling_kv.sampling.session import RollingSession
 
 from .code import TIME, LinearCode
-from .detector import Sighting, detect
-from .starts import FRAMES
-from .world import SIDE, STRAIGHT_FRAMES, Scene, centre_of_mass, render
+from .detector import Sighting, detect, direction
+from .pool import changed
+from .prompts import describe
+from .starts import FRAMES, drawn, settled
+from .world import (
+    SIDE,
+    SIZES,
+    STRAIGHT_FRAMES,
+    Scene,
+    Track,
+    centre_of_mass,
+    chance,
+    latent_places,
+    look_numbers,
+    random_scene,
+)
 
 CHUNK_FRAMES = FRAMES * TIME
 """Pixel frames of every chunk but the first."""
 LARGEST_MISS = 5.0
 """Pixels between where the shape is seen and where it should be; beyond, the video is lost and teaches nothing."""
+CHANGED = 0.6
+"""Share of the videos that another prompt changes."""
+
+
+class Story(NamedTuple):
+    """Two prompts of a video: what the first says, and what the second makes of the scene."""
+
+    scene: Scene
+    said: frozenset[str]
+    then: Scene
+    must: frozenset[str]
+    prompts: tuple[str, str]
 
 
 class Rollout(NamedTuple):
     """own [B, 16, F, 8, 8]: what the model made. right: the same shape, how each chunk should have continued the chunks
-    before it. usable [B, chunks]: whether that is known; never in the first chunk."""
+    before it. ways [2, B, 16, F, 8, 8]: from there to the other shapes. looks [B, chunks, 4], places [B, F, 2]: of
+    what `right` shows. usable [B, chunks]: whether that is known; never in the first chunk. second [chunks]: whether a chunk
+    follows the second of the prompts."""
 
     own: torch.Tensor
     right: torch.Tensor
+    ways: torch.Tensor
+    looks: torch.Tensor
+    places: torch.Tensor
     usable: torch.Tensor
-    scenes: list[Scene]
+    prompts: list[tuple[str, str]]
+    second: torch.Tensor
 
 
-class Track:
-    """Where the shapes of B videos are: straight lines from `start` [B, 2], folded back at the walls."""
+def random_story(generator: torch.Generator) -> Story:
+    scene = random_scene(generator)
+    prompt, said = describe(scene, generator)
+    scene = settled(scene, said, {})
+    if chance(generator) > CHANGED:
+        return Story(scene, said, scene, frozenset(), (prompt, prompt))
+    then, must = changed(scene, generator, frozenset({"shape", "speed", "colour", "background"}))
+    # The second prompt cannot say what the first has left to the noise.
+    return Story(scene, said, then, must, (prompt, describe(then, generator, must, must | said)[0]))
 
-    def __init__(self, scenes: list[Scene]):
-        self.velocity = torch.tensor([scene.velocity for scene in scenes])
-        margin = torch.tensor([scene.margin for scene in scenes])[:, None]
-        self.low, self.span = margin, SIDE - 2 * margin
-        self.start = torch.full_like(self.velocity, SIDE / 2)
-        self.bias = torch.tensor([centre_of_mass(scene) for scene in scenes])
 
-    def _free(self, times: torch.Tensor) -> torch.Tensor:
-        return self.start[:, None] + times[:, None] * self.velocity[:, None] - self.low[:, None]
+def sighted(scene: Scene, said: frozenset[str], seen: Sighting) -> Scene:
+    """What a first chunk shows, whose prompt says so much of `scene`: the rest is as it is seen."""
+    size, way = float(seen.size.median()), direction(seen.position)
+    looks = {"shape": mode(seen.shape), "colour": mode(seen.colour), "direction": way or scene.direction}
+    return settled(scene, said, looks | {"size": min(SIZES, key=lambda name: abs(SIZES[name] - size))})
 
-    def at(self, times: torch.Tensor) -> torch.Tensor:
-        """Positions [B, T, 2] at the frame numbers `times` [T]."""
-        span = self.span[:, None]
-        return self.low[:, None] + span - (self._free(times).remainder(2 * span) - span).abs()
 
-    def fit(self, seen: list[Sighting], times: torch.Tensor, bounces: bool = True) -> torch.Tensor:
-        """Move the lines to where the shapes are seen at `times`; [B] bool: they are there and move as they should."""
-        span = self.span[:, None]
-        position = torch.stack([sighting.position for sighting in seen]) - self.bias[:, None]
-        if not bounces:
-            self.start = (position - times[:, None] * self.velocity[:, None]).mean(1)
-        sign = torch.where(self._free(times).remainder(2 * span) < span, 1.0, -1.0)
-        miss = position - self.at(times)
-        self.start = self.start + (sign * miss).mean(1)
-        there = torch.stack([sighting.present.all() for sighting in seen])
-        return there & (miss.norm(dim=2).amax(1) < LARGEST_MISS)
+def follow(track: Track, seen: list[Sighting], times: torch.Tensor, bounces: bool = True) -> torch.Tensor:
+    """Move the lines to where the shapes are seen at `times`; [B] bool: they are there and move as they should."""
+    span = track.span[:, None]
+    bias = torch.tensor([centre_of_mass(scene) for scene in track.scenes])
+    position = torch.stack([sighting.position for sighting in seen]) - bias[:, None]
+    if not bounces:
+        track.start = (position - times[:, None] * track.velocity[:, None]).mean(1)
+    sign = torch.where(track.free(times).remainder(2 * span) < span, 1.0, -1.0)
+    miss = position - track.at(times)
+    track.start = track.start + (sign * miss).mean(1)
+    there = torch.stack([sighting.present.all() for sighting in seen])
+    return there & (miss.norm(dim=2).amax(1) < LARGEST_MISS)
 
 
 def pixel_times(chunk: int) -> torch.Tensor:
@@ -76,25 +110,42 @@ def pixel_times(chunk: int) -> torch.Tensor:
 
 def roll_out(
     model: CausalModel,
-    prompt: torch.Tensor,
-    scenes: list[Scene],
+    prompts: tuple[torch.Tensor, torch.Tensor],
+    stories: list[Story],
     code: LinearCode,
     scale: float,
     chunks: int,
     seed: int,
 ) -> Rollout:
-    """Sample videos of `scenes` with the prompts' embeddings [B, L, D], and say how each chunk should have gone on."""
-    with RollingSession(model, prompt, height=SIDE, width=SIDE, batch=len(scenes)) as session:
-        own = torch.cat([chunk.latents for chunk in session.generate(chunks, seed=seed)], 2)
-    frames = code.decode(own / scale)
-    track, right = Track(scenes), own.clone()
+    """Sample videos of `stories` with the two prompts' embeddings [B, L, D], half of the chunks each, and say how each
+    chunk should have gone on."""
+    first, turn = [], chunks // 2
+    with RollingSession(model, prompts[0], height=SIDE, width=SIDE, batch=len(stories)) as session:
+        first = [chunk.latents for chunk in session.generate(turn, seed=seed)]
+        session.set_prompt(prompts[1])
+        own = torch.cat(first + [chunk.latents for chunk in session.generate(chunks - turn, seed=seed)], 2)
+    frames, right, ways = code.decode(own / scale), own.clone(), torch.zeros(2, *own.shape)
+    seen = [detect(video[:, pixel_times(0)]) for video in frames]
+    scenes = [sighted(story.scene, story.said, sighting) for story, sighting in zip(stories, seen)]
+    track = Track(scenes)
+    known = follow(track, seen, pixel_times(0), bounces=False)
     usable = torch.zeros(len(scenes), chunks, dtype=torch.bool)
-    known = torch.ones(len(scenes), dtype=torch.bool)
-    for chunk in range(chunks):
+    looks, places = torch.zeros(len(scenes), chunks, 4, dtype=torch.long), torch.zeros(len(scenes), own.shape[2], 2)
+    for chunk in range(1, chunks):
         times = pixel_times(chunk)
-        if chunk:
-            usable[:, chunk] = known
-            right[:, :, chunk * FRAMES :][:, :, :FRAMES] = scale * code.encode(render(scenes, track.at(times)))
-        seen = [detect(video[:, times]) for video in frames]
-        known = known & track.fit(seen, times, bounces=chunk > 0)
-    return Rollout(own, right, usable, scenes)
+        if chunk == turn:
+            scenes = [
+                replace(scene, **{name: getattr(story.then, name) for name in story.must})
+                for scene, story in zip(scenes, stories)
+            ]
+            track.turn(scenes, float(times[0] - 1))
+        usable[:, chunk] = known
+        part = slice(chunk * FRAMES, (chunk + 1) * FRAMES)
+        clean, others = drawn(code, scenes, track.at(times))
+        looks[:, chunk] = torch.stack([look_numbers(scene) for scene in scenes])
+        places[:, part] = latent_places(track.at(times))
+        right[:, :, part], ways[:, :, :, part] = scale * clean, scale * others
+        known = known & follow(track, [detect(video[:, times]) for video in frames], times)
+    return Rollout(
+        own, right, ways, looks, places, usable, [story.prompts for story in stories], torch.arange(chunks) >= turn
+    )

@@ -28,15 +28,15 @@ class Prompts:
     """
 
     def __init__(self, embeddings: torch.Tensor, lengths: torch.Tensor, second: torch.Tensor, padding: float = 1.0):
-        """embeddings: [B, 2, l, D]; lengths: [B, 2] tokens; second: [B, chunks] true where the second prompt holds.
+        """embeddings: [B, 1 or 2, l, D]; lengths: [B, 1 or 2] tokens; second: [B, chunks] true where the second holds.
 
         padding: 0..1, grows the weight of the padding in the first steps of training, when it would drown the words.
         """
         batch, _, length, dim = embeddings.shape
         used = torch.arange(length) < lengths[..., None]
-        chosen = torch.stack([~second, second], 2)
+        chosen = torch.stack([~second, second], 2)[:, :, : embeddings.shape[1]]
         bias = torch.where(chosen[..., None] & used[:, None], 0.0, -math.inf).flatten(2)
-        count = torch.where(second, lengths[:, 1:], lengths[:, :1])
+        count = torch.where(second, lengths[:, -1:], lengths[:, :1])
         pads = padding * torch.log(TEXT_LENGTH - count.float())
         self.bias = torch.cat([bias, pads[..., None]], 2)
         self.embeddings = torch.cat([embeddings.flatten(1, 2), embeddings.new_zeros(batch, 1, dim)], 1)
@@ -50,11 +50,13 @@ def predict(
     prompts: Prompts,
     window: int,
     chunk: int = 3,
+    hidden: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Predicted flow [B, 16, F, h, w] for `noisy`, given the `clean` context of the same shape.
 
     timesteps: [B, chunks], of the noisy chunks; the clean ones stand at 0. window: chunks, counting the current one.
-    A first chunk alone needs no context: clean None.
+    A first chunk alone needs no context: clean None. hidden: takes the noisy chunks' states [B, chunks, tokens, D] after
+    each block.
     """
     batch, _, frames, height, width = noisy.shape
     chunks = frames // chunk
@@ -81,6 +83,8 @@ def predict(
     masks = layout.mask().to(dtype), prompts.bias.repeat(1, copies, 1)[:, :, None, None].to(dtype)
     for block in model.blocks:
         x = block_forward(block, x, text, modulation, rotation, masks, layout)
+        if hidden is not None:
+            hidden.append(x[:, -chunks:])
 
     times = times.view(batch, copies * chunks, 1, 1, -1)[:, -chunks:]
     shift, scale = (model.scale_shift_table + times).unbind(3)
@@ -138,6 +142,7 @@ block_forward = plain_block
 def compile_blocks() -> None:
     """From now on a compiled forward of the blocks, once for each shape of batch, where gradients are needed."""
     global block_forward
+    torch._dynamo.config.recompile_limit = 32
     compiled = torch.compile(plain_block, dynamic=False)
 
     def forward(*arguments):

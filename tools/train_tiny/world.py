@@ -1,12 +1,13 @@
-"""The world of the tiny model: one shape that glides over a plain background and bounces off the walls.
+"""The world of the tiny model: one shape that glides over a plain background and bounces off the walls, or stands still.
 
-Frames are 64x64 RGB in [-1, 1] at 16 fps. Positions and lengths are in pixels, speeds in pixels per frame. The prompt
-names everything but the starting position; it says where the shape moves *first*, because a wall turns it around.
+Frames are 64x64 RGB in [-1, 1] at 16 fps. Positions and lengths are in pixels, speeds in pixels per frame. A prompt says
+what is seen and how fast it moves, at any time of a video; and where the shape moves *first*, because a wall turns it around.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -19,11 +20,11 @@ COLOURS = {
     "purple": (190, 60, 215),
     "cyan": (50, 205, 225),
 }
-BACKGROUNDS = {"black": (18, 18, 24), "grey": (112, 112, 118), "white": (238, 236, 230)}
+BACKGROUNDS = {"black": (18, 18, 24), "grey": (112, 112, 118), "white": (238, 236, 230), "navy": (22, 36, 92)}
 SHAPES = ("circle", "square", "triangle")
-SIZES = {"small": 6.5, "": 8.5, "big": 11.0}
+SIZES = {"small": 8.5, "big": 12.0}
 """Half of the width, about, in pixels."""
-SPEEDS = {"slowly": 0.7, "": 1.2, "quickly": 1.9}
+SPEEDS = {"slowly": 0.7, "": 1.2, "quickly": 1.9, "still": 0.0}
 DIRECTIONS = {
     "left": (-1.0, 0.0),
     "right": (1.0, 0.0),
@@ -38,24 +39,30 @@ STRAIGHT_FRAMES = 9
 """A clip starts so that this many frames pass before the first wall: its direction can be seen."""
 EDGE = 1.6
 """Width of the soft edge of a shape, in pixels."""
+STRIPE, STRIPE_SHADE = 8, 52
+"""The striped style: every second row of so many pixels is so much lighter, or darker where the background is light."""
+STRIPED = 0.15
+"""Share of the striped scenes among those that the latent space and the VAE are made for."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt says."""
+    """What a prompt says. striped: a style that no prompt names; the LoRA brings it."""
 
     shape: str
     colour: str
     direction: str
-    size: str = ""
+    size: str = "small"
     speed: str = ""
     background: str = "black"
+    striped: bool = False
 
     @property
     def prompt(self) -> str:
+        """All of it in the plain grammar; a background that is not named is black."""
+        motion = "standing still" if self.speed == "still" else f"moving {self.speed} {self.direction}"
         where = "" if self.background == "black" else f"on a {self.background} background"
-        words = ("a", self.size, self.colour, self.shape, "moving", self.speed, self.direction, where)
-        return " ".join(word for word in words if word)
+        return " ".join(f"a {self.size} {self.colour} {self.shape} {motion} {where}".split())
 
     @property
     def margin(self) -> float:
@@ -74,23 +81,22 @@ def pick(choices, generator: torch.Generator):
     return choices[int(torch.randint(len(choices), (), generator=generator))]
 
 
-def random_scene(generator: torch.Generator) -> Scene:
-    """A scene; half of the sizes and speeds are the unnamed ones, three of five backgrounds are black."""
-    chance = torch.rand(4, generator=generator).tolist()
+def chance(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator))
+
+
+def random_scene(generator: torch.Generator, striped: float = 0.0) -> Scene:
+    """A scene; half of the backgrounds are black, one in ten shapes stands still. striped: share of that style."""
     straight, diagonal = list(DIRECTIONS)[:4], list(DIRECTIONS)[4:]
     return Scene(
         shape=pick(SHAPES, generator),
         colour=pick(COLOURS, generator),
-        direction=pick(straight if chance[0] < 0.6 else diagonal, generator),
-        size=pick(SIZES, generator) if chance[1] < 0.75 else "",
-        speed=pick(SPEEDS, generator) if chance[2] < 0.75 else "",
-        background=pick(BACKGROUNDS, generator) if chance[3] < 0.6 else "black",
+        direction=pick(straight if chance(generator) < 0.6 else diagonal, generator),
+        size=pick(SIZES, generator),
+        speed="still" if chance(generator) < 0.1 else pick(list(SPEEDS)[:3], generator),
+        background=pick(BACKGROUNDS, generator) if chance(generator) < 0.67 else "black",
+        striped=chance(generator) < striped,
     )
-
-
-def recoloured(scene: Scene, generator: torch.Generator) -> Scene:
-    """The same scene in another colour."""
-    return replace(scene, colour=pick([c for c in COLOURS if c != scene.colour], generator))
 
 
 def starting_range(scene: Scene) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -105,16 +111,42 @@ def starting_range(scene: Scene) -> tuple[tuple[float, float], tuple[float, floa
 
 def random_start(scene: Scene, generator: torch.Generator) -> tuple[float, float]:
     """A starting position from which STRAIGHT_FRAMES frames pass without a bounce."""
-    return tuple(low + (high - low) * float(torch.rand((), generator=generator)) for low, high in starting_range(scene))
+    return tuple(low + (high - low) * chance(generator) for low, high in starting_range(scene))
+
+
+class Track:
+    """Where the shapes of B videos are: straight lines from `start` [B, 2] at time 0, folded back at the walls."""
+
+    def __init__(self, scenes: Sequence[Scene], start: torch.Tensor | None = None):
+        self.scenes = list(scenes)
+        self.velocity = torch.tensor([scene.velocity for scene in scenes])
+        margin = torch.tensor([scene.margin for scene in scenes])[:, None]
+        self.low, self.span = margin, SIDE - 2 * margin
+        self.start = torch.full_like(self.velocity, SIDE / 2) if start is None else start
+
+    def free(self, times: torch.Tensor) -> torch.Tensor:
+        """Positions [B, T, 2] at the frame numbers `times` [T] as if there were no walls, from the low ones."""
+        return self.start[:, None] + times[:, None] * self.velocity[:, None] - self.low[:, None]
+
+    def at(self, times: torch.Tensor) -> torch.Tensor:
+        """Positions [B, T, 2] of the centres at the frame numbers `times` [T]."""
+        span = self.span[:, None]
+        return self.low[:, None] + span - (self.free(times).remainder(2 * span) - span).abs()
+
+    def turn(self, scenes: Sequence[Scene], time: float) -> None:
+        """Move as `scenes` say from frame `time` on: as fast, the way that they go, or where they stood, as said."""
+        stood = torch.tensor([scene.speed == "still" for scene in self.scenes])[:, None]
+        before = torch.tensor([SPEEDS[scene.speed] for scene in self.scenes])[:, None]
+        after = torch.tensor([SPEEDS[scene.speed] for scene in scenes])[:, None]
+        said = torch.tensor([scene.velocity for scene in scenes])
+        velocity = torch.where(stood, said, self.velocity * after / before.clamp_min(1e-6))
+        here = torch.where(stood, self.at(torch.tensor([float(time)]))[:, 0], self.start + time * self.velocity)
+        self.start, self.velocity, self.scenes = here - time * velocity, velocity, list(scenes)
 
 
 def trajectory(scene: Scene, start: tuple[float, float], frames: int) -> torch.Tensor:
     """Positions [frames, 2] (x, y) of the centre: straight lines folded back at the walls."""
-    low, high = scene.margin, SIDE - scene.margin
-    time = torch.arange(frames, dtype=torch.float32)[:, None]
-    free = torch.tensor(start) + time * torch.tensor(scene.velocity) - low
-    span = high - low
-    return low + span - (free.remainder(2 * span) - span).abs()
+    return Track([scene], torch.tensor([start])).at(torch.arange(frames, dtype=torch.float32))[0]
 
 
 def centre_of_mass(scene: Scene) -> tuple[float, float]:
@@ -127,20 +159,54 @@ def render(scenes: list[Scene], paths: torch.Tensor, colours: torch.Tensor | Non
 
     colours: [B, T, 3] in 0..255 when the colour changes over time; else each scene's own.
     """
+    inside = covered([scene.shape for scene in scenes], [scene.size for scene in scenes], paths)
+    if colours is None:
+        colours = torch.tensor([COLOURS[s.colour] for s in scenes], dtype=torch.float32)[:, None]
+        colours = colours.expand(-1, paths.shape[1], -1)
+    front = colours.permute(0, 2, 1)[..., None, None] / 127.5 - 1
+    back = backdrop(scenes).repeat_interleave(STRIPE, 1).transpose(1, 2)[:, :, None, :, None]  # [B, 3, 1, 64, 1]
+    return back + (front - back) * inside[:, None]
+
+
+def covered(shapes: Sequence[str], sizes: Sequence[str], paths: torch.Tensor) -> torch.Tensor:
+    """How much of each pixel [B, T, 64, 64] shapes of these names cover along `paths` [B, T, 2]."""
     batch, frames = paths.shape[:2]
     axis = torch.arange(SIDE) + 0.5
     x = axis.view(1, 1, 1, SIDE) - paths[..., 0].view(batch, frames, 1, 1)
     y = axis.view(1, 1, SIDE, 1) - paths[..., 1].view(batch, frames, 1, 1)
     inside = torch.empty(batch, frames, SIDE, SIDE)
-    sizes = torch.tensor([SIZES[scene.size] for scene in scenes]).view(batch, 1, 1, 1)
+    halves = torch.tensor([SIZES[size] for size in sizes]).view(batch, 1, 1, 1)
     for shape in SHAPES:
-        rows = torch.tensor([index for index, scene in enumerate(scenes) if scene.shape == shape], dtype=torch.long)
-        inside[rows] = coverage(shape, sizes[rows], x[rows], y[rows])
-    if colours is None:
-        colours = torch.tensor([COLOURS[s.colour] for s in scenes], dtype=torch.float32)[:, None].expand(-1, frames, -1)
-    front = colours.permute(0, 2, 1)[..., None, None] / 127.5 - 1
-    back = torch.tensor([BACKGROUNDS[s.background] for s in scenes]).view(batch, 3, 1, 1, 1) / 127.5 - 1
-    return back + (front - back) * inside[:, None]
+        rows = torch.tensor([index for index, name in enumerate(shapes) if name == shape], dtype=torch.long)
+        inside[rows] = coverage(shape, halves[rows], x[rows], y[rows])
+    return inside
+
+
+def other_shapes(shape: str) -> tuple[str, ...]:
+    return tuple(SHAPES[(SHAPES.index(shape) + turn) % len(SHAPES)] for turn in range(1, len(SHAPES)))
+
+
+LOOKS = {"shape": SHAPES, "size": tuple(SIZES), "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}
+
+
+def look_numbers(scene: Scene) -> torch.Tensor:
+    """Which of each of LOOKS it is, [4]."""
+    return torch.tensor([names.index(getattr(scene, kind)) for kind, names in LOOKS.items()])
+
+
+def latent_places(paths: torch.Tensor) -> torch.Tensor:
+    """Mean positions [B, F, 2] in latent frames of 4 frames each along `paths` [B, T, 2]; the first may be one alone."""
+    if paths.shape[1] % 4:
+        paths = torch.cat([paths[:, :1].expand(-1, 3, -1), paths], 1)
+    return paths.unflatten(1, (-1, 4)).mean(2)
+
+
+def backdrop(scenes: Sequence[Scene]) -> torch.Tensor:
+    """Colours [B, 8, 3] in [-1, 1] of the rows of the background, STRIPE pixels each: alike, unless they are striped."""
+    plain = torch.tensor([BACKGROUNDS[scene.background] for scene in scenes], dtype=torch.float32)
+    shade = torch.where(plain.mean(1) < 160, STRIPE_SHADE, -STRIPE_SHADE)[:, None]
+    shade = shade * torch.tensor([scene.striped for scene in scenes])[:, None] * (torch.arange(SIDE // STRIPE) % 2)
+    return (plain[:, None] + shade[..., None]) / 127.5 - 1
 
 
 def coverage(shape: str, size: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
