@@ -272,22 +272,27 @@ def streamline(vae: AutoencoderKLWan) -> None:
         if isinstance(module, WanCausalConv3d):
             module.forward = partial(_convolved_to_the_margin, module)
         elif isinstance(module, WanUpsample):
-            module.forward = partial(nn.Upsample.forward, module)
+            module.forward = partial(_enlarged, module)
         elif isinstance(module, WanRMS_norm) and module.channel_first and not isinstance(module.bias, nn.Parameter):
             module.forward = partial(_norm_channels_last, module)
         elif isinstance(module, nn.SiLU):
             module.inplace = True
 
 
-def _convolved_to_the_margin(conv: WanCausalConv3d, x: Tensor, before: Tensor | None = None) -> Tensor:
+def _convolved_to_the_margin(conv: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
     """What a `WanCausalConv3d` makes of frames, and of those before them."""
-    across, _, down, _, missing, _ = conv._padding
-    if before is not None and missing:
-        x = torch.cat([before.to(x.device), x], dim=2)
-        missing -= before.shape[2]
+    across, _, down, _, missing, _ = map(int, conv._padding)
+    if cache_x is not None and missing:
+        x = torch.cat([cache_x.to(x.device), x], dim=2)
+        missing -= cache_x.shape[2]
     if missing:  # the first frames of a video
         x = pad(x, (0, 0, 0, 0, missing, 0))
     return conv3d(x, conv.weight, conv.bias, conv.stride, (0, down, across))
+
+
+def _enlarged(upsample: WanUpsample, x: Tensor) -> Tensor:
+    """What a `WanUpsample` makes of pictures, without its way over float32."""
+    return nn.Upsample.forward(upsample, x)
 
 
 def _norm_channels_last(norm: WanRMS_norm, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ PREFIX = "RollingKV"
 
 FILE_INPUTS = ("model_name", "lora_name", "text_encoder_name", "vae_name", "state_name", "image")
 """Inputs that list the files of the machine."""
-SHIPPED = ("tiny (bundled)", "example.png")
+SHIPPED = ("tiny (bundled)", "stripes (bundled)", "example.png")
 """Files that every machine has: the pack's model and ComfyUI's example image."""
 
 KEPT = (
