@@ -6,10 +6,10 @@ import torch
 from builders import original_names, tiny_transformer
 from graphs import loaders, node, one_sampler, save_images, save_latent, saved_images, saved_latent
 from safetensors.torch import save_file
+from vaes import make_vae, originals_of
 
 from rolling_kv.bundled import BUNDLED
 from rolling_kv.checkpoints.model import load_model
-from tests.engine.test_vae import make_vae, originals_of
 
 
 @pytest.fixture(scope="module")

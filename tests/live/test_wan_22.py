@@ -19,6 +19,7 @@ from graphs import (
     saved_latent,
 )
 from safetensors.torch import load_file, save_file
+from vaes import latents, make_vae_22, originals_of, pixels
 
 from rolling_kv.checkpoints.model import load_model
 from rolling_kv.geometry import WAN_22
@@ -27,7 +28,6 @@ from rolling_kv.text import load_text_encoder
 from rolling_kv.tiny import make_tiny
 from rolling_kv.vae.latents import LATENTS_MEAN_22, LATENTS_STD_22, to_model, to_raw
 from rolling_kv.vae.wan import WanVAE
-from tests.engine.test_vae import latents, make_vae_22, originals_of, pixels
 from tools.comfyui.client import PromptFailed, first_file
 
 MODEL = "tiny_wan_22"
