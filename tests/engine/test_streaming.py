@@ -214,18 +214,18 @@ def test_beside_the_sampling_frames_are_decoded_in_a_thread_and_a_stream_of_thei
     """As on CUDA, with a stand-in for its stream: the frames and their order are the same."""
     decoding, places = [], []
 
-    @contextmanager
-    def stream(given):
-        decoding.append(given)
-        yield
-        decoding.pop()
+    class Stream:
+        @contextmanager
+        def after_all(self):
+            decoding.append("beside")
+            yield
+            decoding.pop()
 
     def watched(self, *args, step=StreamingDecoder._step, **options):
         places.append((threading.current_thread().name, list(decoding)))
         return step(self, *args, **options)
 
-    monkeypatch.setattr(torch.cuda, "stream", stream)
-    monkeypatch.setattr(streaming_module, "stream_beside", lambda device: "beside")
+    monkeypatch.setattr(streaming_module, "beside", lambda device: Stream())
     monkeypatch.setattr(StreamingDecoder, "_step", watched)
     made = pipeline.generate(PROMPT, tmp_path / "a.mp4", seconds=7, seed=3, **SIZE)
     assert made.read_bytes() == whole.read_bytes()
