@@ -75,7 +75,7 @@ def test_a_new_prompt_changes_the_colour_and_not_the_motion(tiny):
 def test_other_words_change_nothing_else_and_the_picture_is_clean(tiny):
     seen = measure.measure_words(tiny, 20)
     assert seen["a shape is there, clean, frames"] >= 0.97
-    assert seen["the same shape throughout, videos"] >= 0.9
+    assert seen["the same shape and colour throughout, videos"] >= 0.9
     assert seen["colour right where it is said, frames"] >= 0.97
     assert seen["shape right where it is said, frames"] >= 0.93
     assert seen["direction right where it is said, videos"] >= 0.93

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 import os
@@ -141,6 +142,14 @@ def make_optimizers(module: nn.Module, rate: float, matrices: list[nn.Parameter]
     rest = [parameter for parameter in module.parameters() if parameter.requires_grad and id(parameter) not in taken]
     optimizers = [torch.optim.AdamW(rest, rate, betas=(0.9, 0.99), weight_decay=0.0)]
     return optimizers + ([Muon(matrices, MUON_RATE * rate)] if matrices else [])
+
+
+def part_parser(description: str, steps: object) -> argparse.ArgumentParser:
+    """The options that every part of the training has. steps: how many it takes where none are given, for people."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, help=f"default: {steps}")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser
 
 
 def join_workers() -> tuple[int, int]:

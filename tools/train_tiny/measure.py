@@ -2,7 +2,7 @@
 
     python -m tools.train_tiny.measure models/tiny --seed 7
 
-Prints a table in Markdown, as it stands in docs/tiny-model.md.
+Prints tables in Markdown; docs/tiny-model.md has their figures.
 """
 
 from __future__ import annotations
@@ -185,7 +185,9 @@ def measure_words(tiny: Tiny, count: int, chunks: int = 5, seed: int = 0) -> dic
     }
     return {
         "a shape is there, clean, frames": share((s.present & (s.mismatch < CLEAN)).float().mean() for s in seen),
-        "the same shape throughout, videos": share(len(set(s.shape)) == len(set(s.colour)) == 1 for s in seen),
+        "the same shape and colour throughout, videos": share(
+            len(set(s.shape)) == len(set(s.colour)) == 1 for s in seen
+        ),
         "colour right where it is said, frames": share(said["colour"]),
         "shape right where it is said, frames": share(said["shape"]),
         "direction right where it is said, videos": share(

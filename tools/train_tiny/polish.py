@@ -10,7 +10,6 @@ that they should show (the prompt's shape, where the detector sees it), and the 
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 
 import torch
@@ -23,11 +22,11 @@ from rolling_kv.sampling.session import RollingSession
 
 from . import wan_vae
 from .detector import detect
-from .loop import WORK, autocast, train
+from .loop import WORK, autocast, part_parser, train
 from .self_forcing import follow, pixel_times
 from .train_transformer import PRESET, Denoiser
 from .train_vae import NOISE, SCALE, frame_loss, linear_code, make_vae, random_clips
-from .world import SHAPES, SIDE, Track, random_scene, render
+from .world import SIDE, Track, other_shapes, random_scene, render
 
 STEPS, STEPS_ON, RATE = 140, 30, 8e-4
 """STEPS_ON: where the decoder went on from an exported one, which was polished already."""
@@ -55,7 +54,7 @@ def own_videos(count: int, chunks: int, seed: int = 11) -> tuple[torch.Tensor, t
         places.append(track.at(times))
     kept = known.nonzero()[:, 0].tolist()
     paths = torch.cat(places, 1)[kept]
-    shapes = [[SHAPES[(SHAPES.index(scenes[i].shape) + turn) % 3] for i in kept] for turn in range(3)]
+    shapes = zip(*[(scenes[i].shape, *other_shapes(scenes[i].shape)) for i in kept])
     own, *others = (render([replace(scenes[i], shape=name) for i, name in zip(kept, names)], paths) for names in shapes)
     return latents[kept], own, torch.stack(others)
 
@@ -84,12 +83,9 @@ def polish(steps: int = STEPS, rate: float = RATE) -> nn.Module:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = part_parser(__doc__, f"{STEPS}, after a decoder that went on from a model {STEPS_ON} do").parse_args()
     torch.set_num_threads(arguments.threads)
-    polish(arguments.steps)
+    polish(arguments.steps or STEPS)
 
 
 if __name__ == "__main__":

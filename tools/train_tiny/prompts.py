@@ -21,7 +21,7 @@ from .world import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZES, Scene, chanc
 TEXT_CONFIG = dict(
     d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0, tie_word_embeddings=False
 )
-EOS, UNKNOWN = 1, 2
+EOS = 1
 LENGTHS = (28, 92)
 """Tokens to which batches of prompts are padded: few shapes, so that a compiled step fits them all. The second is for
 prompts as people write them for large models, of which hardly a word is known."""

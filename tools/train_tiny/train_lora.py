@@ -8,7 +8,6 @@ code carries them as it does a plain background, and the VAE has seen them.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 
 from rolling_kv.bundled import BUNDLED, BUNDLED_LORA
 
-from .loop import WORK, train
+from .loop import WORK, part_parser, train
 from .train_transformer import CLIPS, GOING_ON, Denoiser, Losses, motion_pool
 
 LORA = BUNDLED_LORA.relative_to(BUNDLED)
@@ -71,12 +70,9 @@ def save_lora(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = part_parser(__doc__, STEPS).parse_args()
     torch.set_num_threads(arguments.threads)
-    train_lora(arguments.steps)
+    train_lora(arguments.steps or STEPS)
 
 
 if __name__ == "__main__":

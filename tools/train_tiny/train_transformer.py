@@ -5,7 +5,6 @@ python -m tools.train_tiny.train_transformer --compile
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from rolling_kv.sampling.schedule import flow_schedule, warp_steps
 from . import teacher
 from .code import LinearCode
 from .detector import detect
-from .loop import WORK, autocast, save, train
+from .loop import WORK, autocast, part_parser, save, train
 from .pool import CHUNK, CHUNKS, LATENT_FRAMES, Pool
 from .prompts import EVERYTHING, TEXT_CONFIG, TextSide, describe, make_tokenizer
 from .self_forcing import Rollout, follow, pixel_times, random_story, roll_out, sighted
@@ -438,13 +437,11 @@ def train_transformer(plan: Plan = FRESH, clips: int = CLIPS, folder: Path | Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = part_parser(__doc__, f"{FRESH.steps}, going on from a model {GOING_ON.steps}")
     parser.add_argument("--from", dest="folder", type=Path, help="an exported model whose weights are the beginning")
-    parser.add_argument("--steps", type=int)
     parser.add_argument("--clips", type=int, default=CLIPS)
     parser.add_argument("--rate", type=float)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compile", action="store_true", help="with a C++ compiler: a quarter less time per step")
+    parser.add_argument("--compile", action="store_true", help="with a C++ compiler: somewhat less time per step")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.compile:

@@ -6,7 +6,6 @@ python -m tools.train_tiny.train_vae encoder
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from rolling_kv.vae.latents import LATENTS_MEAN, LATENTS_STD
 
 from . import wan_vae
 from .code import CELL, TIME, LinearCode
-from .loop import WORK, autocast, train
-from .world import SHAPES, SIDE, STRIPED, pick, random_scene, random_start, render, trajectory
+from .loop import WORK, autocast, part_parser, train
+from .world import SHAPES, SIDE, STRIPED, other_shapes, pick, random_scene, random_start, render, trajectory
 
 CONFIG = dict(z_dim=16, base_dim=64, decoder_base_dim=32, dim_mult=[1, 1, 1, 1], num_res_blocks=0)
 STEPS, RATE = {"decoder": 3000, "encoder": 800}, 1.2e-3
@@ -89,8 +88,8 @@ def random_clips(generator: torch.Generator, side: int, frames: int, count: int)
     cuts = torch.where(torch.rand(count, generator=generator) < CUT, cuts, frames)
     late = (torch.arange(frames) >= cuts[:, None])[:, None, :, None, None]
     clips = []
-    for turn in range(3):
-        shapes = [[SHAPES[(SHAPES.index(scene.shape) + turn) % 3] for scene in row] for row in (scenes, then)]
+    for turn in range(len(SHAPES)):
+        shapes = [[(scene.shape, *other_shapes(scene.shape))[turn] for scene in row] for row in (scenes, then)]
         before, after = (
             render([replace(scene, shape=shape) for scene, shape in zip(row, names)], paths)
             for row, names in zip((scenes, then), shapes)
@@ -193,11 +192,9 @@ def linear_code(folder: Path | None = None) -> LinearCode:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = part_parser(__doc__, f"{STEPS}, going on from a model {STEPS_ON}")
     parser.add_argument("part", choices=("decoder", "encoder"))
     parser.add_argument("--from", dest="folder", type=Path, help="an exported model whose weights are the beginning")
-    parser.add_argument("--steps", type=int, help=f"default: {STEPS}, going on from a model {STEPS_ON}")
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     runs = {"decoder": train_decoder, "encoder": train_encoder}
