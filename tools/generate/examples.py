@@ -92,10 +92,25 @@ def sample(positive: str, length: float, seed: int, **inputs) -> tuple:
     return "RollingKVSample", values | {"width": 64, "height": 64} | inputs
 
 
+def decode(latent: str) -> tuple:
+    return "RollingKVDecodeVideo", {"vae": "vae.0", "latent": latent, "enlarge": 6}
+
+
 def output(latent: str, name: str, prefix: str = "") -> dict:
     return {
-        f"{prefix}decode": ("RollingKVDecodeVideo", {"vae": "vae.0", "latent": latent, "enlarge": 6}),
+        f"{prefix}decode": decode(latent),
         f"{prefix}save": ("SaveVideo", {"video": f"{prefix}decode.0", "filename_prefix": f"video/{name}"}),
+    }
+
+
+def compared(first: str, second: str, first_name: str, second_name: str) -> dict:
+    """Two samplers' videos, played side by side under these names."""
+    videos = {"first": f"{first}_decode.0", "second": f"{second}_decode.0"}
+    names = {"first_name": first_name, "second_name": second_name}
+    return {
+        f"{first}_decode": decode(f"{first}.0"),
+        f"{second}_decode": decode(f"{second}.0"),
+        "compare": ("RollingKVCompareVideos", videos | names),
     }
 
 
@@ -414,18 +429,8 @@ WORKFLOWS = {
             "prompt": prompt(CIRCLE),
             "first": sample("prompt.0", 5.0, 1),
             "second": sample("prompt.0", 5.0, 2),
-            "first_decode": ("RollingKVDecodeVideo", {"vae": "vae.0", "latent": "first.0", "enlarge": 6}),
-            "second_decode": ("RollingKVDecodeVideo", {"vae": "vae.0", "latent": "second.0", "enlarge": 6}),
-            "compare": (
-                "RollingKVCompareVideos",
-                {
-                    "first": "first_decode.0",
-                    "second": "second_decode.0",
-                    "first_name": "seed 1",
-                    "second_name": "seed 2",
-                },
-            ),
-        },
+        }
+        | compared("first", "second", "seed 1", "seed 2"),
         "columns": [
             "model text_encoder vae",
             "cache prompt",
@@ -450,18 +455,8 @@ WORKFLOWS = {
             "prompt": prompt(CIRCLE),
             "plain": sample("prompt.0", 3.0, 1),
             "striped": sample("prompt.0", 3.0, 1, model="lora.0"),
-            "plain_decode": ("RollingKVDecodeVideo", {"vae": "vae.0", "latent": "plain.0", "enlarge": 6}),
-            "striped_decode": ("RollingKVDecodeVideo", {"vae": "vae.0", "latent": "striped.0", "enlarge": 6}),
-            "compare": (
-                "RollingKVCompareVideos",
-                {
-                    "first": "plain_decode.0",
-                    "second": "striped_decode.0",
-                    "first_name": "without",
-                    "second_name": "with the LoRA",
-                },
-            ),
-        },
+        }
+        | compared("plain", "striped", "without", "with the LoRA"),
         "columns": [
             "model text_encoder vae",
             "cache prompt lora",
