@@ -30,6 +30,16 @@ def check_links(page):
         assert target.startswith("https://") or (PACK / page).parent.joinpath(target).exists(), target
 
 
+@pytest.mark.parametrize(
+    "page", ["README.md", *sorted(path.relative_to(PACK).as_posix() for path in (PACK / "docs").glob("*.md"))]
+)
+def test_sources_that_a_page_names_exist(page):
+    for path in re.findall(
+        r"`((?:rolling_kv|nodes|web|tools|tests)/[\w./]+)`", (PACK / page).read_text(encoding="utf-8")
+    ):
+        assert (PACK / path).exists(), path
+
+
 def test_links_of_the_page_of_models_lead_somewhere():
     check_links("docs/models.md")
 
