@@ -87,19 +87,16 @@ def test_what_does_not_fit_is_said_with_what_would(inspector):
     assert inspector.page.locator(".room.over").count() == 1
 
 
-def test_settings_that_are_refused_are_told_with_the_servers_sentence(inspector):
+@pytest.mark.parametrize(
+    ("status", "sentence"),
+    [(400, "height must be a multiple of 16 pixels"), (200, "The model 'a' was not found. Put the file into models")],
+    ids=["refused settings", "a model that is not there"],
+)
+def test_what_cannot_be_planned_is_told_with_the_servers_sentence(inspector, status, sentence):
     inspector.open()
-    inspector.answers["plan"] = lambda body: (400, {"error": "height must be a multiple of 16 pixels"})
+    inspector.answers["plan"] = lambda body: (status, {"error": sentence})
     inspector.change("large.widgets[1].value = 721")
-    inspector.warning.get_by_text("height must be a multiple of 16 pixels").wait_for()
-    assert inspector.strip.is_hidden()
-
-
-def test_a_model_that_is_not_there_is_told_and_is_no_error_of_the_page(inspector):
-    inspector.open()
-    inspector.answers["plan"] = lambda body: (200, {"error": "The model 'a' was not found. Put the file into models"})
-    inspector.change("large.widgets[1].value = 736")
-    inspector.warning.get_by_text("was not found. Put the file into").wait_for()
+    inspector.warning.get_by_text(sentence).wait_for()
     assert inspector.strip.is_hidden()
 
 

@@ -253,12 +253,8 @@ def test_a_strip_lasts_as_long_as_the_video_that_it_shows(live):
 @ONE_RENDERER
 @pytest.mark.parametrize("failures", [1, 2])
 def test_a_picture_that_did_not_come_is_asked_for_once_more(live, monkeypatch, failures):
-    node, get, asked, run = (
-        opened_at_sampler(live),
-        live.stage.get,
-        [],
-        str(failures) * 16,
-    )  # which the browser has no pictures of
+    node, get, asked = opened_at_sampler(live), live.stage.get, []
+    run = str(failures) * 16  # of which the browser has no pictures
 
     def failing(path):
         if path.endswith(f"{run}/chunks/2.webp"):  # pages of tests before may ask as well
