@@ -17,7 +17,6 @@ from rolling_kv.vae.loading import load_vae
 from tools.comfyui.client import PromptFailed, PromptRejected
 
 RED, BLUE, SQUARE = "a red circle moving right", "a blue circle moving left", "a green square moving up"
-STATES = ("input", "output")
 
 
 def save_state(source: str, prefix: str = "states/rolling_kv") -> dict:

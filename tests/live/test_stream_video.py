@@ -81,8 +81,10 @@ def test_the_file_is_that_of_sample_video_and_nothing_else_stays(server, client)
         assert json.loads(container.metadata["prompt"])["stream"]["class_type"] == "RollingKVStreamVideo"
 
 
-def test_a_stream_feeds_other_nodes_and_takes_schedules_sizes_and_rates(server, client):
-    graph = streamed(1.3, "fed/video", enlarge=2, positive="words", **chosen("fps", "this many", rate=8.0))
+def test_a_stream_feeds_other_nodes_and_takes_schedules_sizes_rates_and_encoders(server, client):
+    graph = streamed(
+        1.3, "fed/video", enlarge=2, positive="words", encoder="hevc_nvenc", **chosen("fps", "this many", rate=8.0)
+    )
     graph["words"] = schedule(f"0: {RED}\n0.5: {BLUE} [cut]")
     graph["again"] = node("SaveVideo", video=["stream", 0], filename_prefix="fed/again", format="auto", codec="auto")
     graph["more"] = stream(0.7, "fed/more", state=["stream", 1], written="only what is new")
@@ -92,6 +94,7 @@ def test_a_stream_feeds_other_nodes_and_takes_schedules_sizes_and_rates(server, 
     assert len(read_video(client.view(first_file({"more": outputs["more"]}, ".mp4"))).frames) == 12
     records = read_state(saved(server, outputs)).records
     assert [record.switch for record in records] == ["", "cut"]
+    assert "the encoder hevc_nvenc does not open here" in server.log, "128 pixels are too few for any GPU's"
 
 
 @pytest.mark.parametrize(
