@@ -156,7 +156,7 @@ def test_a_clip_is_extended(client, clip):
 
 def test_a_video_is_made_anew(client, clip):
     """Its colour is the prompt's, its motion stays; more chunks than it has are refused, and the whole of it is a length."""
-    graph = one_sampler(1, source=["film", 0], length_unit="source", width=512) | {
+    graph = one_sampler(1, source=["film", 0], length_unit="source", width=512, strength=0.6) | {
         "video": node("LoadVideo", file=clip[0]),
         "film": encoded("video"),
         "positive": prompt("a blue circle moving right"),

@@ -128,6 +128,7 @@ def test_what_is_typed_while_it_runs_is_made(classic, tmp_path):
     number = opened(frontend, streaming(0, "steered"), tmp_path)
     begin(frontend)
     page.wait_for_function("() => document.querySelector('.rkv-live canvas')?.dataset.frame")
+    page.get_by_role("button", name="Pause").wait_for()
     page.evaluate(CENTRE, number)  # it has grown
     page.get_by_role("button", name="Pause").click()
     until(page, lambda: newest_run(client)["waiting"])

@@ -20,8 +20,9 @@ NODE = "id => window.app.graph.getNodeById(id) ?? window.app.graph.getNodeById(N
 
 CENTRE = f"""id => {{
   const {{ canvas }} = window.app
-  canvas.ds.scale = 1
-  canvas.centerOnNode(({NODE})(id))
+  const node = ({NODE})(id)
+  canvas.ds.scale = Math.min(1, 0.85 * canvas.canvas.clientHeight / node.size[1])
+  canvas.centerOnNode(node)
   canvas.setDirty(true, true)
 }}"""
 

@@ -358,13 +358,20 @@ def test_comfyuis_own_picture_is_shown_only_where_ours_is_not(live, plays):
         live.add_chunk(node, 1)
         live.plays(1)
     strip = put_strip(live.stage, "c" * 16, 1)
-    live.stage.sockets[0].send(preview_event(node, live.stage.strips["c" * 16, 1]))
     shown = f"id => ({NODE})(id).imgs?.length || document.querySelectorAll(`[data-node-id='${{id}}'] img`).length"
+
+    def shows():
+        """Whether the page shows it; a server sends one with each step."""
+        for socket in live.stage.sockets:
+            socket.send(preview_event(node, live.stage.strips["c" * 16, 1]))
+        return live.page.evaluate(shown, node)
+
     if plays:
+        shows()
         live.page.wait_for_timeout(500)
         assert not live.page.evaluate(shown, node)
     else:
-        live.page.wait_for_function(shown, arg=node)
+        until(live.page, shows)
     assert strip["frames"] == 3
 
 
