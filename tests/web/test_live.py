@@ -3,6 +3,7 @@
 import json
 import struct
 import threading
+from uuid import uuid4
 
 import pytest
 from browser import until
@@ -354,24 +355,30 @@ def preview_event(node: str, picture: bytes) -> bytes:
 def test_comfyuis_own_picture_is_shown_only_where_ours_is_not(live, plays):
     node = opened_at_sampler(live)
     live.begin(node)
+    running = dict.fromkeys(("node_id", "display_node_id", "real_node_id"), node) | {
+        "state": "running",
+        "value": 0,
+        "max": 4,
+    }
+    live.stage.send(
+        "progress_state", {"prompt_id": uuid4().hex, "nodes": {node: running}}
+    )  # takes away earlier pictures
     if plays:
         live.add_chunk(node, 1)
         live.plays(1)
     strip = put_strip(live.stage, "c" * 16, 1)
     shown = f"id => ({NODE})(id).imgs?.length || document.querySelectorAll(`[data-node-id='${{id}}'] img`).length"
 
-    def shows():
-        """Whether the page shows it; a server sends one with each step."""
+    def arrives() -> bool:
         for socket in live.stage.sockets:
             socket.send(preview_event(node, live.stage.strips["c" * 16, 1]))
-        return live.page.evaluate(shown, node)
+        live.page.wait_for_timeout(500)
+        return bool(live.page.evaluate(shown, node))
 
     if plays:
-        shows()
-        live.page.wait_for_timeout(500)
-        assert not live.page.evaluate(shown, node)
+        assert not arrives()
     else:
-        until(live.page, shows)
+        until(live.page, arrives)  # a server sends one with each step
     assert strip["frames"] == 3
 
 
