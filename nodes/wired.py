@@ -15,7 +15,7 @@ import comfy.model_management as mm
 from comfy_api.latest import io
 
 from ..rolling_kv.checkpoints.transformer import transformer_path
-from ..rolling_kv.config import WEIGHT_STORAGES, CacheConfig, SamplingConfig, check_choice
+from ..rolling_kv.config import SPEEDS, WEIGHT_STORAGES, CacheConfig, ExecutionConfig, SamplingConfig, check_choice
 from ..rolling_kv.messages import shown
 from ..rolling_kv.planning import Outline, outline
 from ..rolling_kv.presets import PRESETS
@@ -28,11 +28,15 @@ SECONDS = 5.0
 
 
 class Wired(NamedTuple):
-    """A model as the nodes before a sampler make it. LoRAs change nothing here and are left out."""
+    """A model as the nodes before a sampler make it. LoRAs change nothing here and are left out.
+
+    execution: what decides how much memory its passes take.
+    """
 
     outline: Outline
     sampling: SamplingConfig
     cache: CacheConfig
+    execution: ExecutionConfig
 
 
 class Run(NamedTuple):
@@ -55,7 +59,11 @@ def wired(said: object) -> Wired:
     check_choice("storage", storage, WEIGHT_STORAGES)
     checked_value(inputs.dtype(""), dtype)
     path = model_files.get(model_files.MODEL, load.get("model_name"))
-    offload = bool(checked_value(io.Boolean.Input("offload"), load.get("offload", False)))
+    offload, compiled = (
+        bool(checked_value(io.Boolean.Input(name), load.get(name, False))) for name in ("offload", "compile")
+    )
+    speed = load.get("speed", "standard")
+    check_choice("speed", speed, SPEEDS)
     made = _outline(path, _stamp(path), preset, dtype, storage, str(mm.get_torch_device()), offload)
     cache, attached = made.preset.cache, said.get("attach", [])
     if not isinstance(attached, list) or len(attached) > MOST_ATTACHED:
@@ -64,7 +72,7 @@ def wired(said: object) -> Wired:
         given = _object(f"model.attach {number}", given)
         cache = inputs.cache_of(cache, **_values(inputs.cache_rules(), given))
     made.preset.sampling.check_cache(cache)
-    return Wired(made, made.preset.sampling, cache)
+    return Wired(made, made.preset.sampling, cache, ExecutionConfig(compile=compiled, fast=speed == "fast"))
 
 
 def run_of(said: object) -> Run:

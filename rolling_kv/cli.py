@@ -28,7 +28,7 @@ from .inspection import CheckpointInfo, inspect_checkpoint
 from .listening import listen
 from .messages import printable
 from .pipeline import LAST_PROMPT_SECONDS, Interrupted, Pipeline, clip_of, plan_prompts, seconds_anew, start_of
-from .planning import CHOICE_HEAD, OVERHEAD, TEXT_ENCODER, choices, kept_in_ways, outline, told_choice
+from .planning import CHOICE_HEAD, OVERHEAD, TEXT_ENCODER, Choice, choices, kept_in_ways, outline, told_choice
 from .presets import PRESETS
 from .sampling.state_file import check_state_path, is_state_file, read_state
 from .sampling.steering import Steering
@@ -435,18 +435,25 @@ def _inspect_card(path: Path, info: CheckpointInfo, gibibytes: float) -> None:
     model = {"model": outline(path, dtype="bfloat16")}
     if not model["model"].packed:
         model["float8"] = outline(path, dtype="bfloat16", storage="float8")
-    found = choices(kept_in_ways(model), info.height, info.width, round(gibibytes * 2**30))
+    card = round(gibibytes * 2**30)
+    found = choices(kept_in_ways(model), info.height, info.width, card)
     print(
         f"\non {gibibytes:g} GiB, {OVERHEAD / 2**30:.1f} of them for CUDA, in bfloat16 at {info.width}x{info.height}:\n"
     )
-    rows = [[*told_choice(choice), "yes" if choice.known.fits else ""] for choice in found]
+    rows = [[*told_choice(choice), _fit(choice, card)] for choice in found]
     print("\n".join(markdown([*CHOICE_HEAD, "fits"], rows)))
     fitting = next((choice for choice in found if choice.known.fits), None)
-    room = gibibytes * 2**30 - OVERHEAD
-    told = [f"{size / 2**30:.1f} GiB in {kept}" for kept, size in TEXT_ENCODER.items() if size > room]
+    told = [f"{size / 2**30:.1f} GiB in {kept}" for kept, size in TEXT_ENCODER.items() if size > card - OVERHEAD]
     if told:
         print(f"\nthe text encoder UMT5-XXL takes {', '.join(told)} while it encodes: it runs on the CPU instead")
     print(f"\nproposed   {'nothing of these fits: make the picture smaller' if fitting is None else fitting.options()}")
+
+
+def _fit(choice: Choice, card: int) -> str:
+    """Whether a way to run a model fits a card of so many bytes, as a word for people."""
+    if not choice.known.fits:
+        return ""
+    return "yes" if choice.device + choice.fast <= card else "not fast"
 
 
 def _inspect_state(path: Path) -> None:

@@ -13,6 +13,7 @@ from diffusers import WanTransformer3DModel
 from .cache.window import FrameWindow
 from .checkpoints.detect import choose_preset
 from .checkpoints.dtypes import choose_dtype
+from .checkpoints.float8 import store_float8
 from .checkpoints.gguf import gguf_types
 from .checkpoints.readers import telling
 from .config import CacheConfig, ExecutionConfig, SamplingConfig
@@ -20,15 +21,16 @@ from .geometry import Geometry
 from .inspection import read_shapes
 from .presets import ModelPreset
 from .sampling.history import RECOMPUTING
-from .sampling.memory import OFFLOAD_WEIGHTS, Estimate, estimate, what_fits
+from .sampling.memory import OFFLOAD_WEIGHTS, STANDARD_SPEED, Estimate, estimate, what_fits
 from .sampling.state import ChunkRecord
 from .wan.offloaded import PLACES
+from .wan.products import bytes_of
 
 
 class Outline(NamedTuple):
     """A model that is not loaded. Nothing in it refers to the file.
 
-    transformer: on the meta device.
+    transformer: on the meta device, with the dtypes and the layers that it will have; those of a packed one are plain.
     preset: its sampling and cache settings.
     dtype: that it will compute in.
     weights: bytes that its weights will take on the device.
@@ -44,6 +46,11 @@ class Outline(NamedTuple):
     weight_sets: int
     packed: bool = False
     host_weights: int = 0
+
+    @property
+    def products(self) -> int:
+        """Bytes of one set of its weights in float8 beside the model's own, for fast passes on a device that multiplies so."""
+        return 0 if self.packed else bytes_of(self.transformer, offloaded=bool(self.host_weights))
 
 
 def outline(
@@ -70,6 +77,9 @@ def outline(
         weights = sum(file.stat().st_size for file in checkpoint.files)
     else:
         weights = sum(weight_bytes(tensors, computed, storage) for tensors in sets)
+    transformer.to(computed)
+    if storage == "float8":
+        store_float8(transformer)
     made = Outline(transformer, chosen, computed, weights, len(sets), bool(packings))
     return offloaded(made) if offload else made
 
@@ -122,10 +132,12 @@ def forecast(
     batch: int = 1,
     room: int,
     host_room: int | None,
+    fast: bool = False,
 ) -> Forecast:
     """What a run with these settings will take.
 
     height, width: pixels. frames: latent frames of the whole video.
+    fast: whether its products are in float8 where weights can be, see `wan.fast.fast_for`.
     room: bytes that can be had on the device, weights that are there already included. host_room: likewise in CPU memory
         beside it; None for a CPU.
 
@@ -136,7 +148,9 @@ def forecast(
     latent_height, latent_width = geometry.latent_size(height, width)
     per_frame = batch * geometry.channels * latent_height * latent_width * model.dtype.itemsize
 
-    def taken(cache: CacheConfig, frames: int = frames) -> tuple[Estimate, int, int]:
+    def taken(
+        cache: CacheConfig, frames: int = frames, model: Outline = model, fast: bool = fast
+    ) -> tuple[Estimate, int, int]:
         run = estimate(
             model.transformer,
             height,
@@ -148,21 +162,22 @@ def forecast(
             frames=frames,
             weight_sets=model.weight_sets,
             joint_switch=cache.switch == "joint",
+            products=model.products if fast else 0,
         )
         on_device, beside = model.weights + run.device, model.host_weights + run.host + frames * per_frame
         return (run, on_device + beside, 0) if host_room is None else (run, on_device, beside)
 
-    def fits(cache: CacheConfig, frames: int = frames, other: Outline = model) -> bool:
-        _, device, host = taken(cache, frames)
-        device += other.weights - model.weights
-        return device <= room and host + other.host_weights - model.host_weights <= (host_room or 0)
+    def fits(*changed, **others) -> bool:
+        _, device, host = taken(*changed, **others)
+        return device <= room and host <= (host_room or 0)
 
     run, device, host = taken(cache)
     remedies = ()
     if not fits(cache):
-        elsewhere = offloaded(model)
-        fits_offloaded = host_room is not None and not model.host_weights and fits(cache, other=elsewhere)
-        remedies = tuple(what_fits(fits, sampling, cache, frames, [OFFLOAD_WEIGHTS] if fits_offloaded else []))
+        changes = [STANDARD_SPEED] if fits(cache, fast=False) else []
+        if host_room is not None and not model.host_weights and fits(cache, model=offloaded(model)):
+            changes.append(OFFLOAD_WEIGHTS)
+        remedies = tuple(what_fits(fits, sampling, cache, frames, changes))
     return Forecast(model.weights, run, frames * per_frame, device, host, not remedies, remedies)
 
 
@@ -191,12 +206,14 @@ class Choice(NamedTuple):
     """A way to run a model on a card.
 
     weights: how they are kept, of those in `WAYS`. cache: its settings. known: what that takes.
+    fast: bytes of the card that fast passes take more.
     device: bytes of the card, with `OVERHEAD`.
     """
 
     weights: str
     cache: CacheConfig
     known: Forecast
+    fast: int
 
     @property
     def device(self) -> int:
@@ -223,6 +240,7 @@ CHOICE_HEAD = [
     "weights, GiB",
     "beside them, GiB",
     "with CUDA's own, GiB",
+    "fast takes more, GiB",
     "CPU memory, GiB",
 ]
 
@@ -230,7 +248,7 @@ CHOICE_HEAD = [
 def told_choice(choice: Choice) -> list[str]:
     """A row for people, under `CHOICE_HEAD`."""
     cache, known = choice.cache, choice.known
-    sizes = known.weights, known.run.device, choice.device, known.host
+    sizes = known.weights, known.run.device, choice.device, choice.fast, known.host
     return [
         str(cache.window), choice.weights, cache.storage + (", offloaded" if cache.offload else ""),
         *(f"{size / 2**30:.2f}" for size in sizes),
@@ -260,7 +278,7 @@ def choices(model: Mapping[str, Outline], height: int, width: int, card: int) ->
                     model[weights], height, width, sampling=sampling, cache=cache, frames=frames,
                     room=card - OVERHEAD, host_room=ANY_ROOM,
                 )  # fmt: skip
-                found.append(Choice(weights, cache, known))
+                found.append(Choice(weights, cache, known, model[weights].weight_sets * model[weights].products))
     return found
 
 

@@ -11,6 +11,7 @@ from ...rolling_kv.geometry import WAN_21, Geometry
 from ...rolling_kv.messages import shown
 from ...rolling_kv.planning import forecast, last_window
 from ...rolling_kv.schedules.timeline import shown_in_seconds
+from ...rolling_kv.wan.fast import fast_for
 from .. import inputs
 from ..patchers import obtainable
 from ..wired import SECONDS, run_of, wired
@@ -43,7 +44,7 @@ def schedule(said: dict) -> dict[str, Any]:
         raise ValueError(f"text must be the text of a schedule, got {shown(text)}")
     sampling, geometry, preset, seconds = SamplingConfig(), WAN_21, None, None
     if said.get("model") is not None:
-        made, sampling, _ = wired(said["model"])
+        made, sampling, *_ = wired(said["model"])
         geometry, preset = Geometry.of(made.transformer), made.preset.name
     if said.get("sampler") is not None:
         run = run_of(said["sampler"])
@@ -57,12 +58,12 @@ def plan(said: dict) -> dict[str, Any]:
 
     said: {"model", "sampler"} as `wired` has them; without a sampler, the run is one of 832x480.
 
-    Returns {"parts": bytes of "weights", "cache", "prompts", "passes", all on the device, and "host", in CPU memory beside
-    it, "device": its name, "needed", "free": bytes on the device, "host_free": in CPU memory, "fits": whether there is
+    Returns {"parts": bytes of "weights", with their copy for fast passes, "cache", "prompts", "passes", all on the device, and
+    "host", in CPU memory beside it, "device": its name, "needed", "free": bytes on the device, "host_free": in CPU memory, "fits": whether there is
     room, "remedies": phrases that say what would fit, "window": as in `window_of` while the last chunk is made, "chunk":
     latent frames of one, "preset", "size": [width, height], "seconds": of the video}. Raises ValueError, MissingFile likewise.
     """
-    made, sampling, cache = wired(said.get("model"))
+    made, sampling, cache, execution = wired(said.get("model"))
     run = run_of(said.get("sampler"))
     geometry = Geometry.of(made.transformer)
     sampling = inputs.with_guidance(sampling, run.guidance)
@@ -73,11 +74,11 @@ def plan(said: dict) -> dict[str, Any]:
     room, host_room = obtainable(device), None if on_cpu else mm.get_free_memory(mm.unet_offload_device())
     known = forecast(
         made, run.height, run.width, sampling=sampling, cache=cache, frames=frames, batch=run.batch, room=room,
-        host_room=host_room,
+        host_room=host_room, fast=fast_for(execution, made.transformer, device).products,
     )  # fmt: skip
     return {
         "parts": {
-            "weights": known.weights,
+            "weights": known.weights + known.run.products,
             "cache": known.run.cache,
             "prompts": known.run.prompts,
             "passes": known.run.activations,

@@ -149,6 +149,7 @@ def check_fits(
 
 
 OFFLOAD_WEIGHTS = "offload the weights to CPU memory"
+STANDARD_SPEED = "set the speed to standard instead of fast"
 
 
 def what_fits(

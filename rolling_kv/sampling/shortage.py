@@ -11,7 +11,7 @@ import torch
 from ..config import CacheConfig, SamplingConfig
 from ..devices import OutOfMemory, is_out_of_memory, obtainable_memory
 from ..wan.offloaded import spared_by_offloading, weight_nbytes
-from .memory import OFFLOAD_WEIGHTS, estimate, what_fits
+from .memory import OFFLOAD_WEIGHTS, STANDARD_SPEED, estimate, what_fits
 
 _SHORT_BY = 0.9
 """Of what was expected to do: how much settings may take that are named where more was needed than expected."""
@@ -28,6 +28,7 @@ def telling_shortage(
     cache: CacheConfig,
     frames: int,
     weight_sets: int = 1,
+    products: int = 0,
     decoding: int = 0,
     **others,
 ) -> Iterator[None]:
@@ -53,6 +54,7 @@ def telling_shortage(
                 cache=cache,
                 frames=frames,
                 weight_sets=weight_sets,
+                products=products,
                 **others,
             )
             on_cpu = run.host if device.type == "cpu" else 0
@@ -60,8 +62,9 @@ def telling_shortage(
 
         takes, room = needed(cache), obtainable_memory(device)
         budget = min(room, _SHORT_BY * takes)
-        elsewhere = device.type != "cpu" and spared and takes - weight_sets * spared <= budget
-        changes = [OFFLOAD_WEIGHTS] if elsewhere else []
+        changes = [STANDARD_SPEED] if products and takes - weight_sets * products <= budget else []
+        if device.type != "cpu" and spared and takes - weight_sets * (spared + products) <= budget:
+            changes.append(OFFLOAD_WEIGHTS)
         remedies = what_fits(lambda *changed: needed(*changed) <= budget, sampling, cache, frames, changes)
         traceback.clear_frames(error.__traceback__)  # they refer to the activations
         raise OutOfMemory(

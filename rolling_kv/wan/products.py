@@ -127,8 +127,13 @@ def _may_be_float8(linear) -> bool:
     return known and linear.in_features % ALIGNED == 0 == linear.out_features % ALIGNED
 
 
-def bytes_of(transformer) -> int:
-    """Bytes that an attachment whose products are in float8 takes beside the weights."""
+def bytes_of(transformer, *, offloaded: bool = False) -> int:
+    """Bytes that an attachment whose products are in float8 takes beside the weights.
+
+    offloaded: whether those lie in CPU memory, where they stay as they are.
+    """
+    if offloaded:
+        return 0
     layers = [linear for block in transformer.blocks for linear in layers_of(block)]
     return sum(
         linear.out_features * ((0 if isinstance(linear, Float8Linear) else linear.in_features) + 4) for linear in layers

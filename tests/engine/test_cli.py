@@ -18,6 +18,7 @@ from rolling_kv.cli import main
 from rolling_kv.config import ExecutionConfig
 from rolling_kv.devices import usable_device
 from rolling_kv.pipeline import Pipeline
+from rolling_kv.planning import choices, outline
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.sampling.state_file import read_state
 from rolling_kv.tiny import make_tiny
@@ -274,6 +275,11 @@ def test_inspect_tells_what_fits_a_card_and_proposes_it(folder, capsys):
     assert "proposed   --window 9 --weight-storage model --cache-storage model\n" not in capsys.readouterr().out
     main(["inspect", str(folder), "--card", "0.5"])
     assert "nothing of these fits: make the picture smaller" in capsys.readouterr().out
+    first = choices({"model": outline(folder, dtype="bfloat16")}, 480, 832, 2**40)[0]
+    for missing, word in ((0, "yes"), (1, "not fast")):
+        main(["inspect", str(folder), "--card", str((first.device + first.fast - missing) / 2**30)])
+        rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+        assert rows[0].rstrip("| ").endswith(f"| {word}")
     assert "--card is the memory of a GPU in GiB" in said(["inspect", folder, "--card", "nan"], capsys)
 
 

@@ -8,7 +8,7 @@ from videos import HEIGHT, SAMPLING, WIDTH, prompt, small_model
 from rolling_kv.bundled import BUNDLED
 from rolling_kv.checkpoints.model import load_model
 from rolling_kv.checkpoints.readers import CheckpointError
-from rolling_kv.config import CacheConfig, SamplingConfig
+from rolling_kv.config import CacheConfig, ExecutionConfig, SamplingConfig
 from rolling_kv.planning import (
     OVERHEAD,
     choices,
@@ -19,9 +19,11 @@ from rolling_kv.planning import (
     outline,
     window_after,
 )
-from rolling_kv.sampling.memory import OFFLOAD_WEIGHTS, estimate
+from rolling_kv.sampling.memory import OFFLOAD_WEIGHTS, STANDARD_SPEED, estimate
 from rolling_kv.sampling.session import RollingSession
+from rolling_kv.wan import fast as fast_module
 from rolling_kv.wan.offloaded import offload_blocks, weight_nbytes
+from rolling_kv.wan.products import Product, float8_forwards
 
 ROOM = 2**40
 WINDOW, SAMPLING_3 = CacheConfig(21), SamplingConfig()
@@ -164,6 +166,8 @@ def test_ways_to_run_on_a_card_begin_with_the_least_change_and_take_less_and_les
 def test_a_way_fits_a_card_to_the_byte():
     needed = ways(2**40)[3].device
     assert ways(needed)[3].known.fits and not ways(needed - 1)[3].known.fits
+    fast = ways(2**40)[0].fast
+    assert fast == outline(BUNDLED, dtype="bfloat16").products > 10 * ways(2**40)[2].fast > 0
     assert ways(needed)[3].options() == "--window 9 --weight-storage float8 --cache-storage int8"
 
 
@@ -202,6 +206,51 @@ def test_offloading_the_weights_is_named_where_it_makes_a_run_fit():
     moved = forecast(elsewhere, 64, 64, sampling=SAMPLING_3, cache=WINDOW, frames=21, room=needed - 1, host_room=ROOM)
     assert moved.device == needed and moved.host == known.host + elsewhere.host_weights
     assert OFFLOAD_WEIGHTS not in moved.remedies
+
+
+def copied(transformer):
+    """Bytes of what an attachment with products in float8 really takes beside the weights."""
+    own = {tensor.data_ptr() for tensor in transformer.parameters()}
+    made = [forward for _, forward in float8_forwards(transformer.blocks) if isinstance(forward, Product)]
+    tensors = [tensor for product in made for tensor in (product.weight, product.scales)]
+    return sum(tensor.nbytes for tensor in tensors if tensor.data_ptr() not in own)
+
+
+@pytest.mark.parametrize("storage", ["model", "float8"])
+def test_fast_passes_take_in_a_forecast_what_they_take_in_a_run(storage):
+    made = outline(BUNDLED, dtype="bfloat16", storage=storage)
+    model = load_model(BUNDLED, dtype="bfloat16", storage=storage)
+    plain, fast = (
+        forecast(made, 64, 64, sampling=SAMPLING_3, cache=WINDOW, frames=21, room=ROOM, host_room=ROOM, fast=fast)
+        for fast in (False, True)
+    )
+    beside = fast.device - plain.device
+    assert fast.run.products == beside == made.products == copied(model.transformer) > 0
+    whole = sum(p.nbytes for p in model.transformer.blocks.parameters())
+    assert 0.3 < beside / whole < 0.5 if storage == "model" else beside / whole < 0.05
+    assert made._replace(packed=True).products == offloaded(made).products == 0
+    asked = ExecutionConfig(fast=True), made.transformer, torch.device("cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            fast_module, "fast_on", lambda _, dtype, *rest: fast_module.Fast(None, dtype == torch.bfloat16, "")
+        )
+        assert fast_module.product_bytes(*asked) == beside
+        offload_blocks(model.transformer, "cpu")
+        assert fast_module.product_bytes(asked[0], model.transformer, asked[2]) == 0
+
+
+def test_leaving_fast_is_named_where_it_makes_a_run_fit():
+    made = outline(BUNDLED, dtype="bfloat16")
+    around = dict(sampling=SAMPLING_3, cache=WINDOW, frames=21, host_room=ROOM)
+    needed = forecast(made, 64, 64, room=ROOM, **around).device
+    known = forecast(made, 64, 64, room=needed, fast=True, **around)
+    assert not known.fits and STANDARD_SPEED in known.remedies and known.device == needed + made.products
+    assert STANDARD_SPEED not in forecast(made, 64, 64, room=needed - 1, fast=True, **around).remedies
+    assert forecast(made, 64, 64, room=needed + made.products, fast=True, **around).fits
+    elsewhere = offloaded(made)
+    least = forecast(elsewhere, 64, 64, room=ROOM, fast=True, **around).device
+    assert OFFLOAD_WEIGHTS in forecast(made, 64, 64, room=least, fast=True, **around).remedies
+    assert STANDARD_SPEED not in forecast(elsewhere, 64, 64, room=least - 1, fast=True, **around).remedies
 
 
 def test_packed_weights_have_no_other_storage():

@@ -46,6 +46,24 @@ def test_the_last_of_several_caches_counts_and_no_sampler_means_the_usual_size(c
     assert plan["window"]["limit"] is None and plan["window"]["sink"] == 3 and plan["size"] == [832, 480]
 
 
+def test_weights_that_are_offloaded_are_planned_where_they_lie(client):
+    plain, moved = (
+        ask(client, "plan", {"model": {"load": LOAD | {"offload": offload}}, "sampler": SAMPLER})[1]
+        for offload in (False, True)
+    )
+    assert moved["parts"]["weights"] < plain["parts"]["weights"] and moved["parts"]["host"] > plain["parts"]["host"]
+    assert moved["needed"] == sum(moved["parts"].values()) and moved["fits"]
+
+
+def test_the_speed_counts_where_the_device_has_what_it_needs(client):
+    body = {"model": {"load": LOAD | {"dtype": "bfloat16", "compile": True}}, "sampler": SAMPLER}
+    fast = {"model": {"load": body["model"]["load"] | {"speed": "fast"}}, "sampler": SAMPLER}
+    (_, expected), (status, plan) = ask(client, "plan", body), ask(client, "plan", fast)
+    assert status == 200 and plan["parts"] == expected["parts"]  # a CPU multiplies in bfloat16
+    status, refused = ask(client, "plan", {"model": {"load": LOAD | {"speed": "faster"}}})
+    assert status == 400 and "speed must be one of exact, standard, fast" in refused["error"]
+
+
 def test_what_cannot_fit_is_told_with_settings_that_would(client):
     body = {"model": {"load": LOAD, "attach": [chosen("window", "this many frames", frames=4096)]}}
     status, plan = ask(client, "plan", body | {"sampler": {"width": 8192, "height": 8192, "length": 600.0}})

@@ -7,6 +7,7 @@ import re
 import torch
 from diffusers import WanTransformer3DModel
 
+from rolling_kv.checkpoints.float8 import store_float8
 from rolling_kv.geometry import Geometry
 from rolling_kv.planning import CHOICE_HEAD, Outline, choices, kept_in_ways, told_choice, weight_bytes
 from rolling_kv.presets import PRESETS
@@ -29,20 +30,19 @@ MODELS = {  # by preset: layers, heads, inner size, channels of the latents
 def outlines(name: str) -> dict[str, Outline]:
     """A family's model by the storage of its weights, from its shape alone."""
     layers, heads, inner, channels = MODELS[name]
-    with torch.device("meta"):
-        transformer = WanTransformer3DModel(
-            num_layers=layers, num_attention_heads=heads, attention_head_dim=128, ffn_dim=inner, in_channels=channels,
-            out_channels=channels,
-        )  # fmt: skip
-    weights = dict(transformer.named_parameters())
-    return kept_in_ways(
-        {
-            storage: Outline(
-                transformer, PRESETS[name], torch.bfloat16, weight_bytes(weights, torch.bfloat16, storage), 1
-            )
-            for storage in ("model", "float8")
-        }
-    )
+
+    def kept(storage: str) -> Outline:
+        with torch.device("meta"):
+            transformer = WanTransformer3DModel(
+                num_layers=layers, num_attention_heads=heads, attention_head_dim=128, ffn_dim=inner, in_channels=channels,
+                out_channels=channels,
+            )  # fmt: skip
+        weights = weight_bytes(dict(transformer.named_parameters()), torch.bfloat16, storage)
+        if storage == "float8":
+            store_float8(transformer)
+        return Outline(transformer, PRESETS[name], torch.bfloat16, weights, 1)
+
+    return kept_in_ways({storage: kept(storage) for storage in ("model", "float8")})
 
 
 def cards() -> str:

@@ -28,10 +28,10 @@ def taken(cache):
     return weights + estimate(MODEL, HEIGHT, WIDTH, sampling=SAMPLING, cache=cache, frames=90).device
 
 
-def shortage(monkeypatch, room, cache=WIDE, error=None, device=GPU):
+def shortage(monkeypatch, room, cache=WIDE, error=None, device=GPU, **others):
     """What is said where that many bytes can be had."""
     monkeypatch.setattr("rolling_kv.sampling.shortage.obtainable_memory", lambda device: room)
-    around = dict(sampling=SAMPLING, cache=cache, device=device, frames=90)
+    around = dict(sampling=SAMPLING, cache=cache, device=device, frames=90, **others)
     with pytest.raises(OutOfMemory) as told, telling_shortage(MODEL, HEIGHT, WIDTH, **around):
         raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
     return str(told.value)
@@ -70,6 +70,17 @@ def test_offloading_the_weights_is_advised_where_that_is_enough(monkeypatch):
         assert said not in shortage(monkeypatch, taken(WIDE) - spared)
     finally:
         blocks.remove()
+
+
+def test_leaving_fast_is_advised_where_its_copy_of_the_weights_is_too_much(monkeypatch):
+    spared, products = spared_by_offloading(MODEL), taken(WIDE)
+    said = "set the speed to standard instead of fast"
+    assert said in shortage(monkeypatch, taken(WIDE), products=products)
+    assert said not in shortage(monkeypatch, taken(WIDE) - 1, products=products)
+    assert said not in shortage(monkeypatch, taken(WIDE))
+    offload = "offload the weights to CPU memory"
+    assert offload in shortage(monkeypatch, taken(WIDE) - spared, products=products)
+    assert offload not in shortage(monkeypatch, taken(WIDE) - spared - 1, products=products)
 
 
 @pytest.mark.parametrize(
