@@ -37,7 +37,7 @@ from .schedules.reading import load_schedule, read_schedule
 from .schedules.schedule import PromptSchedule
 from .streaming import check_ended
 from .tiny import make_tiny
-from .video import ENCODERS, PLAIN, VideoWriter, read_video_info
+from .video import VideoWriter, read_video_info
 from .wan.shards import HeadShards, shared_by_torchrun
 
 LONGEST_MESSAGE = 1000
@@ -213,12 +213,7 @@ def _parser() -> argparse.ArgumentParser:
         "of a schedule; /pause, /resume and /stop",
     )
     generate.add_argument("--scale", type=int, default=1, help="enlarge each pixel so many times, for tiny videos")
-    generate.add_argument(
-        "--encoder",
-        choices=ENCODERS,
-        default=PLAIN,
-        help="what encodes the video; x264 where another does not open here",
-    )
+    options.add_encoder(generate)
 
     inspect = commands.add_parser("inspect", help="tell what a checkpoint is, or the state of a video")
     inspect.set_defaults(run=_inspect)

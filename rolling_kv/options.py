@@ -13,6 +13,7 @@ from .bundled import BUNDLED
 from .config import ALL_FRAMES, CACHE_STORAGES, WEIGHT_STORAGES, CacheConfig, ExecutionConfig
 from .devices import usable_device
 from .presets import PRESETS
+from .video import ENCODERS, PLAIN
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +122,16 @@ def _device(name: str) -> torch.device:
         return usable_device(name)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_encoder(parser: argparse.ArgumentParser) -> None:
+    """The option for what encodes videos."""
+    parser.add_argument(
+        "--encoder",
+        choices=ENCODERS,
+        default=PLAIN,
+        help="what encodes the video; x264 where another does not open here",
+    )
 
 
 def add_execution(parser: argparse.ArgumentParser, note: str = "") -> None:

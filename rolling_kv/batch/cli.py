@@ -69,6 +69,7 @@ def add_command(commands) -> None:
     options.add_execution(batch)
     options.add_device(batch, "where to compute")
     batch.add_argument("--scale", type=int, default=1, help="enlarge each pixel so many times, for tiny videos")
+    options.add_encoder(batch)
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -94,6 +95,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         width=args.width,
         height=args.height,
         scale=args.scale,
+        encoder=args.encoder,
     )
 
 

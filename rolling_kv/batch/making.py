@@ -199,7 +199,8 @@ def _made(job: Job, settings: Settings, folder: Path, pipeline: Pipeline) -> tup
     made = pipeline.generate(
         job.prompt, video, height=height, width=width, seconds=seconds, schedule=job.schedule, seed=job.seed,
         negative_prompt=job.negative_prompt, strength=job.strength, fit=job.fit, background=job.background,
-        sampling=sampling, cache=cache, scale=settings.scale, execution=settings.execution,
+        sampling=sampling, cache=cache, scale=settings.scale, encoder=settings.encoder,
+        execution=settings.execution,
         state_out=state_out, **given,
     )  # fmt: skip
     with suppress(OSError):

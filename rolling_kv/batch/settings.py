@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..bundled import BUNDLED
-from ..config import CacheConfig, ExecutionConfig, SamplingConfig
+from ..config import CacheConfig, ExecutionConfig, SamplingConfig, check_choice
 from ..inspection import inspect_checkpoint
 from ..pipeline import Pipeline
 from ..presets import PRESETS, ModelPreset
+from ..video import ENCODERS, PLAIN
 from .texts import KnownTexts
 
 
@@ -26,6 +27,7 @@ class Settings:
     execution: how passes are computed.
     width, height: pixels, where a job has none of its own; None: the model's usual size.
     scale: enlarge each pixel so many times.
+    encoder: of the video, see `VideoWriter`.
     """
 
     model: str = str(BUNDLED)
@@ -43,6 +45,7 @@ class Settings:
     width: int | None = None
     height: int | None = None
     scale: int = 1
+    encoder: str = PLAIN
 
     def load(self, texts: KnownTexts | None = None) -> Pipeline:
         """The model with its parts. texts: prompts that are encoded already, in the place of the text encoder."""
@@ -64,6 +67,7 @@ class Settings:
 
     def check(self) -> None:
         """Raise ValueError for settings that do not go together, before anything is loaded."""
+        check_choice("the encoder", self.encoder, ENCODERS)
         preset = self.preset_of_model()
         self.sampling(preset).check_cache(self.cache(preset))
         self.execution.check(self.device, weight_storage=self.storage)
@@ -77,5 +81,6 @@ class Settings:
         return preset.sampling if self.guidance is None else replace(preset.sampling, guidance_scale=self.guidance)
 
     def deciding(self) -> dict[str, Any]:
-        """What of it decides how a video looks, as JSON has it; where it is computed does not."""
-        return {name: value for name, value in asdict(self).items() if name not in ("device", "execution", "offload")}
+        """What of it decides how a video looks, as JSON has it; where it is computed and what encodes it do not."""
+        elsewhere = ("device", "execution", "offload", "encoder")
+        return {name: value for name, value in asdict(self).items() if name not in elsewhere}

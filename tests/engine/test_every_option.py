@@ -1,4 +1,4 @@
-"""Every option of `generate` reaches what it sets, and a video file is what the session made, decoded in one go."""
+"""Every option of `generate` and `batch` reaches what it sets, and a video file is what the session made, decoded in one go."""
 
 import argparse
 
@@ -9,6 +9,8 @@ from PIL import Image
 from rolling_kv import cli
 from rolling_kv import pipeline as pipeline_module
 from rolling_kv import streaming as streaming_module
+from rolling_kv.batch import Settings
+from rolling_kv.batch import cli as batch_cli
 from rolling_kv.config import CacheConfig
 from rolling_kv.geometry import WAN_21
 from rolling_kv.growing import GrowingVideo
@@ -53,9 +55,9 @@ NEEDED = {  # by options that do not go without others
 }
 
 
-def options():
+def options(command="generate"):
     (commands,) = [a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)]
-    return {action.option_strings[-1]: action for action in commands.choices["generate"]._actions}
+    return {action.option_strings[-1]: action for action in commands.choices[command]._actions if action.option_strings}
 
 
 class Reached(BaseException):
@@ -108,6 +110,21 @@ def test_an_option_changes_what_the_pipeline_is_asked_for(name, monkeypatch, tmp
     plain = reached(monkeypatch, prompt)
     assert reached(monkeypatch, prompt) == plain
     assert reached(monkeypatch, [*prompt, *given(name, options()[name])]) != plain
+
+
+OF_THE_BATCH = ("--out", "--shard", "--ray", "--address", "--workers", "--gpus", "--cpus", "--text-workers")
+"""Options that say who makes the videos, not how."""
+
+
+@pytest.mark.parametrize("name", [n for n in options("batch") if n not in (*NOT_PASSED_ON, *OF_THE_BATCH)])
+def test_an_option_of_a_batch_changes_its_settings(name, monkeypatch):
+    monkeypatch.setattr(batch_cli, "check_model", lambda model: None)
+
+    def settings(*arguments):
+        return batch_cli.settings_of(cli._parser().parse_args(["batch", "jobs.jsonl", "--out", "x", *arguments]))
+
+    assert settings() == settings() == Settings(device=settings().device)
+    assert settings(*given(name, options("batch")[name])) != settings()
 
 
 @pytest.fixture(scope="module")

@@ -212,6 +212,21 @@ def test_the_command_says_what_became_of_each(settings, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("0 made, 1 there already, 0 failed: ")
 
 
+def test_every_video_is_encoded_as_the_settings_say_and_known_by_what_it_shows(settings, tmp_path, monkeypatch):
+    real, asked = Pipeline.generate, []
+
+    def noted(*args, encoder, **options):
+        asked.append(encoder)
+        return real(*args, **options)
+
+    monkeypatch.setattr(Pipeline, "generate", noted)
+    generate(jobs(1), tmp_path, replace(settings, encoder="h264_nvenc"))
+    (record,) = generate(jobs(1), tmp_path, settings)
+    assert asked == ["h264_nvenc"] and record.found
+    with pytest.raises(ValueError, match="the encoder must be one of x264, h264_nvenc, hevc_nvenc, got 'h263'"):
+        generate(jobs(1), tmp_path, replace(settings, encoder="h263"))
+
+
 def test_ctrl_c_says_how_to_go_on_and_loses_nothing(settings, pipeline, tmp_path, monkeypatch):
     made = [replace(job, seconds=1.5) for job in jobs(2)]
     whole, real, passes = alone(pipeline, made[1], tmp_path / "alone.mp4"), Pipeline.generate, iter(range(1000))
