@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import mean, median
@@ -31,6 +31,11 @@ class Speed(NamedTuple):
     products: bool = False
     attention: bool = False
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """Its name and dtype, as a result has them."""
+        return self.name, str(self.dtype).removeprefix("torch.")
+
     def chosen(self) -> AbstractContextManager:
         fast = self.execution.fast
         return fast_passes(products=self.products, attention=self.attention) if fast else nullcontext()
@@ -48,6 +53,11 @@ SPEEDS = (
 )
 
 
+def speeds_of(names: Sequence[str]) -> list[Speed]:
+    """Those of `SPEEDS` that belong to some of `config.SPEEDS`."""
+    return [speed for speed in SPEEDS if speed.name.partition(":")[0] in names]
+
+
 class SpeedResult(NamedTuple):
     """What a speed costs in error.
 
@@ -63,20 +73,31 @@ class SpeedResult(NamedTuple):
     worst: str
     seen: dict[str, float]
 
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.name, self.dtype
 
-def measure(families: list[str], videos: int, device: str, say: Callable[[str], None] = print) -> list[SpeedResult]:
-    """Measure every speed. videos: of the bundled model. Raises ValueError outside of the source repository."""
+
+def measure(
+    families: list[str],
+    videos: int,
+    device: str,
+    say: Callable[[str], None] = print,
+    speeds: Sequence[Speed] | None = None,
+) -> Iterator[SpeedResult]:
+    """Measure one speed after the other.
+
+    videos: of the bundled model. speeds: all of `SPEEDS` where left out. Raises ValueError outside of the source repository.
+    """
     cases = recorded(families)
-    results = []
-    for speed in SPEEDS:
-        dtype = str(speed.dtype).removeprefix("torch.")
-        say(f"{speed.name}, {dtype}: {len(cases)} cases, {videos} videos")
+    for speed in SPEEDS if speeds is None else speeds:
+        name, dtype = speed.key
+        say(f"{name}, {dtype}: {len(cases)} cases, {videos} videos")
         with speed.chosen():
             errors = {case.name: _error_of(case, speed, device) for case in cases}
             seen = _shown(speed, videos, device) if videos else {}
         worst = max(errors, key=lambda name: errors[name])
-        results.append(SpeedResult(speed.name, dtype, median(errors.values()), errors[worst], worst, seen))
-    return results
+        yield SpeedResult(name, dtype, median(errors.values()), errors[worst], worst, seen)
 
 
 def _error_of(case: Any, speed: Speed, device: str) -> float:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from cases import load_cases
 
-from rolling_kv.bench.speeds import run
+from rolling_kv.bench.speeds import cli, run
 from rolling_kv.bench.speeds.imitation import attention_in_8_bits, fast_passes
-from rolling_kv.bench.speeds.run import SPEEDS, measure
+from rolling_kv.bench.speeds.run import SPEEDS, SpeedResult, measure
 from rolling_kv.cli import main
 from rolling_kv.config import ExecutionConfig
 from rolling_kv.wan import fast, processors
@@ -54,6 +54,48 @@ def test_each_speed_is_another_rounding(tmp_path, capsys):
     assert exact < 1e-5 and standard < 1e-5 < half < min(products, attention) and max(products, attention) < 0.1
     assert half < both < 0.1 and len({products, attention, both}) == 3
     assert "| fast: both " in capsys.readouterr().out and told["machine"]["torch"]
+
+
+def result(speed, largest=0.5):
+    return SpeedResult(*speed.key, 0.25, largest, "case", {})
+
+
+def bench(file, *options):
+    main(["bench", "speeds", "--videos", "0", "--json", str(file), *options])
+    return [speed["name"] for speed in json.loads(file.read_text())["speeds"]]
+
+
+def test_a_run_that_is_cut_short_keeps_what_it_measured_and_the_next_one_goes_on(monkeypatch, tmp_path, capsys):
+    file, made = tmp_path / "speeds.json", []
+
+    def measured(families, videos, device, say, speeds):
+        for speed in speeds:
+            if len(made) == 2:
+                made.append("")
+                raise KeyboardInterrupt
+            made.append(speed.key)
+            yield result(speed)
+
+    monkeypatch.setattr(cli, "measure", measured)
+    assert bench(file) == ["exact", "standard"] and "| standard | float32 |" in capsys.readouterr().out
+    names = [speed.name for speed in SPEEDS]
+    assert bench(file) == names and made == [*(s.key for s in SPEEDS[:2]), "", *(s.key for s in SPEEDS[2:])]
+    assert "2 speeds are in" in capsys.readouterr().out
+    assert bench(file) == names and len(made) == 8
+    assert bench(file, "--families", "longlive", "--speeds", "fast") == names[4:] and len(made) == 11
+    assert bench(file, "--families", "longlive", "--speeds", "exact") == ["exact", "exact", *names[4:]]
+    file.write_text('[{"speeds": 1}]')
+    assert bench(file, "--speeds", "standard") == ["standard", "standard"]
+
+
+def test_a_run_that_is_ended_before_it_has_anything_writes_nothing(monkeypatch, tmp_path):
+    def measured(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "measure", measured)
+    with pytest.raises(SystemExit, match="cancelled; nothing was written"):
+        bench(tmp_path / "speeds.json")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("one_case")
