@@ -82,8 +82,8 @@ class RollingKVLoadModel(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="What passes may cost in error. Exact: the original code's order of arithmetic, slower. Standard: the "
-                    "same to rounding. Fast: attention in 8 bits where SageAttention is installed, and products in float8 from RTX "
-                    "40 and H100 on, which is another rounding; what is missing is said.",
+                    "same to rounding. Fast: attention in 8 bits where SageAttention is installed, or FlashAttention 3 on an H100, "
+                    "and products in float8 from RTX 40 and H100 on, which is another rounding; what is missing is said.",
                 ),
                 io.Boolean.Input(
                     "cuda_graphs",

@@ -20,6 +20,8 @@ AMPERE = (8, 0)
 """The first NVIDIA GPUs that compute in bfloat16, and for which there are fused kernels of attention in it."""
 ADA = (8, 9)
 """The first NVIDIA GPUs that multiply in float8."""
+HOPPER = 9
+"""The major compute capability of the only GPUs for which FlashAttention 3 is made."""
 CUDNN_ATTENDS = 91501
 """cuDNN before 9.15.1 has a fault in attention to keys whose number is no multiple of 128."""
 
@@ -95,6 +97,11 @@ def has_bfloat16(platform: Platform) -> bool:
 def has_float8_products(platform: Platform) -> bool:
     """Whether the hardware multiplies float8_e4m3fn, of which torch makes use with a scale for each row."""
     return platform.kind == "cuda" and platform.capability >= ADA
+
+
+def runs_flash_3(platform: Platform) -> bool:
+    """Whether FlashAttention 3 may be tried: where it has no kernel for the hardware, it ends the process."""
+    return platform.kind == "cuda" and platform.capability[0] == HOPPER
 
 
 def rounds_to_tf32(platform: Platform, dtype: torch.dtype) -> bool:

@@ -55,10 +55,11 @@ class JointKVCache(RollingKVCache):
         value: torch.Tensor,
         turning: Turning | None = None,
         slots: torch.Tensor | None = None,
+        as_kept: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         parts, window = self.write(layer, key, value, turning, slots), self.window
         first = min(max(0, window.end + window.open - self.reach), self.config.sink) * self.shape.tokens_per_frame
-        return self._read(parts, slice(first, self._used), turning)
+        return self._read(parts, slice(first, self._used), turning, as_kept)
 
 
 class Ahead(NamedTuple):
@@ -100,10 +101,11 @@ class JointPass:
         value: torch.Tensor,
         turning: Turning | None = None,
         slots: torch.Tensor | None = None,
+        as_kept: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values that the pass attends to, [B, S', H, D] each; see `RollingKVCache.update`.
 
-        slots: of the open chunk, which is not written here.
+        slots: of the open chunk, which is not written here. as_kept: what is gathered is a copy in the model's dtype.
         """
         if turning is not None:
             key = turning.turned(key)

@@ -227,6 +227,7 @@ class RollingKVCache:
         value: torch.Tensor | None,
         turning: Turning | None = None,
         slots: torch.Tensor | None = None,
+        as_kept: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the open chunk's keys and values of one layer, and return everything it attends to.
 
@@ -235,15 +236,20 @@ class RollingKVCache:
         turning: what makes keys of projections while it writes them; the key is such a projection then.
             The value may be None: what `value_rows` has given is filled.
         slots: where the device finds the tokens' slots, see `slots`; None: the CPU tells them.
+        as_kept: whether what is stored in float8 is to come as it is, for attention that reads float8.
 
         Returns keys and values, [B, used tokens, H, D] each, valid until the next update: views of the buffer, or copies
         where the storage has another dtype.
         """
         parts = self.write(layer, key, value, turning, slots)
-        return self._read(parts, slice(self._used), turning)
+        return self._read(parts, slice(self._used), turning, as_kept)
 
-    def _read(self, parts: Parts, tokens: slice, turning: Turning | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(
+        self, parts: Parts, tokens: slice, turning: Turning | None, as_kept: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = (tuple(part[kind, :, tokens] for part in parts) for kind in (0, 1))
+        if as_kept and self.config.storage == "float8":
+            return keys[0], values[0]
         if turning is not None:
             return turning.read(keys, self.shape.dtype), turning.read(values, self.shape.dtype)
         return self.codec.unpack(keys), self.codec.unpack(values)

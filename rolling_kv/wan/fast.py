@@ -11,15 +11,24 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
 from ..config import ExecutionConfig
-from ..platforms import has_float8_products, platform_of
-from . import products
+from ..platforms import has_float8_products, platform_of, runs_flash_3
+from . import float8_attention, products
+from .float8_attention import FLASH_3, FLASH_3_FLOAT8
 from .fused import kernels_run_on
 from .offloaded import offloaded_blocks
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = {"sage": "SageAttention, in 8 bits", "_flash_3": "FlashAttention 3, in 16 bits"}
-"""Attention backends that are tried for fast passes, the fastest first, and what they are."""
+BACKENDS = {
+    "sage": "SageAttention, in 8 bits",
+    FLASH_3_FLOAT8: "FlashAttention 3, in float8",
+    FLASH_3: "FlashAttention 3, in 16 bits",
+}
+"""Attention backends that are tried for fast passes, the best first, and what they are.
+
+SageAttention has the rate of float8, too, and adds up long sums in float32, where Hopper's products of float8 keep fewer bits.
+"""
+IN_8_BITS = ("sage", FLASH_3_FLOAT8)
 OFF = 0.1
 """How far attention in 8 bits may be off in the 2-norm, with random numbers of size 1, which are its worst."""
 
@@ -49,7 +58,7 @@ def fast_on(
     if chosen is None:
         reasons = {name: _why_not(name, device, dtype, head_dim) for name in BACKENDS}
         backend = next((name for name, reason in reasons.items() if not reason), None)
-        if backend != "sage":
+        if backend not in IN_8_BITS:
             used = BACKENDS[backend] if backend else "PyTorch's attention"
             instead.append(f"{used} ({reasons['sage']})")
     no_products = _why_no_products(device, dtype, fused)
@@ -65,8 +74,10 @@ def _why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: i
         return "attention in 8 bits needs a CUDA GPU"
     if dtype.itemsize != 2:
         return "attention in 8 bits takes bfloat16 and float16"
+    if backend != "sage" and not runs_flash_3(platform_of(device)):
+        return "FlashAttention 3 needs an H100"
     try:
-        ExecutionConfig(backend=backend).check(device)
+        ExecutionConfig(backend=float8_attention.beside(backend)).check(device)
     except ValueError:
         return f"{BACKENDS[backend].partition(',')[0]} is not installed"
     try:
@@ -81,8 +92,11 @@ def _error_of(backend: str, device: torch.device, dtype: torch.dtype, head_dim: 
     query, key, value = (
         torch.randn(1, tokens, 2, head_dim, generator=random).to(device, dtype) for tokens in (192, 320, 320)
     )
-    named = AttentionBackendName(backend)
-    made = dispatch_attention_fn(query, key, value, backend=named, parallel_config=None).float()
+    if backend == FLASH_3_FLOAT8:
+        made = float8_attention.attention(query, key, value).float()
+    else:
+        named = AttentionBackendName(backend)
+        made = dispatch_attention_fn(query, key, value, backend=named, parallel_config=None).float()
     q, k, v = (heads.float().transpose(1, 2) for heads in (query, key, value))
     plain = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     return float((made - plain).norm() / plain.norm())

@@ -9,8 +9,10 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from ..rope import rotate
+from . import float8_attention
 from .context import PassContext
 from .execution import eager
+from .float8_attention import FLASH_3_FLOAT8
 from .fused import fuses_half, is_linear, rms_norm_
 
 
@@ -32,6 +34,10 @@ class RollingSelfAttention:
         key, value = self.key_value(attn, hidden_states, rotary_emb)
         return project(attn, self._attend(query, key, value))
 
+    @property
+    def _as_kept(self) -> bool:
+        return self._attention_backend == FLASH_3_FLOAT8
+
     def _by_kernels(self, hidden_states) -> bool:
         return self.context.kernels is not None and self.context.shards is None and fuses_half(hidden_states)
 
@@ -47,7 +53,9 @@ class RollingSelfAttention:
             attend(
                 self,
                 query,
-                *branch.cache.update(self.layer, key, value, self._turn(attn.norm_k, rotation), self.context.slots),
+                *branch.cache.update(
+                    self.layer, key, value, self._turn(attn.norm_k, rotation), self.context.slots, self._as_kept
+                ),
             )
             for branch, (query, key, value, rotation) in self.context.running.apart(query, key, value, rotary_emb)
         )
@@ -86,7 +94,9 @@ class RollingSelfAttention:
         if shards is not None:
             query, key, value = shards.to_heads(context.frames, query, key, value)
         heads = joined(
-            attend(self, query, *branch.cache.update(self.layer, key, value, slots=context.slots))
+            attend(
+                self, query, *branch.cache.update(self.layer, key, value, slots=context.slots, as_kept=self._as_kept)
+            )
             for branch, (query, key, value) in context.running.apart(query, key, value)
         )
         return heads if shards is None else shards.to_tokens(context.frames, heads)
@@ -116,7 +126,7 @@ class PromptCrossAttention:
     def __init__(self, context: PassContext, layer: int):
         self.context = context
         self.layer = layer
-        self._attention_backend = context.execution.backend
+        self._attention_backend = float8_attention.beside(context.execution.backend)
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         """hidden_states: [B, S, dim]; encoder_hidden_states: the projected prompt, [B, L, dim]."""
@@ -139,6 +149,9 @@ class PromptCrossAttention:
 
 def attend(processor, query, key, value) -> torch.Tensor:
     # A float32 norm weight in a half-precision model lifts the query: keys and values decide the dtype.
+    if processor._attention_backend == FLASH_3_FLOAT8:
+        dtype = processor.context.running.branch.cache.shape.dtype
+        return float8_attention.attention(query.to(dtype), key, value)
     return dispatch_attention_fn(
         query.to(key.dtype), key, value, backend=processor._attention_backend, parallel_config=None
     )

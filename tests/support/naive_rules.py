@@ -110,8 +110,8 @@ class NaiveCache:
     def position(self):
         return self.places()[-self.open]
 
-    def update(self, layer, key, value, slots=None):
-        """slots: of the open chunk in a buffer of the device, which is nothing here."""
+    def update(self, layer, key, value, slots=None, as_kept=False):
+        """slots: of the open chunk in a buffer of the device; as_kept: in which form it is read. Both are nothing here."""
         tokens, places = self.shape.tokens_per_frame, self.places()
         own = zip(self.slots[-self.open :], places[-self.open :], key.split(tokens, 1), value.split(tokens, 1))
         for slot, place, fresh, kept in own:

@@ -23,13 +23,14 @@ SEED = 1
 
 
 class Speed(NamedTuple):
-    """A way to compute passes. products, attention: what fast passes have of both."""
+    """A way to compute passes. products, attention, flash: what fast passes have, see `fast_passes`."""
 
     name: str
     execution: ExecutionConfig
     dtype: torch.dtype = torch.bfloat16
     products: bool = False
     attention: bool = False
+    flash: bool = False
 
     @property
     def key(self) -> tuple[str, str]:
@@ -37,8 +38,9 @@ class Speed(NamedTuple):
         return self.name, str(self.dtype).removeprefix("torch.")
 
     def chosen(self) -> AbstractContextManager:
-        fast = self.execution.fast
-        return fast_passes(products=self.products, attention=self.attention) if fast else nullcontext()
+        if not self.execution.fast:
+            return nullcontext()
+        return fast_passes(products=self.products, attention=self.attention, flash=self.flash)
 
 
 FAST = ExecutionConfig(fast=True)
@@ -50,6 +52,8 @@ SPEEDS = (
     Speed("fast: products in float8", FAST, products=True),
     Speed("fast: attention in 8 bits", FAST, attention=True),
     Speed("fast: both", FAST, products=True, attention=True),
+    Speed("fast: attention in float8", FAST, flash=True),
+    Speed("fast: all in float8", FAST, products=True, flash=True),
 )
 
 

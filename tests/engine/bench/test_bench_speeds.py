@@ -50,9 +50,12 @@ def one_case(monkeypatch):
 def test_each_speed_is_another_rounding(tmp_path, capsys):
     main(["bench", "speeds", "--videos", "0", "--json", str(tmp_path / "speeds.json")])
     told = json.loads((tmp_path / "speeds.json").read_text())
-    exact, standard, _, half, products, attention, both = (speed["largest"] for speed in told["speeds"])
+    exact, standard, _, half, products, attention, both, flash, all_float8 = (
+        speed["largest"] for speed in told["speeds"]
+    )
     assert exact < 1e-5 and standard < 1e-5 < half < min(products, attention) and max(products, attention) < 0.1
     assert half < both < 0.1 and len({products, attention, both}) == 3
+    assert half < flash < min(0.03, all_float8) and all_float8 < 0.1 and flash != attention != all_float8
     assert "| fast: both " in capsys.readouterr().out and told["machine"]["torch"]
 
 
@@ -81,8 +84,8 @@ def test_a_run_that_is_cut_short_keeps_what_it_measured_and_the_next_one_goes_on
     names = [speed.name for speed in SPEEDS]
     assert bench(file) == names and made == [*(s.key for s in SPEEDS[:2]), "", *(s.key for s in SPEEDS[2:])]
     assert "2 speeds are in" in capsys.readouterr().out
-    assert bench(file) == names and len(made) == 8
-    assert bench(file, "--families", "longlive", "--speeds", "fast") == names[4:] and len(made) == 11
+    assert bench(file) == names and len(made) == 10
+    assert bench(file, "--families", "longlive", "--speeds", "fast") == names[4:] and len(made) == 15
     assert bench(file, "--families", "longlive", "--speeds", "exact") == ["exact", "exact", *names[4:]]
     file.write_text('[{"speeds": 1}]')
     assert bench(file, "--speeds", "standard") == ["standard", "standard"]

@@ -15,6 +15,7 @@ from rolling_kv.sampling.memory import estimate
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.wan import fast, products
 from rolling_kv.wan.attachment import apply_rolling_kv_cache
+from rolling_kv.wan.float8_attention import FLASH_3_FLOAT8
 from rolling_kv.wan.products import Product, Quantiser
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -169,10 +170,17 @@ def test_on_a_cpu_nothing_is_fast_and_that_is_said_once(caplog):
 def card(monkeypatch):
     """A stand-in for a card: its capability, what is installed, and what is wrong with it."""
 
-    def put(capability, installed=(), error=0.02, broken=False):
+    def put(capability, installed=(), error=0.02, broken=False, float8=False):
+        """float8: whether FlashAttention 3 is built with float8."""
         fast.fast_on.cache_clear()
         monkeypatch.setattr(fast, "platform_of", lambda device: Platform("cuda", capability))
-        monkeypatch.setattr(fast, "_error_of", lambda *_: error)
+
+        def error_of(backend, *_):
+            if backend == FLASH_3_FLOAT8 and not float8:
+                raise RuntimeError("This flash attention build does not support FP8.")
+            return error
+
+        monkeypatch.setattr(fast, "_error_of", error_of)
 
         def check(self, device=None, **_):
             if self.backend not in (None, *installed):
@@ -205,6 +213,15 @@ def test_what_a_card_uses(card):
     assert fast.fast_on(CUDA, torch.float16, 128).remark.endswith("products in float16 (float8 ones give bfloat16).")
     assert fast.fast_on(CUDA, torch.bfloat16, 128, "native").backend == "native"
     assert "with Triton or torch.compile only" in fast.fast_on(CUDA, torch.bfloat16, 128, fused=False).remark
+
+
+def test_which_attention_a_card_uses(card):
+    every = "sage", "_flash_3"
+    assert card((9, 0), every, float8=True) == ("sage", True, "")
+    assert card((9, 0), ("_flash_3",), float8=True) == (FLASH_3_FLOAT8, True, "")
+    assert card((9, 0), every, error=0.4, float8=True).backend is None
+    for other in ((8, 0), (8, 9), (10, 0), (12, 0)):  # where FlashAttention 3 would end the process
+        assert card(other, ("_flash_3",), float8=True).backend is None
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """The block in half precision: what the stock block gives, in fewer kernels and bytes. Counted on the meta device."""
 
 import importlib
+import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from rolling_kv.cache.sizes import CacheShape
 from rolling_kv.config import CacheConfig, ExecutionConfig
 from rolling_kv.wan import attachment, fast, fused, processors
 from rolling_kv.wan.attachment import apply_rolling_kv_cache
+from rolling_kv.wan.float8_attention import FLASH_3_FLOAT8
 from rolling_kv.wan.fused import fused_feed_forward, fused_forward, half_modulated_norm, narrowed_sum
 
 HALF = [torch.bfloat16, torch.float16]
@@ -211,6 +214,28 @@ def test_kernels_and_bytes_of_a_fast_block(monkeypatch, triton, kernels, nbytes)
     monkeypatch.setattr(fast, "fast_on", lambda *_: fast.Fast(None, True, ""))
     block, moved = counted_block(monkeypatch, 12, 128, triton=triton, execution=ExecutionConfig(fast=True))
     assert block.products == ["_scaled_mm"] * 8
+    assert (len(block.kernels), round(moved)) == (kernels, nbytes)
+
+
+ATTENDING = [("model", False, 38, 154), ("float8", False, 34, 154), ("model", True, 21, 52), ("float8", True, 14, 44)]
+
+
+@pytest.mark.parametrize(("storage", "triton", "kernels", "nbytes"), ATTENDING)
+def test_kernels_and_bytes_of_a_block_that_attends_in_float8(monkeypatch, storage, triton, kernels, nbytes):
+    """Beside those of the standard block: 4 kernels and 5 bytes each for queries, keys and values, here of one chunk.
+
+    A cache in float8 is read as it is: neither widened, which takes 2 kernels and 6 bytes, nor quantised.
+    """
+    if triton and find_spec("triton") is None:
+        pytest.skip("Triton is for Linux")
+
+    def attended(q, k, v, **_):
+        return torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)
+
+    monkeypatch.setattr(fast, "fast_on", lambda *_: fast.Fast(FLASH_3_FLOAT8, False, ""))
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=attended))
+    execution = ExecutionConfig(fast=True)
+    block, moved = counted_block(monkeypatch, 12, 128, storage=storage, triton=triton, execution=execution)
     assert (len(block.kernels), round(moved)) == (kernels, nbytes)
 
 
