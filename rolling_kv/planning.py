@@ -30,7 +30,7 @@ from .wan.products import bytes_of
 class Outline(NamedTuple):
     """A model that is not loaded. Nothing in it refers to the file.
 
-    transformer: on the meta device, with the dtypes and the layers that it will have; those of a packed one are plain.
+    transformer: on the meta device, with the layers that it will have, in its dtype; those of a packed one are plain.
     preset: its sampling and cache settings.
     dtype: that it will compute in.
     weights: bytes that its weights will take on the device.
@@ -77,7 +77,8 @@ def outline(
         weights = sum(file.stat().st_size for file in checkpoint.files)
     else:
         weights = sum(weight_bytes(tensors, computed, storage) for tensors in sets)
-    transformer.to(computed)
+    for parameter in transformer.parameters():
+        parameter.data = parameter.data.to(computed)
     if storage == "float8":
         store_float8(transformer)
     made = Outline(transformer, chosen, computed, weights, len(sets), bool(packings))

@@ -25,6 +25,7 @@ from .framewise import framewise_forward
 from .fused import fused_forwards, fuses_half, is_plain, kernels_for, last_block_forward
 from .graphs import Addresses, CudaRecorder, PassGraphs, PassKey
 from .inputs import PassInputs, condition_forward, video_by_video
+from .offloaded import offloaded_blocks
 from .processors import PromptCrossAttention, RollingSelfAttention
 from .products import float8_forwards
 from .shards import HeadShards, output_forward, patches_forward
@@ -186,6 +187,11 @@ class RollingAttachment:
             self._set_forward(block, framewise_forward(block, block.forward, is_stock, *takes_frames))
         if plain[-1]:  # somebody else's forward, which may bring its weights in, is never cut short
             self._set_forward(last, last_block_forward(last, last.forward, context))
+        if (offloaded := offloaded_blocks(self.transformer)) is not None:
+            for layer, block in enumerate(blocks):
+                self._set_forward(block, offloaded.arriving(layer, block.forward))
+            self._undo.append(partial(setattr, offloaded, "by_forwards", False))
+            offloaded.by_forwards = True
         if self.execution.compile:
             for block in blocks:
                 block.compile(dynamic=False)

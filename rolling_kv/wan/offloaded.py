@@ -1,14 +1,15 @@
 """Blocks whose weights lie in CPU memory, and come to the device one ahead of the block that computes.
 
 Two blocks' worth of them are on the device at any time, in memory that stays where it is. They come and go around each call
-of a block, whatever its `forward` is by then: processors, fused blocks, LoRAs and step caches find them in their places.
+of a block, whatever its `forward` is by then: processors, fused blocks, LoRAs and step caches find them in their places. While
+a rolling cache is attached, they come around its own forward of a block, which a step cache leaves out where it skips the block.
 diffusers' own group offloading takes everything outside of the blocks away between two passes as well, waits for the device
 after every block, and expects all blocks in the order of the first pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -56,10 +57,12 @@ class OffloadedBlocks:
     order, 0 to the last, over and over: another order costs a wait. Made by `offload_blocks`; one per transformer.
 
     device: where the blocks compute.
+    by_forwards: whether forwards of `arriving` have the weights come, and calls of the blocks alone do not.
     """
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device):
         self.device = device
+        self.by_forwards = False
         self.copies = StreamCopies(device) if device.type == "cuda" else Copies()
         self._blocks = list(blocks)
         self._memory = HostMemory(device)
@@ -103,6 +106,15 @@ class OffloadedBlocks:
         while self._handles:
             self._handles.pop().remove()
         self.release()
+
+    def arriving(self, layer: int, forward: Callable) -> Callable:
+        """A block's forward that has its weights come first."""
+
+        def arriving(*args, **kwargs):
+            self.arrive(layer)
+            return forward(*args, **kwargs)
+
+        return arriving
 
     def arrive(self, layer: int) -> None:
         """Put the weights of a block, which is about to run, into its modules, and have those of the next one come."""
@@ -160,7 +172,8 @@ class BlockHook(NamedTuple):
 
 class _Arrival(BlockHook):
     def __call__(self, block, inputs) -> None:
-        self.blocks.arrive(self.layer)
+        if not self.blocks.by_forwards:
+            self.blocks.arrive(self.layer)
 
 
 class _Departure(BlockHook):

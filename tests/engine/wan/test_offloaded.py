@@ -16,7 +16,7 @@ from rolling_kv.config import CacheConfig, ExecutionConfig, SamplingConfig
 from rolling_kv.lora.reader import read_lora
 from rolling_kv.lora.stack import LoraStack
 from rolling_kv.presets import ModelPreset
-from rolling_kv.step_cache import SeaCache
+from rolling_kv.step_cache import FirstBlockCache, SeaCache
 from rolling_kv.wan import fast
 from rolling_kv.wan.offloaded import blocks_aside, offload_blocks, offloaded_blocks, spared_by_offloading, weight_nbytes
 
@@ -24,6 +24,9 @@ LAYERS = 4
 SIZE = dict(num_layers=LAYERS, num_attention_heads=2, attention_head_dim=12)
 SAMPLING = SamplingConfig(chunk=2, denoising_steps=(1000, 500))
 MANY_STEPS = SamplingConfig(chunk=2, sampler="unipc", num_inference_steps=6, guidance_scale=2.0)
+
+
+LATENTS = torch.zeros(1, 16, 2, 4, 6), torch.zeros(1), torch.zeros(1, 6, 32)
 
 
 def model(dtype=torch.float32, storage="model", **size) -> CausalModel:
@@ -131,6 +134,27 @@ def test_a_block_comes_while_the_one_before_it_computes():
         if kind == "computes":
             assert said[index - 1] == ("copied", memories[(layer + 1) % LAYERS])
             assert said[index - 2][0] == "waited"
+
+
+@pytest.mark.parametrize("method", [SeaCache(threshold=5), FirstBlockCache(threshold=10)], ids=["pass", "blocks"])
+def test_blocks_that_a_step_cache_skips_are_not_copied(method):
+    """Every copy is of a block that then computes, in turn; at the end one or two have come that nobody waits for."""
+    made, said = model(), []
+    blocks = offload_blocks(made.transformer, "cpu")
+    blocks.copies = Order(said)
+    for layer, block in enumerate(made.transformer.blocks):
+        block.attn1.to_q.register_forward_pre_hook(lambda *_, layer=layer: said.append(("computes", layer)))
+    called = []
+    made.transformer.register_forward_pre_hook(lambda *_: called.append(1))
+    video(made, sampling=MANY_STEPS, step_cache=method)
+    computed = said.count(("computes", 1))
+    copied = [layer for kind, layer in said if kind == "copied"]
+    assert len(called) > 1.5 * computed and LAYERS * computed < len(copied) <= LAYERS * computed + 2
+    memories = [packed.memory.data_ptr() for packed in blocks._packed]
+    assert copied == [memories[layer % LAYERS] for layer in range(len(copied))]
+    with torch.inference_mode():
+        made.transformer(*LATENTS, return_dict=False)  # without a rolling cache
+    assert len([kind for kind, _ in said if kind == "copied"]) >= len(copied) + LAYERS - 1
 
 
 def test_everything_is_as_it_was_afterwards():
