@@ -30,7 +30,7 @@ class PromptCache:
     def release(self) -> None:
         """Give the memory back now, whoever still refers to this cache; it can be filled again."""
         self.projected = None
-        self.layers.clear()
+        self.layers = {}  # a new one: recorded passes go on with the memory of the earlier one
 
     @staticmethod
     def bytes_needed(shape: CacheShape, tokens: int) -> int:

@@ -170,11 +170,12 @@ class History:
         """Context passes over the frames that come next in the caches, in pieces of those sizes."""
         for piece in latents.split(sizes, dim=2):
             on_pass()
+            once = piece.shape[2] > self.chunk
             piece = to_device(piece.to(self.branches.spec.shape.dtype), self.branches.spec.device)
             for branch in branches:
                 branch.cache.begin(piece.shape[2])
                 with torch.inference_mode():
-                    self.forward(piece, timestep, branch, keys_only=True)
+                    self.forward(piece, timestep, branch, keys_only=True, once=once)
                 branch.cache.commit()
 
     def _recompute_sizes(self, switch: str, frames: int) -> list[int]:

@@ -54,6 +54,7 @@ class RollingAttachment:
         *,
         time_rows: int | None = None,
         keys_only: bool = False,
+        once: bool = False,
     ) -> torch.Tensor | None:
         """Run the open chunk of `branch` through the model, writing its keys and values into the cache.
 
@@ -62,11 +63,12 @@ class RollingAttachment:
         time_rows: rows in which a single timestep is embedded, by default f as in the original (a different number gives
             the same values up to the rounding of the matrix product).
         keys_only: write the cache and return None.
+        once: never record it: too few passes are like it to be worth the memory.
 
         Returns the predicted flow, [B, C, f, h, w]. Raises ValueError unless frames and batch are those of the cache, and
         timesteps are one or as many as frames.
         """
-        return self._pass(latents, timestep, (branch,), time_rows, keys_only)
+        return self._pass(latents, timestep, (branch,), time_rows, keys_only, once)
 
     def forward_together(
         self,
@@ -86,7 +88,13 @@ class RollingAttachment:
         return [None] * len(branches) if flows is None else flows.split([len(one) for one in latents])
 
     def _pass(
-        self, latents: torch.Tensor, timestep, branches: tuple[Branch, ...], time_rows: int | None, keys_only: bool
+        self,
+        latents: torch.Tensor,
+        timestep,
+        branches: tuple[Branch, ...],
+        time_rows: int | None,
+        keys_only: bool,
+        once: bool = False,
     ) -> torch.Tensor | None:
         batch, _, frames = latents.shape[:3]
         caches, context = [branch.cache for branch in branches], self.context
@@ -114,17 +122,11 @@ class RollingAttachment:
             if self.shards is not None:
                 rotation = self.shards.own(rotation, frames)
             inputs = latents, timesteps, rotation, self.inputs.sinusoid(timestep, latents.device)
-            if self.graphs is None or len(branches) > 1 or not caches[0].repeats:
+            if self.graphs is None or once or len(branches) > 1 or not caches[0].repeats:
                 return self._run(*inputs)
-            key = PassKey(
-                caches[0],
-                context.current.branch.prompt,
-                latents.shape,
-                context.current.time_rows,
-                framewise,
-                keys_only,
-            )
-            return self.graphs.run(key, self._run, *inputs, caches[0].slots)
+            prompt, rows = context.current.branch.prompt, context.current.time_rows
+            key = PassKey(caches[0], prompt.embeds.shape, latents.shape, rows, framewise, keys_only)
+            return self.graphs.run(key, prompt, self._run, *inputs, caches[0].slots)
         finally:
             context.current = None
 

@@ -77,15 +77,15 @@ def model():
     return CausalModel(transformer, ModelPreset("test", SAMPLING, CacheConfig(WINDOW, SINK)))
 
 
-def words(model, seed):
-    return torch.randn(1, 6, model.transformer.config.text_dim, generator=torch.Generator().manual_seed(seed))
+def words(model, seed, tokens=6):
+    return torch.randn(1, tokens, model.transformer.config.text_dim, generator=torch.Generator().manual_seed(seed))
 
 
-def video(model, chunks=8, switch=None, **options):
+def video(model, chunks=8, switch=None, tokens=6, **options):
     with RollingSession(model, words(model, 0), negative=words(model, 1), **SIZE, **options) as session:
         for number in range(chunks):
             if number == switch:
-                session.set_prompt(words(model, 2), words(model, 1))
+                session.set_prompt(words(model, 2, tokens), words(model, 1))
             for _ in session.generate(1, seed=7):
                 pass
         kept = session._open.attachment.graphs
@@ -110,12 +110,62 @@ def test_recorded_passes_change_no_bit(model, recorders, guidance, storage):
     assert recorders[0].replayed == branches * (6 * 3 + 5 - 2 * LAYOUTS)
 
 
-def test_another_prompt_has_graphs_of_its_own_and_the_old_ones_go(model, recorders):
-    plain, _ = video(model, switch=6)
-    recorded, held = video(model, switch=6, execution=ExecutionConfig(cuda_graphs=True))
+def test_another_prompt_of_another_length_has_graphs_of_its_own_and_the_old_ones_go(model, recorders):
+    plain, _ = video(model, switch=6, tokens=7)
+    recorded, held = video(model, switch=6, tokens=7, execution=ExecutionConfig(cuda_graphs=True))
     assert torch.equal(recorded, plain)
     assert held < recorders[0].recorded
     assert recorders[0].replayed > 0
+
+
+@pytest.mark.parametrize(
+    "switch, guidance", [("hold", 2.0), ("joint", 2.0), ("causal", 1.0), ("flush", 1.0), ("cut", 1.0)]
+)
+def test_two_graphs_survive_prompts(model, recorders, guidance, switch):
+    """There and back, and a blend: each prompt moves to where the recordings find it."""
+    sampling = replace(SAMPLING, guidance_scale=guidance)
+    branches = 2 if guidance != 1.0 else 1
+
+    def made(**options):
+        latents, negative = [], words(model, 1)
+        with RollingSession(model, words(model, 0), negative=negative, sampling=sampling, **SIZE, **options) as session:
+            for seed in (0, 0, 0, 0, 2, 2, 0, 0, 3, 1):
+                known = None if seed == 3 else switch
+                session.set_prompt(words(model, seed), negative, switch=known, blend=2 if seed == 3 else 1)
+                latents += [chunk.latents for chunk in session.generate(1, seed=7)]
+            graphs = session._open.attachment.graphs
+            return torch.cat(latents, 2), 0 if graphs is None else len(graphs._recorded)
+
+    plain, _ = made()
+    recorded, held = made(execution=ExecutionConfig(cuda_graphs=True))
+    assert torch.equal(recorded, plain)
+    assert held == recorders[0].recorded == 2 * branches and recorders[0].replayed > 10 * branches
+
+
+def test_a_prompt_that_two_branches_share_stays_with_the_one_when_the_other_has_another(model, recorders):
+    sampling = replace(SAMPLING, guidance_scale=2.0)
+
+    def made(**options):
+        same = words(model, 0)
+        with RollingSession(model, same, negative=same, sampling=sampling, **SIZE, **options) as session:
+            latents = [chunk.latents for chunk in session.generate(5, seed=7)]
+            session.set_prompt(words(model, 2), same)
+            return torch.cat([*latents, *(chunk.latents for chunk in session.generate(3, seed=7))], 2)
+
+    assert torch.equal(made(execution=ExecutionConfig(cuda_graphs=True)), made()) and recorders[0].recorded == 4
+
+
+def test_memory_of_a_prompt_is_there_once(model, recorders):
+    """The recordings' own, in which the one under way lies; those before have none."""
+    with RollingSession(model, words(model, 0), execution=ExecutionConfig(cuda_graphs=True), **SIZE) as session:
+        prompts = []
+        for seed in (0, 0, 0, 0, 2, 3):
+            session.set_prompt(words(model, seed))
+            list(session.generate(1, seed=7))
+            prompts.append(session._open.branches.prompts[-1].prompt)
+        assert prompts[-1].nbytes > 0 and [prompt.nbytes for prompt in prompts[:-1]] == [0] * 5
+        (place,) = session._open.attachment.graphs._places.values()
+        assert prompts[-1].layers is place._layers
 
 
 @pytest.mark.parametrize(
