@@ -28,11 +28,17 @@ def model(dtype=torch.float32):
     return CausalModel(transformer, ModelPreset("test", SAMPLING, WINDOW))
 
 
-def video(model, *, chunks=9, **options):
-    prompt = torch.randn(1, 6, model.transformer.config.text_dim, generator=torch.Generator().manual_seed(0))
-    with RollingSession(model, prompt, height=64, width=96, **options) as session:
-        for _ in session.generate(chunks, seed=7):
-            pass
+def video(model, *, chunks=9, prompts=1, **options):
+    """prompts: how many there are, each for so many chunks."""
+    first, *others = torch.randn(
+        prompts, 1, 6, model.transformer.config.text_dim, generator=torch.Generator().manual_seed(0)
+    )
+    with RollingSession(model, first, height=64, width=96, **options) as session:
+        for number in range(prompts):
+            if number:
+                session.set_prompt(others[number - 1])
+            for _ in session.generate(chunks, seed=7):
+                pass
     return session.state.latents().float()
 
 
@@ -118,6 +124,13 @@ def test_cuda_graphs_change_the_rounding_at_most(storage):
     made, cache = model(), replace(WINDOW, storage=storage)
     torch.testing.assert_close(
         video(made, cache=cache, execution=ExecutionConfig(cuda_graphs=True)), video(made, cache=cache)
+    )
+
+
+def test_cuda_graphs_go_on_when_the_prompt_changes():
+    made = model()
+    torch.testing.assert_close(
+        video(made, chunks=5, prompts=3, execution=ExecutionConfig(cuda_graphs=True)), video(made, chunks=5, prompts=3)
     )
 
 
