@@ -18,6 +18,7 @@ import torch
 
 from ..cache.prompt import Branch
 from ..config import ExecutionConfig
+from .borrowed import Rotate, matrices, rotation_on
 from .context import Pass, PassContext
 from .execution import best_kernels, compiled_code, weights_of
 from .fast import fast_for, say_once
@@ -138,7 +139,9 @@ class RollingAttachment:
 
     def _run(self, latents, timesteps, rotation, sinusoid, slots=None) -> torch.Tensor | None:
         context = self.context
-        context.rotation, context.sinusoid, context.slots = rotation, sinusoid, slots
+        context.rotate = self._borrowed()
+        context.rotation = rotation if context.rotate is None else matrices(rotation)
+        context.sinusoid, context.slots = sinusoid, slots
         try:
             own_order = best_kernels(self.transformer) if context.execution.backend is None else nullcontext()
             # Triton's kernels run on the current device.
@@ -147,8 +150,17 @@ class RollingAttachment:
                 embeds = torch.cat(texts) if len(texts) > 1 else texts[0]
                 sample = self.transformer(latents, timesteps, embeds, return_dict=False)[0]
         finally:
-            context.rotation = context.sinusoid = context.slots = None
+            context.rotation = context.rotate = context.sinusoid = context.slots = None
         return None if context.running.keys_only else sample
+
+    def _borrowed(self) -> Rotate | None:
+        """What rotates heads in half precision in the place of PyTorch's own operations."""
+        execution, weight = self.execution, self.transformer.patch_embedding.weight
+        own = execution.exact or execution.plain or execution.compile or self.context.kernels is not None
+        if own or not fuses_half(weight):
+            return None
+        config = self.transformer.config
+        return rotation_on(weight.device, weight.dtype, config.num_attention_heads, config.attention_head_dim)
 
     def detach(self) -> None:
         """Put the transformer back exactly as it was. Safe to call twice, and after an exception."""

@@ -10,6 +10,7 @@ import torch
 
 from ..cache.prompt import Branch
 from ..config import ExecutionConfig
+from .borrowed import Rotate
 from .shards import HeadShards
 
 
@@ -48,7 +49,8 @@ class PassContext:
     kernels: the module `kernels`, where passes in half precision use it.
     shards: the processes that share the passes; None where this one makes them alone.
     current: the pass under way, None between passes.
-    rotation: of the positions of its chunk, as `rope.rotate` takes it.
+    rotation: of the positions of its chunk, as `rope.rotate` takes it, or `rotate`.
+    rotate: another package's function in the place of that, see `borrowed`; None without.
     sinusoid: of its timestep, [channels], or of one timestep a frame, [f, channels].
     slots: where it writes in the cache, see `RollingKVCache.slots`; None where the CPU tells.
     """
@@ -59,6 +61,7 @@ class PassContext:
     kernels: Any = None
     current: Pass | None = None
     rotation: torch.Tensor | None = None
+    rotate: Rotate | None = None
     sinusoid: torch.Tensor | None = None
     slots: torch.Tensor | None = None
 

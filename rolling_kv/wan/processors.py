@@ -30,7 +30,7 @@ class RollingSelfAttention:
         """hidden_states: [B, S, dim], the tokens of the open chunk. rotary_emb: see `rope.rotate`."""
         if self._by_kernels(hidden_states):
             return project(attn, self._attend_by_kernels(attn, hidden_states, rotary_emb))
-        query = rotate(self._heads(attn, attn.to_q(hidden_states), attn.norm_q), rotary_emb)
+        query = self._rotated(self._heads(attn, attn.to_q(hidden_states), attn.norm_q), rotary_emb)
         key, value = self.key_value(attn, hidden_states, rotary_emb)
         return project(attn, self._attend(query, key, value))
 
@@ -111,8 +111,11 @@ class RollingSelfAttention:
 
     def key_value(self, attn, hidden_states, rotary_emb) -> tuple[torch.Tensor, torch.Tensor]:
         """The chunk's own keys, after RoPE, and values, [B, S, H, D] each."""
-        key = rotate(self._heads(attn, attn.to_k(hidden_states), attn.norm_k), rotary_emb)
+        key = self._rotated(self._heads(attn, attn.to_k(hidden_states), attn.norm_k), rotary_emb)
         return key, attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+
+    def _rotated(self, heads, rotary_emb):
+        return (self.context.rotate or rotate)(heads, rotary_emb)
 
     def _heads(self, attn, projected, norm):
         return normalise(projected, norm, self.context.execution.exact).unflatten(2, (attn.heads, -1))

@@ -181,6 +181,14 @@ def test_kernels_and_bytes_of_a_block(monkeypatch, heads, head_dim, batch):
     assert len(stock_block.kernels) == 39 and 249 <= moved <= 251
 
 
+@pytest.mark.parametrize(("heads", "head_dim", "batch"), SIZES)
+def test_kernels_and_bytes_of_a_block_whose_rotation_is_borrowed(monkeypatch, heads, head_dim, batch):
+    """Without that of the rotation itself, which another package does in 2 kernels: 4 bytes a value, and the matrices."""
+    monkeypatch.setattr(attachment, "rotation_on", lambda *where: lambda heads, turning: torch.empty_like(heads))
+    block, moved = counted_block(monkeypatch, heads, head_dim, batch)
+    assert len(block.kernels) == 20 and 97 <= moved <= 99
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is for Linux")
 @pytest.mark.parametrize(("heads", "head_dim", "batch"), SIZES)
 def test_kernels_and_bytes_of_a_block_with_triton(monkeypatch, heads, head_dim, batch):
