@@ -21,7 +21,7 @@ AMPERE = (8, 0)
 ADA = (8, 9)
 """The first NVIDIA GPUs that multiply in float8."""
 HOPPER = 9
-"""The major compute capability of the only GPUs for which FlashAttention 3 is made."""
+"""The major compute capability of the GPUs for which FlashAttention 3 is made; older ones have an earlier one's kernels in it."""
 CUDNN_ATTENDS = 91501
 """cuDNN before 9.15.1 has a fault in attention to keys whose number is no multiple of 128."""
 
@@ -102,6 +102,11 @@ def has_float8_products(platform: Platform) -> bool:
 def runs_flash_3(platform: Platform) -> bool:
     """Whether FlashAttention 3 may be tried: where it has no kernel for the hardware, it ends the process."""
     return platform.kind == "cuda" and platform.capability[0] == HOPPER
+
+
+def too_new_for_flash_3(platform: Platform) -> bool:
+    """Whether FlashAttention 3 would end the process for certain."""
+    return platform.kind == "cuda" and platform.capability[0] > HOPPER
 
 
 def rounds_to_tf32(platform: Platform, dtype: torch.dtype) -> bool:

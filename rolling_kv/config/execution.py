@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 
 from ..devices import has_float64
-from ..platforms import has_float8_products, platform_of
+from ..platforms import has_float8_products, platform_of, too_new_for_flash_3
 from .checks import check_choice
 
 WEIGHT_STORAGES = ("model", "float8")
@@ -109,6 +109,11 @@ class ExecutionConfig:
                 raise ValueError(
                     f"the attention backend {self.backend} needs a CUDA GPU, but the model is on {device}: choose "
                     f"{ANY_DEVICE_BACKEND}, or leave the choice to PyTorch"
+                )
+            if self.backend == "_flash_3" and device is not None and too_new_for_flash_3(platform_of(device)):
+                raise ValueError(
+                    f"the attention backend {self.backend} has kernels for GPUs up to H100, and on {device}, a newer one, it "
+                    "would end the process: choose another, or leave the choice to PyTorch"
                 )
         if self.exact and device is not None and not has_float64(torch.device(device)):
             raise ValueError(f"exact passes rotate in float64, which {device} does not have: turn exact off")

@@ -68,6 +68,20 @@ def test_what_does_not_go_together_is_refused(execution, given, message):
         execution.check(**given)
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+def test_flash_attention_3_is_refused_where_it_would_end_the_process(capability, monkeypatch):
+    monkeypatch.setattr("rolling_kv.config.execution.platform_of", lambda device: Platform("cuda", capability))
+    monkeypatch.setattr("rolling_kv.config.execution._check_attention_backend_requirements", lambda backend: None)
+    ExecutionConfig(backend="flash").check("cuda")
+    if capability <= (9, 0):
+        ExecutionConfig(backend="_flash_3").check("cuda")
+    else:
+        with pytest.raises(
+            ValueError, match="_flash_3 has kernels for GPUs up to H100.*end the process: choose another"
+        ):
+            ExecutionConfig(backend="_flash_3").check("cuda")
+
+
 @pytest.mark.parametrize("capability, compiles", [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
 def test_float8_is_compiled_where_compiled_code_knows_it(capability, compiles, monkeypatch):
     monkeypatch.setattr("rolling_kv.config.execution.platform_of", lambda device: Platform("cuda", capability))

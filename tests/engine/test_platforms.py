@@ -13,6 +13,8 @@ from rolling_kv.platforms import (
     has_bfloat16,
     platform_of,
     rounds_to_tf32,
+    runs_flash_3,
+    too_new_for_flash_3,
 )
 
 CUDNN, FLASH, EFFICIENT, MATH = (
@@ -123,3 +125,12 @@ def test_tf32_is_off_for_a_while(monkeypatch, with_new_setting):
     assert convolutions_round()
     with exact_convolutions(torch.zeros(1, dtype=torch.bfloat16)):
         assert convolutions_round()
+
+
+def test_flash_attention_3_is_for_hopper():
+    ways = [
+        (runs_flash_3(where), too_new_for_flash_3(where)) for where in map(nvidia, [(8, 9), (9, 0), (10, 0), (12, 0)])
+    ]
+    assert ways == [(False, False), (True, False), (False, True), (False, True)]
+    for other in (Platform("rocm", arch="gfx942"), Platform("cpu"), Platform("mps", (15,))):
+        assert not runs_flash_3(other) and not too_new_for_flash_3(other)
