@@ -230,7 +230,8 @@ class _Seat(NamedTuple):
     stream: Stream
     attachment: RollingAttachment
 
-    def forward(self, latents, timestep, branch, *, time_rows=None, keys_only=False):
+    def forward(self, latents, timestep, branch, *, time_rows=None, keys_only=False, once=False):
+        """once: says nothing here, where no pass is recorded."""
         wanted = _Pass(self.attachment, latents, timestep, branch, time_rows, keys_only)
         return self.stream.run_pass(wanted)
 
