@@ -119,15 +119,16 @@ class OffloadedBlocks:
     def arrive(self, layer: int) -> None:
         """Put the weights of a block, which is about to run, into its modules, and have those of the next one come."""
         self._depart()
+        following = (layer + 1) % len(self._blocks)
         self._check(layer)
+        if following not in self._staged:
+            self._check(following)  # first: where it has become larger, both need other memory
         if layer not in self._staged:
             self._bring(layer, 0)
         place = self._staged.index(layer)
         self.copies.wait(self._arrived[place])
-        following = (layer + 1) % len(self._blocks)
         if following not in self._staged:
             # The other buffer was last read by a block whose work is already queued.
-            self._check(following)
             self._bring(following, 1 - place)
         packed = self._packed[layer]
         for where, stored, offset in zip(packed.places, packed.tensors, packed.offsets):

@@ -224,6 +224,17 @@ def test_loras_come_on_change_and_go(fuse, inside):
     assert not same(videos[0][0], videos[0][1]) and same(videos[1][2], video(model()))
 
 
+def test_a_lora_on_some_blocks_takes_no_memory_from_the_others():
+    """Blocks that have grown need larger memory on the device, also where one that has not is there already."""
+    plain, offloaded = model(), model()
+    offload_blocks(offloaded.transformer, "cpu")
+    video(offloaded)
+    of_one = {name: tensor for name, tensor in peft(matrices(**SIZE)).items() if "blocks.2." in name}
+    for made in (plain, offloaded):
+        LoraStack(made, fuse=False).set([(read_lora(of_one), 1.0)])
+    assert same(video(offloaded), video(plain))
+
+
 def test_fast_passes_multiply_offloaded_weights_as_they_are(monkeypatch):
     made, execution = model(torch.bfloat16), ExecutionConfig(fast=True)
     monkeypatch.setattr(fast, "fast_on", lambda *_: fast.Fast("sage", True, ""))
