@@ -11,15 +11,18 @@ import torch
 THETA = 10000.0
 
 
-def rotate(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+def rotate(heads: torch.Tensor, rotation: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
     """Apply RoPE to [B, S, H, D]: neighbouring dims are the two parts of a complex number.
 
     rotation: unit complex numbers, [1, S, 1, D/2], or their real and imaginary parts, [1, S, 1, D/2, 2]. Their precision
     is that of the arithmetic; the dtype of `heads` is kept.
+    overwrite: nobody else holds `heads`: they are turned in place where that can be, to the same bits.
     """
     pairs = heads.to(rotation.real.dtype if rotation.is_complex() else rotation.dtype).unflatten(-1, (-1, 2))
     if rotation.is_complex():
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * rotation)
+        numbers = torch.view_as_complex(pairs)
+        fresh = (overwrite or pairs.dtype != heads.dtype) and not torch.is_grad_enabled()
+        turned = torch.view_as_real(numbers.mul_(rotation) if fresh else numbers * rotation)
     else:
         (x, y), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
         turned = torch.stack((x * cos - y * sin, x * sin + y * cos), dim=-1)

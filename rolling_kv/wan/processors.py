@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from . import float8_attention
 from .context import PassContext
 from .execution import eager
 from .float8_attention import FLASH_3_FLOAT8
-from .fused import fuses_half, is_linear, rms_norm_
+from .fused import fuses_half, is_linear, is_plain, rms_norm_
 
 
 class RollingSelfAttention:
@@ -30,7 +31,7 @@ class RollingSelfAttention:
         """hidden_states: [B, S, dim], the tokens of the open chunk. rotary_emb: see `rope.rotate`."""
         if self._by_kernels(hidden_states):
             return project(attn, self._attend_by_kernels(attn, hidden_states, rotary_emb))
-        query = self._rotated(self._heads(attn, attn.to_q(hidden_states), attn.norm_q), rotary_emb)
+        query = self._turned(attn, attn.to_q, attn.norm_q, hidden_states, rotary_emb)
         key, value = self.key_value(attn, hidden_states, rotary_emb)
         return project(attn, self._attend(query, key, value))
 
@@ -111,14 +112,14 @@ class RollingSelfAttention:
 
     def key_value(self, attn, hidden_states, rotary_emb) -> tuple[torch.Tensor, torch.Tensor]:
         """The chunk's own keys, after RoPE, and values, [B, S, H, D] each."""
-        key = self._rotated(self._heads(attn, attn.to_k(hidden_states), attn.norm_k), rotary_emb)
+        key = self._turned(attn, attn.to_k, attn.norm_k, hidden_states, rotary_emb)
         return key, attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
 
-    def _rotated(self, heads, rotary_emb):
-        return (self.context.rotate or rotate)(heads, rotary_emb)
-
-    def _heads(self, attn, projected, norm):
-        return normalise(projected, norm, self.context.execution.exact).unflatten(2, (attn.heads, -1))
+    def _turned(self, attn, linear, norm, hidden_states, rotary_emb):
+        ours = are_ours(linear, norm)
+        normed = normalise(linear(hidden_states), norm, self.context.execution.exact, ours)
+        turned = self.context.rotate or partial(rotate, overwrite=ours)
+        return turned(normed.unflatten(2, (attn.heads, -1)), rotary_emb)
 
 
 class PromptCrossAttention:
@@ -133,7 +134,8 @@ class PromptCrossAttention:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         """hidden_states: [B, S, dim]; encoder_hidden_states: the projected prompt, [B, L, dim]."""
-        query = normalise(attn.to_q(hidden_states), attn.norm_q, self.context.execution.exact)
+        exact, ours = self.context.execution.exact, are_ours(attn.to_q)
+        query = normalise(attn.to_q(hidden_states), attn.norm_q, exact, ours)
         return project(attn, self._attend(attn, query.unflatten(2, (attn.heads, -1)), encoder_hidden_states))
 
     @eager
@@ -144,7 +146,7 @@ class PromptCrossAttention:
     def _seen(self, attn, prompt, text) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a prompt in this block. text: the projected prompt, [B, L, dim]."""
         if self.layer not in prompt.layers:
-            key = normalise(attn.to_k(text), attn.norm_k, self.context.execution.exact)
+            key = normalise(attn.to_k(text), attn.norm_k, self.context.execution.exact, are_ours(attn.to_k))
             value = attn.to_v(text)
             prompt.layers[self.layer] = key.unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1))
         return prompt.layers[self.layer]
@@ -170,11 +172,16 @@ def project(attn, heads) -> torch.Tensor:
     return attn.to_out[1](attn.to_out[0](heads.flatten(2, 3)))
 
 
-def normalise(hidden_states: torch.Tensor, norm, exact: bool) -> torch.Tensor:
-    """Normalise the fresh output of a projection; it may be overwritten."""
+def are_ours(*modules) -> bool:
+    """Whether nobody else can hold what these return, as a hook may: else it must not be overwritten."""
+    return torch.compiler.is_compiling() or all(map(is_plain, modules))
+
+
+def normalise(hidden_states: torch.Tensor, norm, exact: bool, overwrite: bool = True) -> torch.Tensor:
+    """Normalise the output of a projection; overwrite: nobody else holds it."""
     if not exact:
         fits = hidden_states.device.type == "cpu" and hidden_states.dtype == norm.weight.dtype == torch.float32
-        return rms_norm_(hidden_states, norm) if fits else norm(hidden_states)
+        return rms_norm_(hidden_states if overwrite else hidden_states.clone(), norm) if fits else norm(hidden_states)
     # The original's order of operations; torch's fused kernel differs from it in the last bit.
     wide = hidden_states.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)

@@ -244,6 +244,45 @@ def test_real_and_complex_rotations_agree():
     torch.testing.assert_close(rotate(heads, torch.view_as_real(rotation)), rotate(heads, rotation))
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_a_rotation_in_place_has_the_same_bits(dtype):
+    heads = torch.randn(2, 6, 3, 24, generator=torch.Generator().manual_seed(5))
+    rotation = rotations(rotary_angles(24, 4, 1, 2, 3)).to(dtype)[None, :, None]
+    before, copied = heads.clone(), heads.clone()
+    with torch.no_grad():
+        plain, turned = rotate(heads, rotation), rotate(copied, rotation, overwrite=True)
+    assert torch.equal(heads, before) and torch.equal(turned, plain)
+    assert (turned.data_ptr() == copied.data_ptr()) == (dtype is torch.complex64)
+    with torch.enable_grad():  # where what was there is needed later
+        assert rotate(before.requires_grad_(), rotation, overwrite=True).grad_fn is not None
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", ["to_q", "to_k", "to_v", "norm_q", "norm_k"])
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_what_a_hook_keeps_stays_as_it_was(name, exact):
+    """Of norms, too, where they are called, as on a GPU; here, because their weights have another dtype."""
+    transformer = tiny_transformer(num_attention_heads=2, attention_head_dim=24)
+    attention = transformer.blocks[0].attn1
+    if name.startswith("norm"):
+        getattr(attention, name).bfloat16()
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(1, 16, 3, 8, 12, generator=generator)
+    prompt = torch.randn(1, 8, transformer.config.text_dim, generator=generator)
+
+    def made():
+        part = branch(transformer, prompt=prompt)
+        part.cache.begin(3)
+        with torch.inference_mode(), apply_rolling_kv_cache(transformer, ExecutionConfig(exact=exact)) as attachment:
+            return attachment.forward(latents, 500.0, part)
+
+    expected, kept = made(), []
+    getattr(attention, name).register_forward_hook(lambda module, given, out: kept.append((out, out.clone())))
+    assert torch.equal(made(), expected)
+    assert len(kept) == (not (exact and name.startswith("norm")))  # exact passes compute norms themselves
+    assert all(torch.equal(out, then) for out, then in kept)
+
+
 @pytest.mark.parametrize(
     "backend, message", [("flash_hub", "must be one of native"), ("sage", "is not installed here")]
 )

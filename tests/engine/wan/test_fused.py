@@ -5,7 +5,7 @@ import torch
 from builders import tiny_transformer
 
 from rolling_kv.wan import fused
-from rolling_kv.wan.fused import fused_feed_forward, fused_forward, modulated_norm, rms_norm_
+from rolling_kv.wan.fused import fused_feed_forward, fused_forward, gelu_, modulated_norm, rms_norm_
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -27,6 +27,7 @@ def test_a_block_gives_what_the_stock_block_gives(batch, dtype):
 
 
 def test_the_fused_feed_forward_makes_way_for_what_stands_between_the_layers(monkeypatch):
+    monkeypatch.setattr(fused, "AVX2", False)
     ffn = tiny_transformer(num_attention_heads=2, attention_head_dim=24).blocks[0].ffn
     forward = fused_feed_forward(ffn, ffn.forward)
     x = torch.randn(1, 12, 48, generator=torch.Generator().manual_seed(0))
@@ -52,6 +53,38 @@ def test_the_fused_feed_forward_makes_way_for_what_stands_between_the_layers(mon
         del proj.forward
     forward(x)  # with gradients, which the fused product does not have
     assert len(fused_calls) == 1 and len(hook_calls) == 3
+
+
+def test_with_vectors_of_avx2_the_gelu_follows_the_product(monkeypatch):
+    ffn = tiny_transformer(num_attention_heads=2, attention_head_dim=24).blocks[0].ffn
+    x = torch.randn(2, 12, 48, generator=torch.Generator().manual_seed(0))
+    asked = []
+
+    def product(x, weight, bias, name, scalars, algorithm):
+        asked.append((name, algorithm))
+        return torch.nn.functional.linear(x, weight, bias)
+
+    monkeypatch.setattr(fused, "AVX2", True)
+    monkeypatch.setattr(fused, "ONEDNN_LINEAR", product)
+    before = x.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(fused_feed_forward(ffn, None)(x), ffn(x), atol=2e-6, rtol=1e-5)
+    assert asked == [("none", "")] and torch.equal(x, before)
+
+
+@pytest.mark.parametrize("piece", [fused.PIECE, 64, 100])
+def test_gelu_in_place_is_as_close_as_torchs(monkeypatch, piece):
+    monkeypatch.setattr(fused, "PIECE", piece)
+    x = torch.linspace(-15, 15, 3 * 2048).view(1, 3, -1)
+    exact, torchs = (torch.nn.functional.gelu(wide, approximate="tanh") for wide in (x.double(), x))
+    with torch.no_grad():
+        made = gelu_(copied := x.clone())
+        assert torch.equal(
+            gelu_(torch.tensor([-1e30, 0.0, 1e30, torch.inf])), torch.tensor([0.0, 0.0, 1e30, torch.inf])
+        )
+        assert gelu_(torch.tensor([torch.nan])).isnan().all()
+    assert made.data_ptr() == copied.data_ptr() and made.shape == x.shape
+    assert (made - exact).abs().max() <= 2 * (torchs - exact).abs().max()
 
 
 def test_norms():
