@@ -27,6 +27,8 @@ CUDNN_ATTENDS = 91501
 
 NO_BFLOAT16 = ("gfx8", "gfx900", "gfx902", "gfx906", "gfx909", "gfx90c", "gfx10")
 """How the names of AMD's architectures begin that do not compute in bfloat16: up to Vega, and RDNA 1 and 2."""
+AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+"""Whether this CPU has vectors of AVX2 and no longer ones: without AVX-512, oneDNN has no products in half precision."""
 _CONVOLVING = RLock()
 
 

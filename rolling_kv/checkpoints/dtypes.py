@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..messages import shortened
-from ..platforms import has_bfloat16, platform_of
+from ..platforms import AVX2, has_bfloat16, platform_of
 from .readers import CheckpointError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -59,6 +59,16 @@ def choose_dtype(
     if stored == torch.float16:
         return stored
     return torch.bfloat16 if has_bfloat16(platform_of(device)) else instead
+
+
+def slow_dtype(asked: str | torch.dtype, chosen: torch.dtype, device: torch.device | str) -> str:
+    """What to say of a dtype that "auto" has chosen where the processor has no products in it; "" elsewhere."""
+    if asked != "auto" or chosen.itemsize >= 4 or torch.device(device).type != "cpu" or not AVX2:
+        return ""
+    return (
+        f"this processor multiplies {dtype_name(chosen)} five to seven times as slowly as float32, for want of AVX-512: the dtype float32 is "
+        "faster, in twice the memory"
+    )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

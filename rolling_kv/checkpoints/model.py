@@ -15,6 +15,7 @@ from ..geometry import Geometry
 from ..messages import printable
 from ..presets import DEFAULT_PRESET, ModelPreset
 from .detect import assumption, choose_preset
+from .dtypes import slow_dtype
 from .fingerprint import fingerprint
 from .gguf import gguf_types
 from .names import split_context
@@ -118,9 +119,10 @@ def load_model(
         place = {"device": device, "runs_on": runs_on, "storage": storage}
         transformer = _built(weights, settings, dtype, **place)
         context_transformer = _built_context(context_weights, transformer, settings, dtype, **place)
-    if note:
-        logger.warning("%s: %s", printable(path.name), note)
-    return CausalModel(transformer, chosen, note, context_transformer)
+    model = CausalModel(transformer, chosen, note, context_transformer)
+    for text in filter(None, (note, slow_dtype(dtype, model.dtype, runs_on or device))):
+        logger.warning("%s: %s", printable(path.name), text)
+    return model
 
 
 def _built(weights: dict, settings: dict, dtype, *, device, runs_on, storage: str) -> WanTransformer3DModel:

@@ -182,6 +182,19 @@ def test_auto_dtype_is_the_dtype_of_the_file(stored, loaded, weights, tmp_path):
     assert torch.equal(model.transformer.state_dict()[name], stored_weights[name].to(model.dtype))
 
 
+@pytest.mark.parametrize("avx2", [False, True])
+def test_auto_dtype_says_where_a_processor_is_slow_in_it(avx2, weights, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("rolling_kv.checkpoints.dtypes.AVX2", avx2)
+    half = write_weights(tmp_path / "a.safetensors", {name: tensor.bfloat16() for name, tensor in weights.items()})
+    load_model(half, preset="self-forcing", runs_on="cuda")
+    load_model(half, preset="self-forcing", dtype="bfloat16")
+    load_model(half, preset="self-forcing", dtype="float32")
+    load_model(write_weights(tmp_path / "b.safetensors", weights), preset="self-forcing")
+    assert not caplog.records
+    load_model(half, preset="self-forcing")
+    assert ("multiplies bfloat16" in caplog.text) is avx2
+
+
 def test_auto_dtype_on_cuda_is_half_precision():
     for stored, loaded in (("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float16", "float16")):
         tensors = {"a": torch.zeros(9, dtype=getattr(torch, stored)), "b": torch.zeros(2)}
