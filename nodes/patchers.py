@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import comfy.model_management as mm
@@ -120,14 +121,7 @@ class ManagedModel(ManagedModule):
 
     def load(self, *args, **kwargs):
         self.workspace.clear()  # there is none before the weights are; `model_size` now is theirs, and noted as such
-        if not self._streamed:
-            super().load(*args, **kwargs)
-            return
-        with ExitStack() as around:
-            # What a block brings to the device is no inference tensor; LoRAs change both kinds of weights in one mode.
-            around.enter_context(torch.inference_mode(False))
-            for transformer in self.model.transformers:
-                around.enter_context(blocks_aside(transformer))
+        with self._moving():
             super().load(*args, **kwargs)
         for blocks in self._streamed:
             blocks.prepare()
@@ -141,10 +135,21 @@ class ManagedModel(ManagedModule):
     def detach(self, unpatch_all=True):
         if unpatch_all:  # False: ComfyUI is only replacing its own entry for these weights
             self.workspace.clear()
-        with torch.inference_mode(False) if self._streamed else nullcontext():
+        with self._moving():
             model = super().detach(unpatch_all)
         if unpatch_all:
             for blocks in self._streamed:
                 blocks.release()
             self.loras.clear()  # what the weights were is in CPU memory, where these are by now
         return model
+
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        """What ComfyUI moves meanwhile, which may be to a card with `--highvram`, leaves offloaded blocks where they are."""
+        with ExitStack() as around:
+            if self._streamed:
+                # What a block brings to the device is no inference tensor; LoRAs change both kinds of weights in one mode.
+                around.enter_context(torch.inference_mode(False))
+                for transformer in self.model.transformers:
+                    around.enter_context(blocks_aside(transformer))
+            yield

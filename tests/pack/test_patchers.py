@@ -99,3 +99,13 @@ def test_what_offloaded_blocks_took_is_given_back_with_the_weights(managed):
     assert len(blocks._buffers) == 2
     patcher.detach()
     assert not blocks._buffers and patcher.model.transformer.blocks[0]._forward_pre_hooks
+
+
+def test_offloaded_blocks_stay_in_cpu_memory_where_comfyui_unloads_to_the_card(managed):
+    patcher, blocks, _ = offloaded(managed, "meta")
+    patcher.offload_device = torch.device("meta")  # as with --highvram
+    patcher.load()
+    patcher.detach()
+    transformer = patcher.model.transformer
+    assert {p.device.type for p in transformer.blocks.parameters()} == {"cpu"} and not blocks._buffers
+    assert transformer.patch_embedding.weight.device.type == "meta"
