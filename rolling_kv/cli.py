@@ -42,6 +42,8 @@ from .wan.shards import HeadShards, shared_by_torchrun
 
 LONGEST_MESSAGE = 1000
 """Characters of an error that are shown; a file can put any number into one."""
+MOST_GIBIBYTES = 1e6
+"""Of a card that people may name."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -425,7 +427,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _inspect_card(path: Path, info: CheckpointInfo, gibibytes: float) -> None:
-    if not gibibytes > 0:
+    if not 0 < gibibytes <= MOST_GIBIBYTES:
         raise ValueError(f"--card is the memory of a GPU in GiB, such as 12; got {gibibytes:g}")
     model = {"model": outline(path, dtype="bfloat16")}
     if not model["model"].packed:

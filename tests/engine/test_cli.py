@@ -280,7 +280,8 @@ def test_inspect_tells_what_fits_a_card_and_proposes_it(folder, capsys):
         main(["inspect", str(folder), "--card", str((first.device + first.fast - missing) / 2**30)])
         rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
         assert rows[0].rstrip("| ").endswith(f"| {word}")
-    assert "--card is the memory of a GPU in GiB" in said(["inspect", folder, "--card", "nan"], capsys)
+    for nonsense in ("nan", "inf", "1e300"):
+        assert "--card is the memory of a GPU in GiB" in said(["inspect", folder, "--card", nonsense], capsys)
 
 
 def test_inspect_tells_the_rules_of_the_preset(folder, tmp_path, capsys):
