@@ -59,7 +59,7 @@ class HostMemory:
             return
         self.pinned = False
         logger.warning(
-            "CUDA cannot pin %.2f GiB of RAM (error %d): the offloaded cache is kept in ordinary memory, and passes "
+            "CUDA cannot pin %.2f GiB of RAM (error %d): what is offloaded is kept in ordinary memory, and passes "
             "wait for its copies",
             nbytes / 2**30,
             error,
