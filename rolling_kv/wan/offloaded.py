@@ -108,10 +108,11 @@ class OffloadedBlocks:
         self.release()
 
     def arriving(self, layer: int, forward: Callable) -> Callable:
-        """A block's forward that has its weights come first."""
+        """A block's forward that has its weights come first, until `remove`."""
 
         def arriving(*args, **kwargs):
-            self.arrive(layer)
+            if self._handles:
+                self.arrive(layer)
             return forward(*args, **kwargs)
 
         return arriving

@@ -16,6 +16,7 @@ from rolling_kv.config import CacheConfig, ExecutionConfig, SamplingConfig
 from rolling_kv.lora.reader import read_lora
 from rolling_kv.lora.stack import LoraStack
 from rolling_kv.presets import ModelPreset
+from rolling_kv.sampling.session import RollingSession
 from rolling_kv.step_cache import FirstBlockCache, SeaCache
 from rolling_kv.wan import fast
 from rolling_kv.wan.offloaded import blocks_aside, offload_blocks, offloaded_blocks, spared_by_offloading, weight_nbytes
@@ -185,6 +186,17 @@ def test_everything_is_as_it_was_afterwards():
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in transformer.modules()] == hooks
     assert [set(vars(m)) for m in transformer.modules()] == own
     assert same(video(made), video(model()))
+
+
+def test_they_may_be_removed_while_a_video_is_made():
+    made = model()
+    blocks = offload_blocks(made.transformer, "cpu")
+    kept = dict(made.transformer.named_parameters())
+    with RollingSession(made, prompt(made), height=64, width=96) as session:
+        list(session.generate(1))
+        blocks.remove()
+        list(session.generate(1))
+    assert not blocks._buffers and all(now is kept[name] for name, now in made.transformer.named_parameters())
 
 
 def test_what_an_interrupt_leaves_is_put_back():
