@@ -241,11 +241,12 @@ def taehv_of(
         model = Taehv(channels, widths, times, patch, LIGHT in name.lower())
     check_fit(tensors, model.state_dict(), "the TAEHV decoder")
     check_floating(tensors)
-    check_finite(tensors)
     if dtype == "auto":
         dtype = torch.float32 if torch.device(runs_on or device).type == "cpu" else torch.float16
     dtype = choose_dtype(dtype, tensors, device)
-    model.load_state_dict({part: tensor.to(device, dtype) for part, tensor in tensors.items()}, assign=True)
+    loaded = {part: tensor.to(device, dtype) for part, tensor in tensors.items()}
+    check_finite(loaded)
+    model.load_state_dict(loaded, assign=True)
     return model.eval().requires_grad_(False)
 
 

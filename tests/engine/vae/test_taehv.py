@@ -69,6 +69,10 @@ def test_both_kinds_of_file_and_every_precision_are_read(tmp_path):
     save_file(tensors, tmp_path / "a.safetensors")
     one, other = (load_taehv(tmp_path / name, WAN_21).state_dict() for name in ("a.pth", "a.safetensors"))
     assert all(torch.equal(one[name], other[name]) and one[name].dtype == torch.float32 for name in one)
+    narrow = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+    torch.save(narrow, tmp_path / "a.pth")
+    read = load_taehv(tmp_path / "a.pth", WAN_21).state_dict()
+    assert all(torch.equal(read[name], narrow[name].float()) for name in read)
 
 
 @pytest.mark.parametrize(
