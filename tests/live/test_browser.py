@@ -5,6 +5,7 @@ import json
 
 import pytest
 from graphs import PACK, api_prompts, bring_state, node, one_sampler, prompt, read_video, sample
+from test_prompts import LENGTHS
 
 from tools.comfyui.client import first_file
 
@@ -40,16 +41,21 @@ def opened(frontend, path) -> list[dict]:
 
 
 def make_small(frontend) -> None:
-    """Have the benchmark measure the same in fewer steps."""
-    frontend.set_widget("RollingKVBenchmark", "steps.count", 4)
+    """Have samplers make seconds instead of many, and the benchmark measure times in fewer steps.
+
+    As long as they are, all run in test_prompts.py.
+    """
+    for kind, length in LENGTHS.items():
+        frontend.set_widget(kind, length, 1.3)
+    for name, value in {"steps.count": 4, "memory": False}.items():
+        frontend.set_widget("RollingKVBenchmark", name, value)
 
 
 @pytest.mark.parametrize(("path", "frontend"), IN_TURN, indirect=["frontend"])
 def test_a_workflow_opens_and_runs(frontend, path, tmp_path):
     """Each in one way to draw nodes; the test below opens all in both."""
     nodes = opened(frontend, path)
-    if path == BENCHMARKS:
-        make_small(frontend)
+    make_small(frontend)
     outputs = frontend.press_run(seconds=900)
     frontend.screenshot(tmp_path / f"{path.stem}.png")
     assert frontend.errors_from("RollingKV", "rolling-kv", "rolling_kv") == []

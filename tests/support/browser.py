@@ -28,7 +28,8 @@ SET = "([id, value]) => window.app.extensionManager.setting.set(id, value)"
 IN_VUE = "Comfy.VueNodes.Enabled"
 
 SET_WIDGET = """([type, name, value]) => {
-  window.app.graph.nodes.find(node => node.type === type).widgets.find(widget => widget.name === name).value = value
+  for (const node of window.app.graph.nodes.filter(node => node.type === type))
+    node.widgets.find(widget => widget.name === name).value = value
 }"""
 
 RECORD_RUN = """() => {
@@ -127,7 +128,7 @@ class Frontend:
         self.page.evaluate(SET, [setting, value])
 
     def set_widget(self, node_type: str, name: str, value) -> None:
-        """Choose a value on the first node of a type."""
+        """Choose a value on all nodes of a type."""
         self.page.evaluate(SET_WIDGET, [node_type, name, value])
 
     def refresh(self) -> None:
