@@ -206,6 +206,7 @@ class RollingAttachment:
                 self._set_forward(block, offloaded.arriving(layer, block.forward))
             self._undo.append(partial(setattr, offloaded, "by_forwards", False))
             offloaded.by_forwards = True
+            offloaded.forget()
         if self.execution.compile:
             for block in blocks:
                 block.compile(dynamic=False)

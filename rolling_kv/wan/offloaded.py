@@ -92,14 +92,14 @@ class OffloadedBlocks:
             self.copies.finish()
             self._buffers = [torch.empty(needed, dtype=torch.uint8, device=self.device) for _ in range(PLACES)]
             self.copies.share(tuple(self._buffers))
-            self._forget()
+            self.forget()
 
     def release(self) -> None:
         """Give back the memory on the device; the next pass takes it again."""
         self._depart()
         self.copies.finish()
         self._buffers: list[Tensor] = []
-        self._forget()
+        self.forget()
 
     def remove(self) -> None:
         """Leave the weights in CPU memory as those of an ordinary transformer. Safe to call twice."""
@@ -152,7 +152,7 @@ class OffloadedBlocks:
             self.copies.finish()
             # Into new memory: who has exchanged a weight may hold the old one, to put it back.
             self._packed[layer] = _pack(self._blocks[layer], self._memory)
-            self._forget()
+            self.forget()
 
     def _bring(self, layer: int, place: int) -> None:
         self.prepare()
@@ -160,7 +160,8 @@ class OffloadedBlocks:
         self.copies.copy(self._buffers[place][None, None, : len(memory)], memory[None, None])
         self._staged[place], self._arrived[place] = layer, self.copies.mark()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Take nothing for granted of what is on the device, as where weights may have been changed in their places."""
         self._staged = [-1] * PLACES  # which block each buffer holds, or is about to hold
         self._arrived: list[Any] = [None] * PLACES  # the mark after its copy
 

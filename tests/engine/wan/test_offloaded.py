@@ -247,6 +247,16 @@ def test_a_lora_on_some_blocks_takes_no_memory_from_the_others():
     assert same(video(offloaded), video(plain))
 
 
+def test_weights_that_were_changed_in_their_places_are_those_of_the_next_video():
+    plain, offloaded = model(), model()
+    offload_blocks(offloaded.transformer, "cpu")
+    for made in (plain, offloaded):
+        video(made)
+        for parameter in made.transformer.blocks.parameters():
+            parameter.data.mul_(1.1)
+    assert same(video(offloaded), video(plain))
+
+
 def test_fast_passes_multiply_offloaded_weights_as_they_are(monkeypatch):
     made, execution = model(torch.bfloat16), ExecutionConfig(fast=True)
     monkeypatch.setattr(fast, "fast_on", lambda *_: fast.Fast("sage", True, ""))
