@@ -13,6 +13,7 @@ from .parts import Part, parts_of
 from .run import DONE, Outcome, run_parts
 
 RESULT = "report.json"
+MOST_MINUTES = 10000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Measure and print, the table last. Raises ValueError, before anything is measured, for what cannot work."""
     options.check(args)
-    if not args.minutes > 0:
-        raise ValueError(f"--minutes must be positive, got {args.minutes:g}")
+    if not 0 < args.minutes <= MOST_MINUTES:
+        raise ValueError(f"--minutes must be positive, and at most {MOST_MINUTES}, got {args.minutes:g}")
     size = args.size or ("1.3B" if args.device.type == "cuda" else "tiny")
     parts = chosen(parts_of(size, args.device.type, SIZES[size].window, args.quick), args.parts)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -118,8 +118,9 @@ def test_ctrl_c_tells_what_is_known_so_far(tmp_path, capsys, monkeypatch):
 def test_unknown_parts_and_no_time_are_refused(tmp_path):
     with pytest.raises(ValueError, match="kernels, pass.*got speed"):
         cli.chosen(QUICK, ["speed"])
-    with pytest.raises(SystemExit, match="--minutes must be positive"):
-        main(f"bench report --minutes 0 --out {tmp_path}".split())
+    for minutes in ("0", "inf"):
+        with pytest.raises(SystemExit, match="--minutes must be positive"):
+            main(f"bench report --minutes {minutes} --out {tmp_path}".split())
 
 
 def test_it_needs_neither_pyav_nor_gguf(tmp_path):
