@@ -24,4 +24,4 @@ def check_model(model: Path) -> None:
 
 def default_size(model: Path, geometry: Geometry = WAN_21) -> tuple[int, int]:
     """Height and width in pixels that a model of that geometry makes unless told otherwise."""
-    return (BUNDLED_SIZE, BUNDLED_SIZE) if model == BUNDLED else geometry.size
+    return (BUNDLED_SIZE, BUNDLED_SIZE) if model.resolve() == BUNDLED else geometry.size

@@ -125,6 +125,13 @@ class _Parser(argparse.ArgumentParser):
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show where in the code an error arose"
         )
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuse what is left over here, where it is known which command's help has the options."""
+        namespace, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return namespace, rest
+
     def error(self, message: str):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
@@ -220,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="tell what a checkpoint is, or the state of a video")
     inspect.set_defaults(run=_inspect)
     inspect.add_argument(
-        "file", type=Path, metavar="FILE", help="a .safetensors or .pt file, a diffusers folder, or a state"
+        "file", type=Path, metavar="FILE", help="a .safetensors, .gguf or .pt file, a diffusers folder, or a state"
     )
     for side in ("width", "height"):
         inspect.add_argument(f"--{side}", type=int, help="pixels (default: what such models were trained at)")
@@ -394,6 +401,10 @@ def _schedule(given: str) -> PromptSchedule:
 
 def _inspect(args: argparse.Namespace) -> None:
     if is_state_file(args.file):
+        if args.card is not None:
+            raise ValueError(
+                f"{printable(str(args.file))} is the state of a video: --card tells what fits of a model, so give it with the model's file"
+            )
         _inspect_state(args.file)
         return
     info = inspect_checkpoint(args.file, args.height, args.width)

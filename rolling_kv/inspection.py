@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .bundled import default_size
 from .cache.sizes import CacheShape
 from .checkpoints.detect import assumed_preset, assumption, detect_preset
 from .checkpoints.dtypes import dtype_name, stored_dtypes
@@ -81,7 +82,7 @@ def read_shapes(path: Path) -> Shapes:
 def inspect_checkpoint(path: str | Path, height: int | None = None, width: int | None = None) -> CheckpointInfo:
     """Tell what a checkpoint is, from names and shapes alone. Raises CheckpointError as `load_model` does.
 
-    height, width: pixels, by default those that its kind of model was trained at.
+    height, width: pixels, by default those that such models were trained at, as `default_size` tells.
     """
     path = Path(path)
     checkpoint, naming, (weights, *context), transformer = read_shapes(path)
@@ -89,7 +90,8 @@ def inspect_checkpoint(path: str | Path, height: int | None = None, width: int |
         preset, note = detect_preset(path, checkpoint), assumption(path, checkpoint)
     settings = preset or assumed_preset(checkpoint)
     packings, geometry = gguf_types(checkpoint.tensors), Geometry.of(transformer)
-    height, width = height or geometry.size[0], width or geometry.size[1]
+    usual = default_size(path, geometry)
+    height, width = height or usual[0], width or usual[1]
     shape = CacheShape.of(transformer, 1, *geometry.latent_size(height, width), torch.bfloat16)
     return CheckpointInfo(
         path=path,

@@ -135,8 +135,9 @@ class VideoWriter:
                 self._stream.codec_context.open(strict=False)
                 return
             except (av.FFmpegError, ValueError) as error:  # the latter where FFmpeg was built without it
+                why = getattr(error, "strerror", None) or str(error).splitlines()[0]
                 self.note = (
-                    f"the encoder {self.encoder} does not open here ({str(error).splitlines()[0]}): it takes an NVIDIA GPU with a "
+                    f"the encoder {self.encoder} does not open here ({why}): it takes an NVIDIA GPU with a "
                     f"session to spare, and pictures of a size that it knows. The video is encoded with {PLAIN}"
                 )
             logger.warning("%s", self.note)

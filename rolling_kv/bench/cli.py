@@ -30,7 +30,7 @@ def add_command(commands) -> None:
     parser.set_defaults(run=chunks.main)
     chunks.add_arguments(parser)
     more = parser.add_subparsers(
-        metavar="[report | kernels | passes | decode | pipeline | cases | speeds | caching | storage | states | preview | ranks | streams]",
+        metavar="[MEASUREMENT]",
         required=False,
         action=options.Subcommands,
     )

@@ -14,6 +14,7 @@ import torch
 
 from rolling_kv import cli
 from rolling_kv.bench.figures import BenchError
+from rolling_kv.bundled import BUNDLED, default_size
 from rolling_kv.cli import main
 from rolling_kv.config import ExecutionConfig
 from rolling_kv.devices import usable_device
@@ -284,6 +285,31 @@ def test_inspect_tells_what_fits_a_card_and_proposes_it(folder, capsys):
         assert "--card is the memory of a GPU in GiB" in said(["inspect", folder, "--card", nonsense], capsys)
 
 
+def test_the_bundled_model_is_known_by_any_of_its_paths(monkeypatch, capsys):
+    monkeypatch.chdir(BUNDLED.parent.parent)
+    assert default_size(Path("models/tiny")) == default_size(BUNDLED) == (64, 64)
+    main(["inspect", "models/tiny"])
+    assert "per latent frame in bfloat16 at 64x64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "given, page",
+    [
+        (["generate", "--output", "x.mp4", "--speed", "fast"], "rolling_kv generate"),
+        (["bench", "--nonsense"], "rolling_kv bench"),
+        (["bench", "kernels", "--nonsense"], "bench kernels"),
+    ],
+)
+def test_an_unknown_option_leads_to_the_help_of_its_command(given, page, capsys):
+    told = said(given, capsys)
+    assert "unrecognized arguments: --" in told and told.endswith(f"{page} --help)\n")
+
+
+def test_an_unknown_measurement_is_told_which_there_are(capsys):
+    told = said(["bench", "list"], capsys)
+    assert "argument [MEASUREMENT]: invalid choice: 'list' (choose from" in told and told.count("kernels") == 1
+
+
 def test_inspect_tells_the_rules_of_the_preset(folder, tmp_path, capsys):
     file = tmp_path / "longlive.safetensors"
     file.write_bytes((folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes())
@@ -355,6 +381,7 @@ def test_a_video_continued_from_a_state_is_the_one_made_at_once(folder, tmp_path
     ours, theirs = read_state(state), read_state(tmp_path / "whole.safetensors")
     assert ours.key == theirs.key and ours.texts == theirs.texts
     capsys.readouterr()
+    assert "is the state of a video: --card tells" in said(["inspect", state, "--card", 12], capsys)
     main(["inspect", str(state)])
     told = capsys.readouterr().out
     assert "a red circle" in told and re.search(r"3\.5625 s +4\.3125 s +15 to 18 +0 +cut +a green square", told), told

@@ -289,6 +289,7 @@ def test_an_encoder_that_does_not_open_gives_way_to_x264(kind, tmp_path, monkeyp
         monkeypatch.setitem(ENCODERS, name, encoder)
         writer = written(kind, tmp_path / f"{number}.mp4", plain_frames(), encoder=name)
         assert writer.note.startswith(f"the encoder {name} does not open here") and writer.note in caplog.text
+        assert "avcodec_open2" not in writer.note, "the call and its options tell nobody anything"
         plain = written(kind, tmp_path / "plain.mp4", plain_frames())
         assert not plain.note and writer.path.read_bytes() == plain.path.read_bytes()
 
