@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from browser import until
 from graphs import node
 from PIL import Image
 from test_browser import with_numbers
@@ -31,9 +32,8 @@ class Comparison:
         self.page.evaluate("id => window.app.canvas.centerOnNode(window.app.graph.getNodeById(id))", number)
         self.root = self.page.locator("[role=group]", has=self.page.locator("video"))
         self.root.wait_for()
-        self.page.wait_for_function(
-            "() => [...document.querySelectorAll('video')].every(video => video.readyState > 1)"
-        )
+        self.videos = self.root.locator("video")  # the page may have others from tests before
+        until(self.page, lambda: self.videos.evaluate_all("videos => videos.every(video => video.readyState > 1)"))
         self.stage = self.root.locator("> div").first
 
     def button(self, label: str):
@@ -48,10 +48,8 @@ class Comparison:
 
     def times(self) -> list[float]:
         """What is shown of the first and of the second video, in seconds."""
-        self.page.wait_for_function("() => [...document.querySelectorAll('video')].every(video => !video.seeking)")
-        second, first = self.page.evaluate(
-            "() => [...document.querySelectorAll('video')].map(video => video.currentTime)"
-        )
+        until(self.page, lambda: self.videos.evaluate_all("videos => videos.every(video => !video.seeking)"))
+        second, first = self.videos.evaluate_all("videos => videos.map(video => video.currentTime)")
         return [first, second]
 
     def colours(self, *places: tuple[float, float]) -> list[str]:

@@ -21,6 +21,8 @@ CHROMIUM_FLAGS = [
     "--disable-sync",
 ]
 
+SMALL = {"width": 1280, "height": 800}
+
 ERROR_OVERLAY = "[data-testid='error-overlay']"
 RUN_BUTTON = "[data-testid='queue-button']"
 
@@ -95,7 +97,10 @@ def new_context(chromium, **options):
 
 
 class Pages:
-    """The frontend of each server in a page that stays open from test to test, as it does for people: it takes long to load."""
+    """The frontend of each server in a page that stays open from test to test, as it does for people: it takes long to load.
+
+    A small window: without a GPU each of its pixels costs time while nodes run.
+    """
 
     def __init__(self, chromium):
         self.chromium, self.kept = chromium, {}
@@ -106,7 +111,7 @@ class Pages:
         if page and page.complaints():
             page.page.context.close()
             page = None
-        self.kept[client.url] = page = page or Frontend(new_context(self.chromium).new_page(), client)
+        self.kept[client.url] = page = page or Frontend(new_context(self.chromium, viewport=SMALL).new_page(), client)
         page.set(IN_VUE, in_vue)
         return page
 
