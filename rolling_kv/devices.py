@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import psutil
 import torch
+
+logger = logging.getLogger(__name__)
 
 KNOWN = ("cpu", "cuda", "mps", "xpu")
 """Types of devices that people have."""
@@ -114,3 +120,23 @@ class Beside:
 def beside(device: torch.device) -> Beside | None:
     """For what is decoded beside the sampling; None elsewhere than on CUDA, where both share the processor."""
     return Beside(device) if device.type == "cuda" else None
+
+
+@lru_cache
+def checked_kernels(load: Callable[[], ModuleType], device: torch.device) -> ModuleType | None:
+    """A module of Triton kernels, where Triton is there and they give on a device what the plain paths give; else None.
+
+    load: imports it. Its function `check` tries the kernels on a device. Says once why they cannot be used, as where Triton
+    finds no C compiler.
+    """
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    kernels = load()
+    try:
+        with torch.cuda.device(device):
+            kernels.check(device)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        logger.warning(f"Triton cannot make kernels here ({reason[-1]}): PyTorch's own are used, a little slower")
+        return None
+    return kernels

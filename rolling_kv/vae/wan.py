@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import islice
+from types import ModuleType
+from typing import TypeGuard
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -22,8 +24,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     unpatchify,
 )
 from torch import Tensor, nn
-from torch.nn.functional import conv3d, pad, rms_norm
+from torch.nn.functional import conv3d, pad, rms_norm, silu
 
+from ..devices import checked_kernels
 from ..geometry import WAN_21, WAN_22, Geometry, geometry_of
 from ..platforms import exact_convolutions
 from .latents import to_model, to_raw
@@ -261,7 +264,8 @@ def streamline(vae: AutoencoderKLWan) -> None:
     """Let a stock VAE go over its pictures fewer times, to the same values up to rounding.
 
     Weights of 3D convolutions lie with their channels last, and so do the pictures that come out of them. There a norm is one
-    kernel in the place of seven, and the activation behind it changes what the norm has just made. With others PyTorch leaves
+    kernel in the place of seven, and the activation behind it is a part of that kernel where Triton makes one in half precision;
+    elsewhere it changes what the norm has just made. With others PyTorch leaves
     cuDNN 9.8 to 9.14 aside in half precision (2.9.0 every later one too), and takes many times the time and memory.
     Convolutions take zeros for what is outside of a picture, which then needs no copy with a margin, and pictures are enlarged
     in their own precision.
@@ -273,10 +277,15 @@ def streamline(vae: AutoencoderKLWan) -> None:
             module.forward = partial(_convolved_to_the_margin, module)
         elif isinstance(module, WanUpsample):
             module.forward = partial(_enlarged, module)
-        elif isinstance(module, WanRMS_norm) and module.channel_first and not isinstance(module.bias, nn.Parameter):
+        elif _can_be_last(module):
             module.forward = partial(_norm_channels_last, module)
-        elif isinstance(module, nn.SiLU):
-            module.inplace = True
+    for module in list(vae.modules()):
+        activated = [norm for name, norm in module.named_children() if name in _ACTIVATED]
+        norms = [norm for norm in activated if _can_be_last(norm)]
+        if norms and norms == activated and isinstance(module.nonlinearity, nn.SiLU):
+            module.nonlinearity = nn.Identity()
+            for norm in norms:
+                norm.forward = partial(_activated_norm, norm)
 
 
 def _convolved_to_the_margin(conv: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
@@ -293,6 +302,28 @@ def _convolved_to_the_margin(conv: WanCausalConv3d, x: Tensor, cache_x: Tensor |
 def _enlarged(upsample: WanUpsample, x: Tensor) -> Tensor:
     """What a `WanUpsample` makes of pictures, without its way over float32."""
     return nn.Upsample.forward(upsample, x)
+
+
+_ACTIVATED = ("norm1", "norm2", "norm_out")
+"""Norms behind which their module has its activation."""
+
+
+def _can_be_last(module: nn.Module) -> TypeGuard[WanRMS_norm]:
+    return isinstance(module, WanRMS_norm) and module.channel_first and not isinstance(module.bias, nn.Parameter)
+
+
+def _activated_norm(norm: WanRMS_norm, x: Tensor) -> Tensor:
+    """What a `WanRMS_norm` and a SiLU make of [B, C, …], with the channels last in memory."""
+    kernels = checked_kernels(_load_kernels, x.device) if x.dtype.itemsize == 2 else None
+    if kernels is not None:
+        return kernels.activated_norm(x, norm.gamma, _NO_LENGTH)
+    return silu(_norm_channels_last(norm, x), inplace=True)
+
+
+def _load_kernels() -> ModuleType:
+    from . import kernels
+
+    return kernels
 
 
 def _norm_channels_last(norm: WanRMS_norm, x: Tensor) -> Tensor:

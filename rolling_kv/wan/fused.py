@@ -12,13 +12,14 @@ import logging
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
-from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ..config import ExecutionConfig
+from ..devices import checked_kernels
 from ..platforms import AVX2
 from .context import PassContext
 from .execution import eager
@@ -214,11 +215,7 @@ def kernels_for(execution: ExecutionConfig, blocks) -> Any:
     device = blocks_device(blocks)
     if execution.plain or execution.exact or execution.compile or not all(map(_has_wans_norms, blocks)):
         return None
-    if not kernels_run_on(device):
-        return None
-    from . import kernels
-
-    return kernels
+    return _load_kernels() if kernels_run_on(device) else None
 
 
 def _has_wans_norms(block) -> bool:
@@ -229,24 +226,15 @@ def _has_wans_norms(block) -> bool:
     return known and may_fuse(block) and all(map(is_plain, (block.norm2, *over_heads)))
 
 
-@lru_cache
 def kernels_run_on(device: torch.device) -> bool:
-    """Whether Triton is there, and its kernels give on a device what the plain paths give.
+    """Whether the Triton kernels of passes can be used on a device, see `devices.checked_kernels`."""
+    return checked_kernels(_load_kernels, device) is not None
 
-    Says once why not, as where it finds no C compiler.
-    """
-    if device.type != "cuda" or find_spec("triton") is None:
-        return False
+
+def _load_kernels() -> ModuleType:
     from . import kernels
 
-    try:
-        with torch.cuda.device(device):
-            kernels.check(device)
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        logger.warning(f"Triton cannot make kernels here ({reason[-1]}): passes use PyTorch's own, a little slower")
-        return False
-    return True
+    return kernels
 
 
 def is_linear(module) -> bool:

@@ -4,11 +4,15 @@ Triton's interpreter cuts bfloat16 off where a GPU rounds to nearest: there a va
 exactly is counted in float16.
 """
 
+import copy
+
 import pytest
 import torch
 from builders import tiny_transformer
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import rms_norm, silu
+from vaes import latents, make_vae, make_vae_22, pixels
 
 from rolling_kv.cache.codecs import CODECS
 from rolling_kv.cache.rolling import RollingKVCache
@@ -17,6 +21,9 @@ from rolling_kv.config import CacheConfig, ExecutionConfig, SamplingConfig
 from rolling_kv.presets import ModelPreset
 from rolling_kv.rope import rotary_rotations, rotate
 from rolling_kv.sampling.session import RollingSession
+from rolling_kv.vae import kernels as vae_kernels
+from rolling_kv.vae import wan as vae_wan
+from rolling_kv.vae.wan import WanVAE, streamline
 from rolling_kv.wan import attachment, fused, kernels, processors, products
 from rolling_kv.wan.fused import by_frame, half_modulated_norm, narrowed_sum
 from rolling_kv.wan.offloaded import offload_blocks
@@ -332,3 +339,53 @@ def video(dtype, cache, execution=None, batch=2, chunks=4):
 
 if __name__ == "__main__":
     raise SystemExit(pytest.main([__file__]))
+
+
+# ---- the VAE's ----------------------------------------------------------------------------------------------------------
+
+
+@few
+@given(counts, st.integers(1, 70), st.integers(0, 3), st.integers(1, 20), dtypes, st.booleans(), seeds)
+def test_norms_with_their_activation(batch, channels, frames, width, dtype, last, seed):
+    x = some((batch, channels, frames, 3, width), torch.float32, seed).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last_3d) if last else x
+    weight = some((channels, 1, 1, 1), dtype, seed + 1)
+    made = vae_kernels.activated_norm(x, weight, 1e-24)
+    normed = rms_norm(x.float().movedim(1, -1), (channels,), weight.float().flatten(), eps=1e-24)
+    assert_rounded_alike(made.movedim(1, -1), silu(normed).to(dtype))
+
+
+def test_norms_of_nothing_are_nothing():
+    zeros = torch.zeros(1, 24, 1, 2, 2, dtype=torch.float16)
+    assert torch.equal(vae_kernels.activated_norm(zeros, torch.ones(24, 1, 1, 1).half(), 1e-24), zeros)
+
+
+def test_norms_that_give_other_numbers_are_noticed_before_they_are_used(monkeypatch):
+    vae_kernels.check("cpu")
+    monkeypatch.setattr(vae_kernels, "activated_norm", lambda x, *_: x)
+    with pytest.raises(RuntimeError, match="its activated norms are off by"):
+        vae_kernels.check("cpu")
+
+
+@pytest.mark.parametrize("make", [make_vae, make_vae_22], ids=["2.1", "2.2"])
+def test_a_vae_decodes_and_encodes_with_them_as_near_to_float32_as_without(make, monkeypatch):
+    vae = make()
+    raw, given = latents(3, channels=vae.config.z_dim), pixels(5, 32, 64)
+
+    def both(vae):
+        return [WanVAE(vae).decoder().decode(raw), WanVAE(vae).encoder().encode(given)]
+
+    exact, half = both(vae), copy.deepcopy(vae).to(torch.float16)
+    streamline(half)
+    plain, launched = both(half), []
+    put = vae_kernels.activated_norm
+    monkeypatch.setattr(vae_kernels, "activated_norm", lambda *given: launched.append(1) or put(*given))
+    monkeypatch.setattr(vae_wan, "checked_kernels", lambda load, device: load())
+    made = both(half)
+    activations = [
+        sum(isinstance(each, torch.nn.SiLU) for each in part.modules()) for part in (vae.decoder, vae.encoder)
+    ]
+    # Two in each block, one at the end; three latent frames are decoded, and two groups of frames encoded.
+    assert len(launched) == sum(times * (2 * count - 1) for times, count in zip((3, 2), activations))
+    for one, other, sharp in zip(made, plain, exact):
+        assert (one - sharp).norm() <= 1.1 * (other - sharp).norm()

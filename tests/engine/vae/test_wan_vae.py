@@ -302,12 +302,20 @@ def test_a_streamlined_norm_of_nothing_is_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_norm_in_half_precision_is_as_near_to_the_exact_one_as_the_stock_one(dtype):
-    vae, x = make_vae(), torch.randn(1, 4, 2, 3, 5, generator=torch.Generator().manual_seed(3)) * 9
-    exact, half = vae.decoder.norm_out(x.to(dtype).double()), copy.deepcopy(vae).to(dtype)
-    stock = half.decoder.norm_out(x.to(dtype))
+@pytest.mark.parametrize("activated", [False, True], ids=["alone", "with the activation behind it"])
+def test_a_norm_in_half_precision_is_as_near_to_the_exact_one_as_the_stock_one(dtype, activated):
+    def seen(vae, computed):
+        decoder = vae.decoder
+        norm = decoder.norm_out if activated else decoder.mid_block.attentions[0].norm
+        x = torch.randn(1, len(norm.gamma), 6, 5, generator=torch.Generator().manual_seed(3)) * 9
+        x = x.to(dtype).to(computed)
+        return decoder.nonlinearity(norm(x[:, :, None])) if activated else norm(x)
+
+    vae = make_vae()
+    exact, half = seen(vae, torch.float64), copy.deepcopy(vae).to(dtype)
+    stock = seen(half, dtype)
     streamline(half)
-    ours = half.decoder.norm_out(x.to(dtype))
+    ours = seen(half, dtype)
     assert ours.dtype == dtype
     assert (ours.double() - exact).abs().max() <= (stock.double() - exact).abs().max()
 

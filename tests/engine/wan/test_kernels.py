@@ -9,7 +9,9 @@ import pytest
 import torch
 from builders import tiny_transformer
 
+from rolling_kv import devices
 from rolling_kv.config import ExecutionConfig
+from rolling_kv.devices import checked_kernels
 from rolling_kv.wan import fused
 from rolling_kv.wan.attachment import apply_rolling_kv_cache
 from tools.comfyui.env import PACK
@@ -51,17 +53,17 @@ def test_where_triton_cannot_make_code_passes_do_without(caplog):
     """As on this machine, if it has no GPU."""
     if torch.cuda.is_available():
         pytest.skip("Triton can make code here")
-    fused.kernels_run_on.cache_clear()
+    checked_kernels.cache_clear()
     assert not fused.kernels_run_on(torch.device("cuda")) and not fused.kernels_run_on(torch.device("cuda"))
     (record,) = caplog.records
     assert "Triton cannot make kernels here" in record.message
 
 
 def test_without_triton_passes_do_without(monkeypatch):
-    monkeypatch.setattr(fused, "find_spec", lambda name: None)
-    fused.kernels_run_on.cache_clear()
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)
+    checked_kernels.cache_clear()
     assert not fused.kernels_run_on(torch.device("cuda"))
-    fused.kernels_run_on.cache_clear()
+    checked_kernels.cache_clear()
 
 
 def test_nothing_of_triton_is_imported_on_a_cpu():
