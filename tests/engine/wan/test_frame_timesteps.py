@@ -130,7 +130,7 @@ def test_passes_of_both_kinds_have_recordings_of_their_own(transformer, monkeypa
         def __init__(self, record, addresses):
             pass
 
-        def run(self, key, forward, *inputs):
+        def run(self, key, prompt, forward, *inputs):
             keys.append((key, inputs[3].shape))
             return forward(*inputs)
 
