@@ -58,9 +58,9 @@ def plan(said: dict) -> dict[str, Any]:
 
     said: {"model", "sampler"} as `wired` has them; without a sampler, the run is one of 832x480.
 
-    Returns {"parts": bytes of "weights", with their copy for fast passes, "cache", "prompts", "passes", all on the device, and
-    "host", in CPU memory beside it, "device": its name, "needed", "free": bytes on the device, "host_free": in CPU memory, "fits": whether there is
-    room, "remedies": phrases that say what would fit, "window": as in `window_of` while the last chunk is made, "chunk":
+    Returns {"parts": bytes of "weights", with their copy for fast passes, "cache", "prompts", "passes", all on the device,
+    and "host", in CPU memory beside it, "device": its name, "needed", "free": bytes on the device, "host_free": in CPU memory,
+    "fits": whether there is room, "remedies": phrases that say what would fit, "window": as in `window_of` while the last chunk is made, "chunk":
     latent frames of one, "preset", "size": [width, height], "seconds": of the video}. Raises ValueError, MissingFile likewise.
     """
     made, sampling, cache, execution = wired(said.get("model"))
