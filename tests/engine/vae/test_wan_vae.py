@@ -41,52 +41,39 @@ def full_encode(video: torch.Tensor) -> torch.Tensor:
     return REFERENCE.encode(video).latent_dist.mode()
 
 
+BOTH = pytest.mark.parametrize(
+    ("stock", "reference"), [(STOCK, REFERENCE), (STOCK_22, REFERENCE_22)], ids=["2.1", "2.2"]
+)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=4))
-def test_streaming_decode_equals_the_full_one(chunks):
-    raw = latents(sum(chunks))
-    stream = WanVAE(STOCK).decoder()
+@BOTH
+def test_streaming_decode_equals_the_full_one(stock, reference, chunks):
+    geometry = WanVAE(stock).geometry
+    raw = latents(sum(chunks), channels=geometry.channels)
+    stream = WanVAE(stock).decoder()
     parts = [stream.decode(chunk) for chunk in raw.split(chunks, dim=2)]
-    assert [part.shape[2] for part in parts] == [4 * n - (i == 0) * 3 for i, n in enumerate(chunks)]
-    full = full_decode(raw)
+    size = 2 * geometry.spatial, 4 * geometry.spatial
+    assert [part.shape[2:] for part in parts] == [(4 * n - (i == 0) * 3, *size) for i, n in enumerate(chunks)]
+    full = reference.decode(raw).sample
     assert (full.abs() == 1).any() and (full.abs() < 1).any()
     assert torch.equal(torch.cat(parts, 2), full)
     # `make_vae` magnifies rounding forty times.
-    torch.testing.assert_close(full, STOCK.decode(raw).sample, atol=5e-3, rtol=0)
+    torch.testing.assert_close(full, stock.decode(raw).sample, atol=5e-3, rtol=0)
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4))
-def test_streaming_encode_equals_the_full_one(chunks):
+@BOTH
+def test_streaming_encode_equals_the_full_one(stock, reference, chunks):
+    geometry = WanVAE(stock).geometry
     sizes = [1 + 4 * chunks[0]] + [4 * n for n in chunks[1:] if n]
-    video = pixels(sum(sizes))
-    stream = WanVAE(STOCK).encoder()
-    parts = [stream.encode(piece) for piece in video.split(sizes, dim=2)]
-    assert torch.equal(torch.cat(parts, 2), full_encode(video))
-
-
-@settings(max_examples=8, deadline=None)
-@given(st.lists(st.integers(1, 3), min_size=1, max_size=4))
-def test_the_vae_of_wan_2_2_decodes_in_a_stream(chunks):
-    raw = latents(sum(chunks), channels=48)
-    stream = WanVAE(STOCK_22).decoder()
-    parts = [stream.decode(chunk) for chunk in raw.split(chunks, dim=2)]
-    assert [part.shape[2:] for part in parts] == [(4 * n - (i == 0) * 3, 32, 64) for i, n in enumerate(chunks)]
-    full = REFERENCE_22.decode(raw).sample
-    assert (full.abs() == 1).any() and (full.abs() < 1).any()
-    assert torch.equal(torch.cat(parts, 2), full)
-    torch.testing.assert_close(full, STOCK_22.decode(raw).sample, atol=5e-3, rtol=0)
-
-
-@settings(max_examples=8, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=4))
-def test_the_vae_of_wan_2_2_encodes_in_a_stream(chunks):
-    sizes = [1 + 4 * chunks[0]] + [4 * n for n in chunks[1:] if n]
-    video = pixels(sum(sizes), height=32, width=64)
-    stream = WanVAE(STOCK_22).encoder()
+    video = pixels(sum(sizes), height=2 * geometry.spatial, width=4 * geometry.spatial)
+    stream = WanVAE(stock).encoder()
     encoded = torch.cat([stream.encode(piece) for piece in video.split(sizes, dim=2)], 2)
-    assert encoded.shape[1:] == (48, 1 + sum(chunks), 2, 4)
-    assert torch.equal(encoded, REFERENCE_22.encode(video).latent_dist.mode())
+    assert encoded.shape[1:] == (geometry.channels, 1 + sum(chunks), 2, 4)
+    assert torch.equal(encoded, reference.encode(video).latent_dist.mode())
 
 
 def test_bfloat16_and_batches_stream_too():
