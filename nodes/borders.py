@@ -15,7 +15,7 @@ from ..rolling_kv.sampling.state import CacheState
 from ..rolling_kv.vae.latents import to_model, to_raw
 
 if TYPE_CHECKING:
-    from .patchers import ManagedModule
+    from .encoding import Encoder
 
 AFTER_CUT = "rolling_kv_after_cut"
 """Key of a CONDITIONING: the embedding of the same text without the marker that begins a shot."""
@@ -58,7 +58,7 @@ def texts_in(*conditionings: list | None) -> Iterator[tuple[str, torch.Tensor]]:
             yield from ((text, made) for made in (embedding, notes[0].get(AFTER_CUT)) if made is not None)
 
 
-def spoken(conditioning: list) -> tuple[str, ManagedModule] | None:
+def spoken(conditioning: list) -> tuple[str, Encoder] | None:
     """The text whose embedding a CONDITIONING still is, and the encoder that made it; None where no text says it."""
     embedding, *notes = conditioning[0]
     if not notes or not {NAMED, ENCODER} <= notes[0].keys():

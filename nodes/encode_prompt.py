@@ -1,9 +1,9 @@
 from comfy_api.latest import io
 
-from . import borders, run
-from .encoding import encode_shot
+from . import borders, inputs, run
+from .encoding import encoder_of
 from .guard import guarded
-from .types import CATEGORY, TextEncoder
+from .types import CATEGORY
 
 
 class RollingKVEncodePrompt(io.ComfyNode):
@@ -19,7 +19,7 @@ class RollingKVEncodePrompt(io.ComfyNode):
             ),
             search_aliases=["clip text encode", "prompt", "text", "conditioning"],
             inputs=[
-                TextEncoder.Input("text_encoder", tooltip="From Load Text Encoder (UMT5)."),
+                inputs.text_encoder(),
                 io.String.Input(
                     "text",
                     multiline=True,
@@ -39,11 +39,11 @@ class RollingKVEncodePrompt(io.ComfyNode):
     @classmethod
     @guarded
     def execute(cls, text_encoder, text) -> io.NodeOutput:
-        if remark := text_encoder.model.remark([text]):
+        encoder = encoder_of(text_encoder)
+        if remark := encoder.remark([text]):
             run.say(remark, cls.hidden.unique_id)
-        text_encoder.bring_to_device(text_encoder.model.working_nbytes)
-        embedding, after = encode_shot(text_encoder, text)
-        notes = {borders.NAMED: (text, embedding), borders.ENCODER: text_encoder}
+        [(embedding, after)] = encoder.shots([text])
+        notes = {borders.NAMED: (text, embedding), borders.ENCODER: encoder}
         if after is not None:
             notes[borders.AFTER_CUT] = after
         return io.NodeOutput([[embedding, notes]])

@@ -2,28 +2,113 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
 import comfy.model_management as mm
+import torch
+from comfy.model_patcher import ModelPatcher
 
 from ..rolling_kv.geometry import TEXT_LENGTH
 from ..rolling_kv.presets import CUT_MARKERS
 from ..rolling_kv.sampling.steering import Shot
 from ..rolling_kv.text import clean
-from .patchers import ManagedModule
+from . import borders
+from .patchers import ManagedModule, fits_beside
 
 
-def encode_shot(encoder: ManagedModule, text: str) -> Shot:
-    """The embeddings of a prompt, as `TextEncoder.encode_shot` makes them for whichever family has its marker.
+class Encoder(ABC):
+    """What turns prompts into embeddings. patcher: its weights, under ComfyUI's memory management."""
 
-    encoder: with its weights on their device.
-    """
-    marker = next((marker for marker in CUT_MARKERS if clean(text).startswith(marker)), "")
-    first, after = encoder.model.encode_shot(text, marker)
-    device = mm.intermediate_device()
-    return first.to(device), None if after is None else after.to(device)
+    patcher: ModelPatcher
+
+    @abstractmethod
+    def embed(self, text: str) -> torch.Tensor:
+        """The embedding [1, 512, D] of a prompt. Call it with the weights on their device."""
+
+    @abstractmethod
+    def bring_to_device(self, *beside: ModelPatcher) -> None:
+        """Load the weights, and those of others that are to stay."""
+
+    @abstractmethod
+    def length(self, text: str) -> int:
+        """Tokens of a prompt, with the one that ends it. Only the tokenizer is used: other threads may ask."""
+
+    def remark(self, texts: Iterable[str]) -> str:
+        """What to say about words that the model does not know; empty where there is nothing to say."""
+        return ""
+
+    def fits_beside(self, *others: ModelPatcher) -> bool:
+        """Whether the device has room for these weights while those of others stay there."""
+        return fits_beside(self.patcher, *others)
+
+    def shots(self, texts: Iterable[str], *beside: ModelPatcher) -> list[Shot]:
+        """The embeddings of prompts, as `TextEncoder.encode_shot` makes them for whichever family has their markers.
+
+        beside: what stays on the device meanwhile.
+        """
+        self.bring_to_device(*beside)
+        return [self._shot(text) for text in texts]
+
+    def _shot(self, text: str) -> Shot:
+        cleaned = clean(text)
+        marker = next((marker for marker in CUT_MARKERS if cleaned.startswith(marker)), None)
+        device, first = mm.intermediate_device(), self.embed(text)
+        return first.to(device), None if marker is None else self.embed(cleaned.removeprefix(marker)).to(device)
+
+    def check_length(self, text: str) -> None:
+        """Raise ValueError for a prompt of which the model would not read the end."""
+        if (tokens := self.length(text)) > TEXT_LENGTH:
+            raise ValueError(
+                f"the prompt has {tokens - 1} tokens, of which the model reads {TEXT_LENGTH - 1}: make it shorter"
+            )
+
+    def __deepcopy__(self, memo) -> Encoder:
+        return self  # nodes copy CONDITIONING, which carries its encoder
+
+    def __reduce__(self):
+        return type(None), ()  # nodes that save CONDITIONING do not mean the weights
 
 
-def check_length(encoder: ManagedModule, text: str) -> None:
-    """Raise ValueError for a prompt of which the model would not read the end."""
-    tokens = len(encoder.model.tokenizer.encode(clean(text)))
-    if tokens >= TEXT_LENGTH:
-        raise ValueError(f"the prompt has {tokens} tokens, of which the model reads {TEXT_LENGTH - 1}: make it shorter")
+class OwnEncoder(Encoder):
+    """The pack's, of Load Text Encoder."""
+
+    def __init__(self, managed: ManagedModule):
+        self.patcher = self._managed = managed
+
+    def embed(self, text: str) -> torch.Tensor:
+        return self._managed.model.encode([text])
+
+    def bring_to_device(self, *beside: ModelPatcher) -> None:
+        self._managed.bring_to_device(self._managed.model.working_nbytes, *beside)
+
+    def length(self, text: str) -> int:
+        return len(self._managed.model.tokenizer.encode(clean(text))) + 1
+
+    def remark(self, texts: Iterable[str]) -> str:
+        return self._managed.model.remark(texts)
+
+
+class ClipEncoder(Encoder):
+    """A CLIP of ComfyUI's, of Load CLIP: a prompt becomes what CLIP Text Encode makes of it, its (word:1.2) included."""
+
+    def __init__(self, clip: Any):
+        self._clip, self.patcher = clip, clip.patcher
+
+    def embed(self, text: str) -> torch.Tensor:
+        tokens = self._clip.tokenize(text)
+        return borders.embedding(self._clip.encode_from_tokens_scheduled(tokens), f"prompt {text!r}'s")
+
+    def bring_to_device(self, *beside: ModelPatcher) -> None:
+        if beside:  # encoding brings the CLIP itself, but does not know of them
+            mm.load_models_gpu([self.patcher, *beside])
+
+    def length(self, text: str) -> int:
+        # Padded to what ComfyUI pads it to, which is no more than the model reads.
+        return max(len(batch) for batches in self._clip.tokenize(text).values() for batch in batches)
+
+
+def encoder_of(given: Any) -> Encoder:
+    """The encoder that an input brings, as `inputs.text_encoder` lets it in."""
+    return OwnEncoder(given) if isinstance(given, ManagedModule) else ClipEncoder(given)

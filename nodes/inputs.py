@@ -12,9 +12,10 @@ from comfy_api.latest import io
 
 from ..rolling_kv.config import ALL_FRAMES, CACHE_STORAGES, CONTEXTS, POSITIONS, SWITCHES, CacheConfig, SamplingConfig
 from ..rolling_kv.geometry import WAN_21, WAN_22, Geometry
+from ..rolling_kv.sampling.blend import CURVES
 from ..rolling_kv.sampling.history import RECOMPUTING
 from ..rolling_kv.video import ENCODERS
-from .types import Schedule
+from .types import Schedule, TextEncoder
 
 OWN = "the model's own"
 """The choice that leaves a setting as the model was trained."""
@@ -250,9 +251,16 @@ def switch_to() -> io.DynamicCombo.Input:
         max=1000,
         tooltip="Over how many chunks the old prompt becomes the new one.",
     )
+    curve = io.Combo.Input(
+        "curve",
+        options=list(CURVES),
+        default=CURVES[0],
+        optional=True,
+        tooltip="Linear: on a straight line. Slerp: on an arc, on which each token of the prompt keeps its length.",
+    )
     return choice(
         "switch",
-        {OWN: []} | {way: [] for way in SWITCHES} | {BLEND: [chunks]},
+        {OWN: []} | {way: [] for way in SWITCHES} | {BLEND: [chunks, curve]},
         f"How a continued video takes up the new prompt. {SWITCHING} Blend: from one prompt to the other, little by little. "
         "The model's own does nothing where the prompt is the same.",
         optional=True,
@@ -279,6 +287,14 @@ def positive() -> io.MultiType.Input:
         [io.Conditioning, Schedule],
         tooltip="From Encode Prompt, or CLIP Text Encode with a Wan CLIP (umt5_xxl). For several prompts from "
         "Prompt Schedule.",
+    )
+
+
+def text_encoder() -> io.MultiType.Input:
+    return io.MultiType.Input(
+        "text_encoder",
+        [TextEncoder, io.Clip],
+        tooltip="From Load Text Encoder (UMT5), or Load CLIP with type wan (umt5_xxl).",
     )
 
 
@@ -380,12 +396,12 @@ def cache_of(
     return cache.with_rules(**rules, storage=storage, offload=offload)
 
 
-def switch_to_of(chosen: dict | None) -> tuple[str | None, int]:
-    """The engine's switch and chunks of a blend that `switch_to` gives: None for the model's own, 1 for no blend."""
+def switch_to_of(chosen: dict | None) -> tuple[str | None, int, str]:
+    """The engine's switch, and chunks and curve of a blend, that `switch_to` gives: None for the model's own, 1 for no blend."""
     chosen = chosen or {"switch": OWN}
     if chosen["switch"] == BLEND:
-        return "hold", chosen.get("chunks", BLEND_CHUNKS)
-    return None if chosen["switch"] == OWN else chosen["switch"], 1
+        return "hold", chosen.get("chunks", BLEND_CHUNKS), chosen.get("curve", CURVES[0])
+    return None if chosen["switch"] == OWN else chosen["switch"], 1, CURVES[0]
 
 
 def seeds_of(seed: int, videos: int) -> list[int]:

@@ -19,7 +19,8 @@ from ..rolling_kv.sampling.state import CacheState, Chunk
 from ..rolling_kv.sampling.steering import Shot, Steering
 from ..rolling_kv.schedules.schedule import Plan
 from ..rolling_kv.wan.fast import product_bytes
-from . import borders, encoding, inputs, run
+from . import borders, inputs, run
+from .encoding import Encoder
 from .one_prompt import as_schedule
 from .patchers import ManagedModule
 from .types import EncodedSchedule, ModelHandle
@@ -60,7 +61,7 @@ class Job:
         self.chunks = length(sampling, self.start.frames, source)
         sampling.check_length(self.chunks, self.start.frames, model.geometry)
         self.frames = self.start.frames + sampling.frames_of(self.chunks, self.start.frames)
-        self._switch, self._blend = inputs.switch_to_of(switch)
+        self._switch, self._blend, self._curve = inputs.switch_to_of(switch)
         self._plan, self._after, marker = None, None, model.engine.preset.cut_marker
         self._settle: Callable[[], None] = lambda: None
         if isinstance(positive, EncodedSchedule):
@@ -82,8 +83,8 @@ class Job:
             sampling.check_cache(model.cache.with_rules(switch=way))
             ways, texts = {way} if state is not None else set(), borders.texts_in(positive)
             prompts = as_schedule(
-                positive, (self._prompt, self._after), switch=self._switch, blend=self._blend, cache=model.cache,
-                continued=state is not None, given=self.start.frames > 0,
+                positive, (self._prompt, self._after), switch=self._switch, blend=self._blend, curve=self._curve,
+                cache=model.cache, continued=state is not None, given=self.start.frames > 0,
             )  # fmt: skip
         self._texts = [*texts, *borders.texts_in(negative)]
         self._switches = ways.union(record.switch for record in state.records) if state is not None else ways
@@ -127,7 +128,7 @@ class Job:
             vae=self._vae and self._vae.model, on_pass=on_pass,
         )  # fmt: skip
         if self._blend > 1:
-            session.set_prompt(self._prompt, self._negative, after=self._after, blend=self._blend)
+            session.set_prompt(self._prompt, self._negative, after=self._after, blend=self._blend, curve=self._curve)
         with self._telling_shortage(), session:
             if self._given is not None:
                 session.prefill(self._given)
@@ -159,12 +160,12 @@ class Job:
         """
         if self._encoder is None:
             raise ValueError(self.steering.refusal)
-        encoding.check_length(self._encoder, text)
-        return self._encoder.model.remark([self.steering.prompt(text, how)])
+        self._encoder.check_length(text)
+        return self._encoder.remark([self.steering.prompt(text, how)])
 
     def _steered(self, prompts: EncodedSchedule | str) -> Steering:
         """What may be said to the run while it goes on. prompts: those of its plan, or why nothing may."""
-        self._encoder: ManagedModule | None = None
+        self._encoder: Encoder | None = None
         if isinstance(prompts, str):
             return Steering(refusal=prompts)
         self._plan, self._embeds, self._encoder = self._plan or self._plan_of(prompts), prompts.embeds, prompts.encoder
@@ -180,8 +181,7 @@ class Job:
             self._settle()
             in_use = []
         try:
-            self._encoder.bring_to_device(self._encoder.model.working_nbytes, *in_use)
-            shot = encoding.encode_shot(self._encoder, text)
+            [shot] = self._encoder.shots([text], *in_use)
         finally:
             self.make_room(self._decoder, standing=True)
         self._texts += [(text, embedding) for embedding in shot if embedding is not None]

@@ -18,13 +18,14 @@ def as_schedule(
     *,
     switch: str | None,
     blend: int,
+    curve: str,
     cache: CacheConfig,
     continued: bool,
     given: bool,
 ) -> EncodedSchedule | str:
     """positive: the CONDITIONING of a run, whose chunks have the embeddings `shot`.
 
-    switch, blend: how it takes hold, see `RollingSession.set_prompt`. continued: behind a state. given: behind given frames.
+    switch, blend, curve: how it takes hold, see `RollingSession.set_prompt`. continued: behind a state. given: behind given frames.
 
     Returns why there is no such schedule, as a sentence, where the text is not known or no schedule can say all that.
     """
@@ -45,7 +46,7 @@ def as_schedule(
     elif given and shot[1] is not None:  # the frames have entered with the words that begin the shot
         origin, word = "run", "hold"
     try:
-        segment = Segment(text, 0.0, word, blend if continued else 1)
+        segment = Segment(text, 0.0, word, blend, curve) if continued else Segment(text, 0.0, word)
         schedule = PromptSchedule((segment,))
         if read_schedule(str(schedule)).segments != (segment,):
             raise ValueError("it reads as several prompts")

@@ -23,6 +23,18 @@ def obtainable(device: torch.device) -> int:
     return int(mm.get_free_memory(device) + sum(model.loaded_size() for model in loaded if model is not None))
 
 
+def fits_beside(weights: ModelPatcher, *others: ModelPatcher) -> bool:
+    """Whether the device of weights has room for them while those of others stay there."""
+    device, staying = weights.load_device, [weights, *others]
+    leaving = (
+        loaded.model_loaded_memory()
+        for loaded in mm.current_loaded_models
+        if loaded.device == device and loaded.model is not None and loaded.model not in staying
+    )
+    room = mm.get_free_memory(device) + weights.loaded_size() + sum(leaving)
+    return room >= 1.1 * weights.model_size() + mm.minimum_inference_memory()
+
+
 class ManagedModule(ModelPatcher):
     """Any of the engine's holder modules (`.model`), moved between devices by ComfyUI as a whole.
 
@@ -36,24 +48,7 @@ class ManagedModule(ModelPatcher):
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
         return 0  # nothing freed: ComfyUI then unloads the whole module
 
-    def fits_beside(self, *others: ManagedModule) -> bool:
-        """Whether the device has room for these weights while those of others stay there."""
-        staying = [self, *others]
-        leaving = (
-            loaded.model_loaded_memory()
-            for loaded in mm.current_loaded_models
-            if loaded.device == self.load_device and loaded.model is not None and loaded.model not in staying
-        )
-        room = mm.get_free_memory(self.load_device) + self.loaded_size() + sum(leaving)
-        return room >= 1.1 * self.model_size() + mm.minimum_inference_memory()
-
-    def __deepcopy__(self, memo) -> ManagedModule:
-        return self  # nodes copy CONDITIONING, which carries its text encoder
-
-    def __reduce__(self):
-        return type(None), ()  # nodes that save CONDITIONING do not mean the weights
-
-    def bring_to_device(self, memory_required: int = 0, *others: ManagedModule) -> torch.device:
+    def bring_to_device(self, memory_required: int = 0, *others: ModelPatcher) -> torch.device:
         """Load the weights, and those of others, making room for `memory_required` bytes; returns the device."""
         mm.load_models_gpu([self, *others], memory_required=memory_required, force_full_load=True)
         return self.load_device

@@ -2,10 +2,10 @@ from comfy_api.latest import io, ui
 
 from ..rolling_kv.schedules.reading import read_schedule
 from ..rolling_kv.schedules.timeline import LAST_SECONDS
-from . import run
-from .encoding import encode_shot
+from . import inputs, run
+from .encoding import encoder_of
 from .guard import guarded
-from .types import CATEGORY, EncodedSchedule, Model, Schedule, TextEncoder
+from .types import CATEGORY, EncodedSchedule, Model, Schedule
 
 EXAMPLE = "0: a red circle moving right\n2.5: a blue circle moving right [recache]\n6: a green square moving left [cut]"
 
@@ -24,7 +24,7 @@ class RollingKVPromptSchedule(io.ComfyNode):
             ),
             search_aliases=["prompt travel", "batch prompt schedule", "keyframes", "timeline", "storyboard", "prompts"],
             inputs=[
-                TextEncoder.Input("text_encoder", tooltip="From Load Text Encoder (UMT5)."),
+                inputs.text_encoder(),
                 io.String.Input(
                     "text",
                     multiline=True,
@@ -64,11 +64,11 @@ class RollingKVPromptSchedule(io.ComfyNode):
             settings = model.sampling, model.geometry
             plan = schedule.plan(*settings, chunks=schedule.chunks(*settings, last=LAST_SECONDS), origin="run")
             shown, notes = str(plan.snapped()), plan.notes
-        if remark := text_encoder.model.remark(schedule.texts):
+        encoder = encoder_of(text_encoder)
+        if remark := encoder.remark(schedule.texts):
             notes = [*notes, remark]
         told = "\n".join([shown, *notes])
         run.say(told, cls.hidden.unique_id)
-        text_encoder.bring_to_device(text_encoder.model.working_nbytes)
-        embeds = {prompt: encode_shot(text_encoder, prompt) for prompt in schedule.texts}
+        embeds = dict(zip(schedule.texts, encoder.shots(schedule.texts)))
         origin = {"video": "video", "sampler": "run"}[count_from]
-        return io.NodeOutput(EncodedSchedule(schedule, embeds, origin, text_encoder), ui=ui.PreviewText(told))
+        return io.NodeOutput(EncodedSchedule(schedule, embeds, origin, encoder), ui=ui.PreviewText(told))

@@ -18,6 +18,7 @@ from ..rolling_kv.sampling.state import CacheState
 from ..rolling_kv.schedules.schedule import PromptSchedule
 from ..rolling_kv.text import TextEncoder as Umt5
 from ..rolling_kv.vae.loading import AnyVAE
+from .encoding import Encoder
 from .patchers import ManagedModel, ManagedModule
 
 CATEGORY = "RollingKV"
@@ -56,13 +57,13 @@ class ModelHandle(NamedTuple):
 class EncodedSchedule(NamedTuple):
     """A prompt schedule with the embeddings of its prompts.
 
-    origin: where its times count from, one of `ORIGINS`. encoder: that made them, for prompts that come while a run goes on.
+    origin: where its times count from, one of `ORIGINS`. encoder: the one that made them, for prompts that come while a run goes on.
     """
 
     schedule: PromptSchedule
     embeds: Embeds
     origin: str
-    encoder: ManagedModule
+    encoder: Encoder
 
     def texts(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Its texts with their embeddings, for `CacheState.named`."""
@@ -86,6 +87,7 @@ def _is_conditioning(value) -> bool:
 EDGES = {
     Model.io_type: lambda value: isinstance(value, ModelHandle),
     TextEncoder.io_type: _holds(Umt5),
+    io.Clip.io_type: lambda value: hasattr(value, "tokenize") and hasattr(value, "encode_from_tokens_scheduled"),
     VAE.io_type: _holds(AnyVAE),
     Schedule.io_type: lambda value: isinstance(value, EncodedSchedule),
     State.io_type: lambda value: isinstance(value, CacheState),

@@ -1,4 +1,4 @@
-"""ComfyUI's own text encoders: the same embeddings, and a CONDITIONING that Sample Video takes."""
+"""ComfyUI's own text encoders: the same embeddings, a CONDITIONING that Sample Video takes, and prompts of ours from a CLIP."""
 
 import json
 import struct
@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 from builders import original_names, sentencepiece_model, tiny_transformer, tiny_umt5
-from graphs import chosen, node, one_sampler, saved_latent
+from graphs import TINY, chosen, node, one_sampler, prompt, sample, save_latent, saved_latent
 from safetensors.torch import load_file, save_file
 from transformers import T5TokenizerFast
 
@@ -17,6 +17,7 @@ from rolling_kv.geometry import TEXT_LENGTH
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.text import load_text_encoder
 from rolling_kv.vae.latents import to_raw
+from tools.comfyui.client import PromptFailed
 
 PROMPTS = ["a red circle moving left across the stormy sea", "", "cats & dogs"]
 WIDTH, VOCABULARY = 768, 32128  # of T5 base
@@ -96,15 +97,50 @@ def folder(default_server, embedding):
     return folder
 
 
+def on_clip(graph: dict) -> dict:
+    """The graph with ComfyUI's Load CLIP in the place of our text encoder, and the model that reads such embeddings."""
+    graph["model"]["inputs"]["model_name"] = "random_768.safetensors"
+    return graph | {"text_encoder": node("CLIPLoader", clip_name="random_t5.safetensors", type="wan")}
+
+
+def test_our_prompts_are_encoded_by_a_clip_too(client, folder):
+    """A schedule of it is its prompts by CLIP Text Encode in a chain, with a blend on an arc, which is not the one on a line."""
+    red, blue, cut = "a (red:1.2) circle", "a blue circle", "The scene transitions. a square"
+
+    def last(graph: dict) -> torch.Tensor:
+        return saved_latent(client, client.run(on_clip(graph | {"save": save_latent("last")})))
+
+    def scheduled(way: str) -> torch.Tensor:
+        text = f"0: {red}\n0.5: {blue} [{way} 3]\n2.5: {cut} [hold]"
+        schedule = node("RollingKVPromptSchedule", text_encoder=["text_encoder", 0], text=text, count_from="video")
+        return last(one_sampler() | {"positive": schedule, "last": sample(5)})
+
+    def chained(encode, **brought) -> torch.Tensor:
+        graph = one_sampler(1) | {"positive": encode(red), "blue": encode(blue), "cut": encode(cut)}
+        way = chosen("switch", "blend", chunks=3, **brought)
+        graph["second"] = sample(3, positive="blue", state=["sample", 1], **way)
+        return last(graph | {"last": sample(1, positive="cut", state=["second", 1], switch="hold")})
+
+    arc = chained(lambda text: node("CLIPTextEncode", clip=["text_encoder", 0], text=text), curve="slerp")
+    assert torch.equal(scheduled("slerp"), arc)
+    line = chained(prompt)
+    assert torch.equal(scheduled("blend"), line) and not torch.equal(line, arc)
+
+
+@pytest.mark.traceback_expected
+def test_a_clip_of_another_width_is_refused(client, folder):
+    graph = on_clip(one_sampler(1))
+    graph["model"]["inputs"]["model_name"] = TINY
+    with pytest.raises(PromptFailed, match="768"):
+        client.run(graph)
+
+
 def test_a_conditioning_of_clip_text_encode_is_sampled_with(client, folder, embedding, install):
     """ComfyUI pads a T5 prompt to 128 tokens, the model wants 512. With guidance, so the negative one comes so as well."""
     words = {"positive": "a red circle moving right", "negative": "blurry"}
     guided = chosen("guidance", "this strength", strength=2.0)
-    graph = one_sampler(1, model=["model", 0], negative=["negative", 0], **guided)
-    graph["model"]["inputs"]["model_name"] = "random_768.safetensors"
-    graph["clip"] = node("CLIPLoader", clip_name="random_t5.safetensors", type="wan")
-    graph |= {name: node("CLIPTextEncode", clip=["clip", 0], text=text) for name, text in words.items()}
-    del graph["text_encoder"]
+    graph = on_clip(one_sampler(1, model=["model", 0], negative=["negative", 0], **guided))
+    graph |= {name: node("CLIPTextEncode", clip=["text_encoder", 0], text=text) for name, text in words.items()}
     latent = saved_latent(client, client.run(graph))
 
     tokenizer = T5TokenizerFast.from_pretrained(install.path / "comfy/text_encoders/t5_tokenizer")
