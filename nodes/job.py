@@ -43,9 +43,9 @@ class Job:
     def __init__(
         self, model: ModelHandle, positive, length: Length, seed: int, width: int, height: int, *, guidance=None,
         negative=None, initial_latent=None, state: CacheState | None = None, switch=None, vae=None, batch_size: int = 1,
-        source=None, strength: float = 1.0,
+        source=None, strength: float = 1.0, keep_keys: bool = False,
     ):  # fmt: skip
-        self.model, self.state = model, state
+        self.model, self.state, self._keep_keys = model, state, keep_keys
         self.sampling = sampling = inputs.with_guidance(model.sampling, guidance)
         source = None if source is None else borders.source_latents(source, model.geometry)
         self._given, self.start = borders.start_of(
@@ -124,7 +124,7 @@ class Job:
         session = RollingSession(
             model.engine, self._prompt, height=start.height, width=start.width, batch=start.batch, negative=self._negative,
             sampling=self.sampling, cache=model.cache, execution=model.execution, step_cache=model.step_cache,
-            state=self.state, workspace=model.patcher.workspace, switch=self._switch, after=self._after,
+            state=self.state, workspace=model.patcher.workspace, keep_keys=self._keep_keys, switch=self._switch, after=self._after,
             vae=self._vae and self._vae.model, on_pass=on_pass,
         )  # fmt: skip
         if self._blend > 1:

@@ -89,6 +89,14 @@ class RollingKVSample(io.ComfyNode):
                     tooltip="How far from the source it may go: 1 leaves nothing of it, little only touches it up. Only read "
                     "with a source.",
                 ),
+                io.Boolean.Input(
+                    "keep_keys",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="The state carries the keys and values of its window in CPU memory. Whoever continues it then need "
+                    "not replay the video: for states with several continuations. A saved file has none.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -112,11 +120,12 @@ class RollingKVSample(io.ComfyNode):
     def execute(
         cls, model, positive, length, length_unit, seed, width, height, guidance=None, negative=None,
         initial_latent=None, state=None, switch=None, vae=None, batch_size=1, source=None, strength=0.5,
+        keep_keys=False,
     ) -> io.NodeOutput:  # fmt: skip
         job = Job(
             model, positive, partial(_chunks, length, length_unit, positive, model.geometry), seed, width, height,
             guidance=guidance, negative=negative, initial_latent=initial_latent, state=state, switch=switch, vae=vae,
-            batch_size=batch_size, source=source, strength=strength,
+            batch_size=batch_size, source=source, strength=strength, keep_keys=keep_keys,
         )  # fmt: skip
         fits = vae is not None and vae.model.geometry.channels == model.geometry.channels
         decoder = vae if fits and are_watched() else None

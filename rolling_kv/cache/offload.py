@@ -114,6 +114,9 @@ class Offloaded(Resident):
             copy.copy_(part, non_blocking=True)
         return copies
 
+    def finish(self) -> None:
+        self.copies.finish()
+
     def open(self, layer: int, tokens: int) -> Parts:
         self.place = place = 1 - self.place
         if self.staged[place] != layer:

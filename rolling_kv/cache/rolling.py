@@ -11,6 +11,7 @@ made, and the oldest frames leave before the chunk attends. Everything else that
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
@@ -22,6 +23,7 @@ from ..devices import to_device
 from ..rope import rotary_angles, rotate, rotations, time_shift_angles
 from .averages import MemoryAverages, SinkAverage
 from .codecs import CODECS, Parts
+from .kept import KeptFrames, each_tensor
 from .offload import Offloaded
 from .sizes import CacheBytes, CacheShape
 from .stores import Resident, Sizes
@@ -35,6 +37,10 @@ Work = Callable[[int, Parts], Spans]
 
 Places = Sequence[tuple[int, ...]] | torch.Tensor
 """Where the tokens of a chunk go: (first token, slot, count) of each segment, or the slot of each token, int64 [S]."""
+
+
+_PLACES = ("offset", "_away", "_away_next", "_last", "_placed")
+"""What a cache knows of its frames beside the window, none of which is ever changed in its place."""
 
 
 class Turning(Protocol):
@@ -163,6 +169,38 @@ class RollingKVCache:
         self._originals.clear()
         self.averages = None
 
+    def kept_frames(self) -> KeptFrames | None:
+        """What the cache holds, in CPU memory, for `restore`; None while something is still to be done for the open chunk."""
+        if self._work and len(self._worked) < self.shape.layers:
+            return None
+        self.store.finish()
+        used = self._tokens(0, self.window.filled)
+        aside = partial(torch.Tensor.to, device="cpu", copy=True)
+        layers = tuple(tuple(aside(part[:, :, used]) for part in parts) for parts in self.store.layers)
+        averages = self.averages.layers if self.averages else {}
+        places = {name: getattr(self, name) for name in _PLACES}
+        return KeptFrames(
+            layers, each_tensor(self._originals, aside), each_tensor(averages, aside), copy.copy(self.window), places
+        )
+
+    def restore(self, kept: KeptFrames) -> None:
+        """Hold what `kept_frames` gave, of a cache of this shape and these settings, and nothing else."""
+        self.reset()
+        self.reserve(kept.window.filled)
+        used, capacity = self._tokens(0, kept.window.filled), self.window.capacity
+        for parts, sources in zip(self.store.layers, kept.layers):
+            for part, source in zip(parts, sources):
+                part[:, :, used] = source
+        self.window = copy.copy(kept.window)
+        self.window.capacity = capacity
+        for name, value in kept.places.items():
+            setattr(self, name, value)
+        self._originals = {layer: self.store.copied(parts) for layer, parts in kept.originals.items()}
+        if self.window.open:
+            self._aim()
+        if self.averages is not None:
+            self.averages.layers = each_tensor(kept.averages, partial(torch.Tensor.to, device=self.device, copy=True))
+
     @property
     def position(self) -> float:
         """Where the open chunk's first frame stands in time, in latent frames."""
@@ -178,7 +216,11 @@ class RollingKVCache:
             self._open(frames)
         elif window.open != frames:
             window.begin(frames)
-        tokens = self.shape.tokens_per_frame
+        self._aim()
+
+    def _aim(self) -> None:
+        """Know where passes over the open chunk write and read."""
+        tokens, window = self.shape.tokens_per_frame, self.window
         self._writes = [tuple(tokens * n for n in segment) for segment in window.segments()]
         self._slots = None
         self._used = window.filled * tokens

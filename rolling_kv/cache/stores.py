@@ -55,8 +55,11 @@ class Resident:
         """What was written in the opened parts: (first token, count) each."""
 
     def copied(self, parts: Parts) -> Parts:
-        """A copy of parts of an open layer, for as long as the caller wants it, where this store keeps its own."""
-        return tuple(part.clone() for part in parts)
+        """A copy of parts of a layer, for as long as the caller wants it, where this store keeps its own."""
+        return tuple(part.to(self.device, copy=True) for part in parts)
+
+    def finish(self) -> None:
+        """Return when the CPU can read and write what the layers hold."""
 
     def discard(self) -> None:
         """Forget what is on its way: the next pass starts at the first layer again."""

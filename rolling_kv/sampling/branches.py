@@ -11,7 +11,7 @@ from ..cache.rolling import RollingKVCache
 from ..cache.sizes import CacheBytes
 from ..devices import to_device
 from .state import CacheState, same_values
-from .workspace import Caches, CacheSpec, KnownPrompt, Workspace
+from .workspace import Caches, CacheSpec, KeptKeys, KnownPrompt, Workspace
 
 
 class GuidanceBranches:
@@ -32,13 +32,13 @@ class GuidanceBranches:
         self.prompts = prompts
 
     @classmethod
-    def open(cls, spec: CacheSpec, workspace: Workspace, key: str, capacity: int) -> GuidanceBranches:
-        """Take over what the workspace holds for the state with that key, or allocate.
+    def open(cls, spec: CacheSpec, workspace: Workspace, state: CacheState, capacity: int) -> GuidanceBranches:
+        """Take over what the workspace holds for a state, or take what the state itself carries, or begin with nothing.
 
         capacity: latent frames to allocate where the window is unlimited.
         Raises ValueError if the caches are to be kept in CPU memory and there is too little for all of them.
         """
-        caches, cached, prompts = workspace.take(spec, key)
+        caches, cached, prompts = workspace.take(spec, state.key)
         if caches is None:
             made = JointKVCache if spec.joint else RollingKVCache
             kept = made.bytes_kept(spec.shape, spec.config, spec.config.limit or capacity)
@@ -46,7 +46,23 @@ class GuidanceBranches:
                 check_room(kept.host * len(spec.branches))
             with torch.inference_mode():
                 caches = {n: made(spec.shape, spec.config, spec.device, capacity) for n in spec.branches}
+        if not cached and state.keys is not None and state.keys.spec == spec:
+            with torch.inference_mode():
+                for name, cache in caches.items():
+                    cache.restore(state.keys.caches[name])
+            cached = state.keys.cached_chunks
         return cls(spec, caches, cached, prompts)
+
+    def kept_keys(self) -> KeptKeys | None:
+        """What the caches hold, for a state to carry; None where a chunk is half begun, or nothing has been seen.
+
+        Raises ValueError where there is too little RAM.
+        """
+        held = self.nbytes
+        check_room(held.host or held.device)
+        caches = {name: cache.kept_frames() for name, cache in self.caches.items()}
+        whole = {name: frames for name, frames in caches.items() if frames is not None}
+        return KeptKeys(self.spec, whole, self.cached) if self.cached and len(whole) == len(caches) else None
 
     @property
     def nbytes(self) -> CacheBytes:

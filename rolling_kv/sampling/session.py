@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -29,6 +30,8 @@ from .schedule import Noise, NoiseSource, chunk_noise, sample_chunk, starting_fr
 from .state import CacheState, Chunk, Seeds
 from .workspace import CacheSpec, Workspace
 
+logger = logging.getLogger(__name__)
+
 
 class RollingSession:
     """One run on one video. A context manager: the cache is attached to the model inside it, and only there.
@@ -47,6 +50,8 @@ class RollingSession:
     execution: how passes are computed.
     state: the video to continue; its tensors are only read. Between chunks an equal one may be put in its place.
     workspace: where to look for, and leave, a working cache.
+    keep_keys: whether the state is to carry what the working cache holds when the session closes, in CPU memory: then
+        whoever continues it replays nothing. A log warning says where there is too little RAM.
     switch: how to switch to this prompt where the state's last chunk had another: one of `config.SWITCHES`. None: in the
         family's own way, and not at all if it is the same prompt.
     after: embeddings for the chunks behind the first that is made, where they are others; see `set_prompt`.
@@ -75,6 +80,7 @@ class RollingSession:
         execution: ExecutionConfig | None = None,
         state: CacheState | None = None,
         workspace: Workspace | None = None,
+        keep_keys: bool = False,
         switch: str | None = None,
         after: torch.Tensor | None = None,
         vae: Reencoding | None = None,
@@ -95,6 +101,7 @@ class RollingSession:
         self.step_cache = step_cache
         self.step_report: StepCacheReport | None = None
         self._workspace = workspace
+        self._keep_keys = keep_keys
         self._shards = shards
         self._attach = attach or partial(apply_rolling_kv_cache, execution=self.execution, shards=shards)
         self._vae = vae
@@ -330,7 +337,7 @@ class RollingSession:
                 attachments.append(self._attach(weights))
                 ending.callback(attachments[-1].detach)
             capacity = max(self.state.frames, sampling.chunk)
-            branches = GuidanceBranches.open(spec, self._workspace or Workspace(), self.state.key, capacity)
+            branches = GuidanceBranches.open(spec, self._workspace or Workspace(), self.state, capacity)
             history = self._history(branches, attachments[-1], ending)
             self._open = run = Running(attachments[0], branches, history, sampling, self.dtype)
             if self.step_cache is not None:  # after the rolling cache, and off before it: its hooks wrap what they find
@@ -366,4 +373,12 @@ class RollingSession:
         keep = exception_type is None and recorded
         # Whoever takes it over cannot know how a cancelled chunk was switched to.
         run.branches.leave_cancelled_chunk(self.state, self.sampling.chunk_size(self.state.frames), "")
+        if keep and self._keep_keys:
+            self._carry_keys(run.branches)
         run.branches.close(self._workspace if keep else None, self.state.key)
+
+    def _carry_keys(self, branches: GuidanceBranches) -> None:
+        try:
+            self.state = self.state._replace(keys=branches.kept_keys())
+        except ValueError as error:  # the video is there all the same
+            logger.warning("The state carries no keys and values: %s", error)

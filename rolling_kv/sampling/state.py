@@ -1,18 +1,22 @@
 """`CacheState`: the video so far, as the immutable value that graph edges carry.
 
 A state is the clean latents and the log of how they came about. It needs no keys and values: those are a function of
-the log, so replaying one context pass per chunk gives the same bits (see `sampling.session.RollingSession`).
+the log, so replaying one context pass per chunk gives the same bits (see `sampling.session.RollingSession`). It may carry
+them, which saves that.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ..geometry import Geometry, geometry_of
+
+if TYPE_CHECKING:
+    from .workspace import KeptKeys
 
 Seeds = int | tuple[int, ...]
 """Of the noise: one for all videos of a batch, or one for each of them."""
@@ -65,6 +69,7 @@ class CacheState(NamedTuple):
     key: digest of everything above; equal keys mean equal videos.
     texts: of each prompt, for people; None where nobody said it. No part of the key, and no bit depends on them.
     model_name: of the model, likewise.
+    keys: what the working cache held there, where it was asked for, likewise. A file has none.
     """
 
     chunks: tuple[torch.Tensor, ...] = ()
@@ -74,6 +79,7 @@ class CacheState(NamedTuple):
     key: str = ""
     texts: tuple[str | None, ...] = ()
     model_name: str = ""
+    keys: KeptKeys | None = None
 
     @property
     def frames(self) -> int:
@@ -107,7 +113,8 @@ class CacheState(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.chunks + self.prompts)
+        carried = 0 if self.keys is None else self.keys.nbytes
+        return sum(tensor.nbytes for tensor in self.chunks + self.prompts) + carried
 
     def latents(self) -> torch.Tensor:
         """All clean latents, [B, C, F, h, w], in model space. Raises ValueError for an empty state."""
@@ -167,7 +174,7 @@ class CacheState(NamedTuple):
         key = _key_after(self.key, self.model, record, chunk, prompts[len(self.prompts) :])
         texts = (*self.texts, *[None] * (len(prompts) - len(self.texts)))
         chunks, records = (*self.chunks, chunk), (*self.records, record)
-        return self._replace(chunks=chunks, prompts=prompts, records=records, key=key, texts=texts)
+        return self._replace(chunks=chunks, prompts=prompts, records=records, key=key, texts=texts, keys=None)
 
     def named(self, known: Iterable[tuple[str, torch.Tensor]]) -> CacheState:
         """The same video with the texts of prompts that nobody has named yet.

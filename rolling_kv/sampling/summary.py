@@ -52,6 +52,7 @@ class StateSummary(NamedTuple):
     model_name: str
     dtype: str
     nbytes: int
+    keys_nbytes: int
     key: str
     stretches: tuple[Stretch, ...]
 
@@ -62,9 +63,12 @@ class StateSummary(NamedTuple):
             "model": f"{printable(self.model_name)} ({printable(self.model)}), latents of {self.geometry}",
             "video": f"{batch}{self.seconds:g} s, {self.pixel_frames} frames, {self.width}x{self.height}; {self.frames} "
             f"latent frames in {self.chunks} chunks",
-            "memory": f"{self.nbytes / 2**20:.1f} MiB, latents in {self.dtype} and prompts",
+            "memory": f"{self.nbytes / 2**20:.1f} MiB, latents in {self.dtype} and prompts{self._carried()}",
             "key": printable(self.key),
         }
+
+    def _carried(self) -> str:
+        return f"; {self.keys_nbytes / 2**20:.1f} MiB of keys and values" if self.keys_nbytes else ""
 
     def table(self) -> str:
         """The stretches as lines of text, with a head."""
@@ -104,7 +108,8 @@ def summarize(state: CacheState) -> StateSummary:
         model=state.model,
         model_name=state.model_name,
         dtype=str(state.chunks[-1].dtype).removeprefix("torch."),
-        nbytes=state.nbytes,
+        nbytes=state._replace(keys=None).nbytes,
+        keys_nbytes=0 if state.keys is None else state.keys.nbytes,
         key=state.key,
         stretches=tuple(_stretches(state)),
     )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..cache.kept import KeptFrames
 from ..cache.prompt import PromptCache
 from ..cache.rolling import RollingKVCache
 from ..cache.sizes import CacheShape
@@ -61,6 +62,23 @@ class CacheSpec(NamedTuple):
         shape = CacheShape.of(model.transformer, batch, *latent_size, model.dtype, ranks)
         execution = replace(execution, cuda_graphs=False)  # whether passes are recorded changes no key
         return cls(model.identity, shape, config, BRANCHES[:branches], execution, model.compute_device(), joint)
+
+
+class KeptKeys(NamedTuple):
+    """A working cache as it stood at a state, in CPU memory, for the state to carry. Nobody changes it.
+
+    spec: of the cache. caches: of each guidance branch, by the branch's name.
+    cached_chunks: chunks of the state whose context pass they have seen.
+    """
+
+    spec: CacheSpec
+    caches: dict[str, KeptFrames]
+    cached_chunks: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in CPU memory."""
+        return sum(frames.nbytes for frames in self.caches.values())
 
 
 @dataclass

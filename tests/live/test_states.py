@@ -53,6 +53,20 @@ def test_two_branches_from_one_state_do_not_disturb_each_other(any_client):
         assert torch.equal(saved_latent(any_client, any_client.run(fork(name)), f"save {name}"), latent), name
 
 
+def test_branches_of_a_state_that_carries_its_keys_replay_nothing(any_client):
+    passes, latents = {}, {}
+    for keep_keys in (False, True):
+        graph = fork("blue", "green")
+        graph["sample"]["inputs"] |= {"length": 4, "keep_keys": keep_keys}
+        any_client.free()
+        outputs = any_client.run(graph, lambda node_id, step, steps: passes.__setitem__((keep_keys, node_id), steps))
+        latents[keep_keys] = {name: saved_latent(any_client, outputs, f"save {name}") for name in ("blue", "green")}
+    # Whichever comes first takes the cache over; of three chunks before the last, nobody replays any.
+    replayed = {name: passes[False, name] - passes[True, name] for name in ("blue", "green")}
+    assert sorted(replayed.values()) == [0, 3]
+    assert all(torch.equal(latents[True][name], latents[False][name]) for name in latents[True])
+
+
 def test_changing_the_second_of_two_prompts_samples_only_from_there(client):
     graph = fork("blue")
     client.free()

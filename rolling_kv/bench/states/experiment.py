@@ -36,27 +36,35 @@ class StateExperiment(Subject):
         return [self.chunks * (number + 1) // runs - self.chunks * number // runs for number in range(runs)]
 
     def session(
-        self, model: CausalModel, state: CacheState | None = None, workspace: Workspace | None = None
+        self,
+        model: CausalModel,
+        state: CacheState | None = None,
+        workspace: Workspace | None = None,
+        keep_keys: bool = False,
     ) -> RollingSession:
         """A run that continues a state."""
         return RollingSession(
-            model, self.prompt, height=self.height, width=self.width, state=state, workspace=workspace
-        )
+            model, self.prompt, height=self.height, width=self.width, state=state, workspace=workspace, keep_keys=keep_keys
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to the same video. takes_over: whether a run takes over the working cache of the one before it."""
+    """One way to the same video.
+
+    takes_over: whether a run takes over the working cache of the one before it. carries: whether states carry their keys.
+    """
 
     title: str
     chained: bool = False
     takes_over: bool = False
+    carries: bool = False
 
     def video(self, experiment: StateExperiment, model: CausalModel) -> Iterator[CacheState]:
         """The video's state after each chunk; all that a run costs lies between its first chunk and that of the next run."""
         workspace, state = Workspace() if self.takes_over else None, None
         for length in experiment.lengths(experiment.runs if self.chained else 1):
-            with experiment.session(model, state, workspace) as session:
+            with experiment.session(model, state, workspace, self.carries) as session:
                 made = session.generate(length, seed=experiment.seed)
                 for _ in range(length - 1):
                     next(made)
@@ -66,5 +74,10 @@ class Way:
             yield state
 
 
-WAYS = (Way("one run"), Way("chain, taken over", True, True), Way("chain, replayed", True))
+WAYS = (
+    Way("one run"),
+    Way("chain, taken over", True, takes_over=True),
+    Way("chain, keys in the state", True, carries=True),
+    Way("chain, replayed", True),
+)
 """The first is what the others are compared with."""

@@ -55,7 +55,7 @@ def tables(experiment: StateExperiment, results: Results) -> str:
                 files,
             ),
             "",
-            f"States of {frames} latent frames; keys, values: what one latent frame takes in the cache, and no state holds.",
+            f"States of {frames} latent frames; keys, values: what one latent frame takes in the cache, and in a state that carries them.",
         ]
     )
 

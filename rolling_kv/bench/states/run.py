@@ -47,7 +47,7 @@ class ForkResult:
 class FileResult:
     """A state as a file. frames: latent frames. nbytes: of the latents, and of the prompts.
 
-    cache_frame_bytes: that keys and values of one latent frame would take, which no state holds.
+    cache_frame_bytes: that keys and values of one latent frame would take, which no file holds.
     """
 
     height: int
@@ -124,7 +124,7 @@ def _passes(experiment: StateExperiment, way: Way) -> int:
     """Passes of one video, as sessions count them."""
     past, passes = 0, experiment.model.preset.sampling.passes_for(experiment.chunks)
     for length in experiment.lengths(experiment.runs if way.chained else 1):
-        passes += 0 if way.takes_over else max(past - 1, 0)
+        passes += 0 if way.takes_over or way.carries else max(past - 1, 0)
         past += length
     return passes
 

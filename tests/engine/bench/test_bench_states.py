@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import pytest
 import torch
@@ -72,14 +73,14 @@ def test_every_way_is_measured_as_often_and_a_fork_and_its_files():
         assert 0 < file.file_bytes - file.latent_bytes - file.prompt_bytes < 8192
     assert report.frame_bytes(asked) == (asked.latent_bytes + asked.prompt_bytes) / 10
     described = report.tables(experiment, results)
-    assert "| chain, taken over | 14 " in described and "480x832" in described
+    assert re.search(r"\| chain, taken over +\| 14 ", described) and "480x832" in described
 
 
 def test_another_video_is_found(monkeypatch):
     original = StateExperiment.session
 
-    def forgetful(self, model, state=None, workspace=None):
-        return original(self, model, None if state is not None and len(state.chunks) == 3 else state, workspace)
+    def forgetful(self, model, state=None, *rest):
+        return original(self, model, None if state is not None and len(state.chunks) == 3 else state, *rest)
 
     monkeypatch.setattr(StateExperiment, "session", forgetful)
     with pytest.raises(BenchError, match="chain, taken over is not the video that one run makes"):

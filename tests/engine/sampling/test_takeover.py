@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from builders import tiny_transformer
-from videos import SAMPLING, WINDOW, prompt, sample, small_model
+from videos import SAMPLING, WINDOW, prompt, same, sample, small_model
 
 from rolling_kv.checkpoints.model import CausalModel
 from rolling_kv.config import ALL_FRAMES, CacheConfig, ExecutionConfig, SamplingConfig
@@ -22,10 +22,10 @@ def model():
     return small_model()
 
 
-def passes_of(model, state, workspace, **settings):
-    """Passes that one more chunk takes: with a replay, one more for every chunk of the state but one."""
+def passes_of(model, state, workspace, chunks=1, **settings):
+    """Passes that so many more chunks take: with a replay, one more for every chunk of the state but one."""
     counted = []
-    sample(model, 1, state=state, workspace=workspace, on_pass=lambda *pair: counted.append(pair), **settings)
+    sample(model, chunks, state=state, workspace=workspace, on_pass=lambda *pair: counted.append(pair), **settings)
     return len(counted)
 
 
@@ -206,3 +206,52 @@ def test_a_kept_prompt_changes_no_bit():
         state = sample(model, 2, words=words, state=state, workspace=workspace)
         alone = sample(model, 2, words=words, state=alone)
         assert state.key == alone.key
+
+
+CARRIED = {
+    **{name: dict(cache=cache) for name, cache in CACHES.items()},
+    "a cut away": dict(cache=CacheConfig(5, sink=1, positions="window", switch="cut", cut_offset=8)),
+    "guidance": dict(sampling=GUIDED),
+    "joint passes": dict(
+        sampling=SamplingConfig(chunk=2, sampler="rolling", denoising_steps=(1000, 500)), cache=CacheConfig(7, sink=2)
+    ),
+}
+
+
+@pytest.mark.parametrize("settings", CARRIED.values(), ids=CARRIED)
+def test_a_state_that_carries_its_keys_goes_on_any_number_of_times_without_a_replay(model, settings):
+    """Taken over, carried or replayed: the same bits."""
+    negative = dict(negative=prompt(model, 5)) if settings.get("sampling") is GUIDED else {}
+    settings, workspace = settings | negative, Workspace()
+    # A switch before the very last chunk is still under way; joint passes make two chunks at least.
+    last = 2 if "sampling" in settings else 1
+    state = sample(model, 5 - last, keep_keys=True, **settings)
+    assert state.keys is not None
+    state = sample(model, last, words=1, state=state, keep_keys=True, **settings)
+    assert state.keys is not None and state.keys.cached_chunks == 4
+    assert state.nbytes == state._replace(keys=None).nbytes + state.keys.nbytes
+    bare = state._replace(keys=None)
+    replayed = sample(model, 2, words=2, seed=9, state=bare, **settings)
+    for _ in range(2):
+        carried = sample(model, 2, words=2, seed=9, state=state, **settings)
+        assert torch.equal(carried.latents(), replayed.latents()) and carried.key == replayed.key
+        assert carried.keys is None
+    sample(model, last, state=sample(model, 5 - last, **settings), workspace=workspace, words=1, **settings)
+    assert passes_of(model, state, None, 2, **settings) == passes_of(model, bare, workspace, 2, **settings)
+
+
+def test_keys_that_a_state_carries_are_for_the_same_settings_and_its_own_video(model):
+    state = sample(model, 3, keep_keys=True)
+    wider = dict(cache=replace(WINDOW, window=6))
+    assert passes_of(model, state, None, **wider) == passes_of(model, state._replace(keys=None), None, **wider)
+    assert state.named([("a circle", prompt(model))]).keys is state.keys and state.first(frames=4).keys is None
+    assert sample(model, 1, state=state).keys is None
+
+
+def test_a_video_without_the_memory_for_its_keys_is_made_all_the_same(model, monkeypatch, caplog):
+    def full(nbytes):
+        raise ValueError(f"{nbytes} bytes are too many")
+
+    monkeypatch.setattr("rolling_kv.sampling.branches.check_room", full)
+    state = sample(model, 3, keep_keys=True)
+    assert state.keys is None and same(state, sample(model, 3)) and "carries no keys" in caplog.text
