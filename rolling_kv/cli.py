@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
@@ -44,6 +45,8 @@ LONGEST_MESSAGE = 1000
 """Characters of an error that are shown; a file can put any number into one."""
 MOST_GIBIBYTES = 1e6
 """Of a card that people may name."""
+FIRST_SAYS = 10.0
+"""Seconds that the first of several processes has for saying what is wrong before others say it."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -133,6 +136,7 @@ class _Parser(argparse.ArgumentParser):
         return namespace, rest
 
     def error(self, message: str):
+        _leave_to_the_first()
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
@@ -261,13 +265,18 @@ def _generate(args: argparse.Namespace) -> None:
                 _generate_on(args, shards)
             except KeyboardInterrupt:
                 sys.exit(1)
-            except (
-                ValueError,
-                FileNotFoundError,
-            ):  # comes of what all of a machine are given: the first one there says it
-                if getattr(args, "debug", False) or not int(os.environ.get("LOCAL_RANK", 0)):
-                    raise
-                sys.exit(1)
+            except Exception:
+                _leave_to_the_first()
+                raise
+
+
+def _leave_to_the_first() -> None:
+    """Let the first process of torchrun on this machine say what is wrong for all of them.
+
+    torchrun ends all of them as soon as one has ended. What only this one knows is left to it, and it says so afterwards.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        time.sleep(FIRST_SAYS)
 
 
 def _generate_on(args: argparse.Namespace, shards: HeadShards | None) -> None:
