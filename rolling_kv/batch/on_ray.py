@@ -72,15 +72,21 @@ class RayMaker:
 
         run = uuid4().hex
         wanted = (self.workers or 1) * self.cpus + self.text_workers
-        ray.init(
-            address=self.address,
-            # A cluster has what it has; one of our own has at least what its actors ask for.
-            num_cpus=None if self.address else max(os.cpu_count() or 1, math.ceil(wanted)),
-            include_dashboard=None if self.address else False,
-            log_to_driver=False,
-            # Modules of this package are found by its name in every actor, also where it is no installed one.
-            runtime_env={"env_vars": {"PYTHONPATH": str(PACK)}},
-        )
+        try:
+            ray.init(
+                address=self.address,
+                # A cluster has what it has; one of our own has at least what its actors ask for.
+                num_cpus=None if self.address else max(os.cpu_count() or 1, math.ceil(wanted)),
+                include_dashboard=None if self.address else False,
+                log_to_driver=False,
+                # Modules of this package are found by its name in every actor, also where it is no installed one.
+                runtime_env={"env_vars": {"PYTHONPATH": str(PACK)}},
+            )
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"no Ray cluster answers at the address {self.address}: begin one with `ray start --head`, or leave the "
+                "address out to use this machine alone"
+            ) from error
         try:
             there = ray.cluster_resources().get("GPU", 0)
             gpus = min(there, 1) if self.gpus is None else self.gpus
@@ -103,10 +109,14 @@ class RayMaker:
                 num_gpus=gpus or None,
                 compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
             )  # fmt: skip
-            for row in data.iter_rows():
-                if row["stopped"]:
-                    raise ValueError(f"a worker cannot begin: {row['stopped']}")
-                yield Record(**json.loads(row["record"]))
+            data.context.enable_progress_bars = False  # there is one over the whole batch
+            data.context.execution_no_progress_timeout_s = -1  # a video may take hours
+            # Nothing is fetched ahead: else each record would wait for the next one.
+            for batch in data.iter_batches(batch_size=None, prefetch_batches=0):
+                for record, stopped in zip(batch["record"], batch["stopped"]):
+                    if stopped:
+                        raise ValueError(f"a worker cannot begin: {stopped}")
+                    yield Record(**json.loads(str(record)))
         finally:
             ray.shutdown()
             for begun in self.folder.glob(f".{run}.*"):

@@ -44,7 +44,10 @@ def kill_one_halfway(folder, killed):
         time.sleep(0.005)
 
 
-def test_twelve_jobs_on_two_actors_of_which_one_is_killed(settings, tmp_path):
+def test_twelve_jobs_on_two_actors_of_which_one_is_killed(settings, tmp_path, monkeypatch):
+    # Half an hour without a new video ends a run of Ray Data by default; here it would be less than the actors take to start.
+    context = pytest.importorskip("ray.data").DataContext.get_current()
+    monkeypatch.setattr(context, "execution_no_progress_timeout_s", 1)
     jobs = [{"prompt": "a red circle", "seed": seed, "seconds": 2, "name": f"video {seed}"} for seed in range(10)]
     jobs.append({"prompt": "x", "image": "none.png", "name": "bad"})
     jobs.append({"prompt": "other", "name": "video 3"})
