@@ -9,17 +9,21 @@ import json
 import multiprocessing
 import os
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from diffusers import ContextParallelConfig
 
 from rolling_kv.checkpoints.model import CausalModel
 from rolling_kv.config import CacheConfig, ExecutionConfig, SamplingConfig
 from rolling_kv.presets import ModelPreset
 from rolling_kv.sampling.session import RollingSession
+from rolling_kv.wan.offloaded import offload_blocks
 from rolling_kv.wan.shards import HeadShards
 
 SIDE = 64  # pixels: 16 tokens a frame
@@ -44,6 +48,11 @@ CASES: dict[str, dict[str, Any]] = {
     "given frame": {"given": 1},
     "timestep a frame": {"given": 1, "sampling": replace(FEW, given_frame="in chunk")},
     "two videos": {"batch": 2},
+    "weights in CPU memory": {"aside": True},
+    "recomputed": {"cache": CacheConfig(window=6, sink=1, context="recomputed")},
+    "sinks of shots": {"cache": CacheConfig(window=9, sink=1, shot_sink=True), "switch": "cut"},
+    "many steps": {"sampling": SamplingConfig(sampler="unipc", num_inference_steps=3, guidance_scale=2.0)},
+    "made anew": {"anew": 0.5},
     "rolling sampler": {"sampling": replace(FEW, sampler="rolling"), "cache": CacheConfig(window=9, sink=3)},
 }
 
@@ -57,16 +66,19 @@ def made(transformer, shards: HeadShards | None, case: dict[str, Any]) -> tuple[
     """The latents of a case, the bytes of the cache, and those that were sent."""
     case = dict(case)
     sampling, cache, switch = case.pop("sampling", FEW), case.pop("cache", WINDOW), case.pop("switch", None)
-    given, batch = case.pop("given", 0), case.get("batch", 1)
+    given, batch, anew = case.pop("given", 0), case.get("batch", 1), case.pop("anew", None)
+    if case.pop("aside", False):
+        transformer = deepcopy(transformer)
+        offload_blocks(transformer, "cpu")
     model = CausalModel(transformer, ModelPreset("cases", sampling=sampling, cache=cache))
     first, second, negative = prompts(transformer)
     before = shards.sent if shards else 0
     session = RollingSession(model, first, height=SIDE, width=SIDE, negative=negative, shards=shards, **case)
     with session:
+        latents = torch.randn(batch, 16, 9, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(5))
         if given:
-            generator = torch.Generator().manual_seed(5)
-            session.prefill(torch.randn(batch, 16, given, SIDE // 8, SIDE // 8, generator=generator))
-        for _ in session.generate(3, seed=1):
+            session.prefill(latents[:, :, :given])
+        for _ in session.generate(3, seed=1, **({} if anew is None else {"source": latents, "strength": anew})):
             pass
         if switch:
             session.set_prompt(second, negative, switch=switch)
@@ -85,6 +97,28 @@ def refuses_other_seeds(transformer, shards: HeadShards) -> bool:
         except ValueError as error:
             return "same seed" in str(error)
     return False
+
+
+def refuses_diffusers(transformer, shards: HeadShards) -> bool:
+    """Whether this process is told so where diffusers shares the passes out by itself, before a cache is attached and after."""
+    said = []
+    for after in (False, True):
+        shared = deepcopy(transformer)
+        model = CausalModel(shared, ModelPreset("cases", sampling=FEW, cache=WINDOW))
+        config = ContextParallelConfig(ulysses_degree=shards.ranks)
+        on_one = mock.patch.object(torch.accelerator, "device_count", lambda: 1)  # diffusers divides by it, on CPUs too
+        try:
+            if not after:
+                with on_one:
+                    shared.enable_parallelism(config=config)
+            with RollingSession(model, prompts(shared)[0], height=SIDE, width=SIDE) as session:
+                if after:
+                    with on_one:
+                        shared.enable_parallelism(config=config)
+                next(session.generate(1, seed=1))
+        except ValueError as error:
+            said.append(str(error))
+    return len(said) == 2 and all("diffusers' own parallelism" in text for text in said)
 
 
 def make_all(rank: int, ranks: int, weights: str, out: str) -> None:
@@ -108,6 +142,7 @@ def make_all(rank: int, ranks: int, weights: str, out: str) -> None:
             "sent": sent,
         }
     told["seeds"] = {"refused": shards._told(int(refuses_other_seeds(transformer, shards)))}
+    told["diffusers"] = {"refused": shards._told(int(refuses_diffusers(transformer, shards)))}
     if shards.first:
         Path(out).write_text(json.dumps(told))
     dist.destroy_process_group()

@@ -14,6 +14,7 @@ from rolling_kv.sampling.scheduled import cues, generate_scheduled
 from rolling_kv.sampling.session import RollingSession
 from rolling_kv.sampling.steering import Steering
 from rolling_kv.schedules.reading import read_schedule
+from rolling_kv.wan.offloaded import offload_blocks
 
 CACHE = CacheConfig(6, sink=2, switch="joint")
 PLANNED = read_schedule("0: 0\n1.2: 2 [blend 4]\n3.4: 0 [flush]\n9: 1 [cut]")
@@ -259,3 +260,13 @@ def test_a_paused_run_can_be_stopped_and_cancelled(model):
     finished.pause()
     finished.heed = cancel
     assert list(finished.heeded(iter(range(1)), 1)) == [0]
+
+
+def test_a_model_with_its_weights_in_cpu_memory_heeds_the_same(model):
+    said = {2: ("3", "recache"), 4: ("4", "blend 2")}
+    expected = Run(model, 5, said=said).state
+    blocks = offload_blocks(model.transformer, "cpu")
+    try:
+        assert same(Run(model, 5, said=said).state, expected)
+    finally:
+        blocks.remove()

@@ -14,6 +14,7 @@ from rolling_kv.sampling.session import RollingSession
 from rolling_kv.sampling.together import Together
 from rolling_kv.step_cache import METHODS
 from rolling_kv.wan.attachment import is_attached
+from rolling_kv.wan.offloaded import offload_blocks
 
 SIZE = dict(height=32, width=32)
 FEW = SamplingConfig(denoising_steps=(1000, 500))
@@ -202,3 +203,18 @@ def test_what_cannot_be_together_is_refused(model):
         with pytest.raises(ValueError, match="multiple"):
             together.join(prompt(model, 0), 1, height=31, width=32)
         assert list(together.chunks()) == []
+
+
+def test_weights_in_cpu_memory_come_for_all_at_once(model):
+    expected = [alone(model, n, 2).latents() for n in range(2)]
+    blocks = offload_blocks(model.transformer, "cpu")
+    try:
+        with Together(model) as together:
+            counts = passes_of(together)
+            streams = [together.join(prompt(model, n), 2, n, **SIZE) for n in range(2)]
+            list(together.chunks())
+    finally:
+        blocks.remove()
+    assert set(counts) == {2} and all(
+        torch.equal(stream.state.latents(), one) for stream, one in zip(streams, expected)
+    )

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,7 @@ from rolling_kv.step_cache import (
     TaylorSeer,
     apply_step_cache,
 )
+from rolling_kv.wan.offloaded import offload_blocks
 from rolling_kv.wan.processors import RollingSelfAttention
 
 STEPS, LAYERS, CHUNK = 12, 4, 2
@@ -106,6 +108,15 @@ def test_a_skipped_step_really_skips(model, method):
     assert report.possible["feed-forward"] == 3 * 2 * STEPS * LAYERS
     assert 0.1 < report.skipped() < 0.9
     assert report.nbytes > 0
+
+
+@EACH
+def test_weights_in_cpu_memory_change_nothing(model, method):
+    expected, offloaded = roll(model, method), deepcopy(model)
+    offload_blocks(offloaded.transformer, "cpu")
+    session = roll(offloaded, method)
+    assert torch.equal(session.state.latents(), expected.state.latents())
+    assert session.step_report.skipped() == expected.step_report.skipped() > 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from builders import tiny_transformer
-from shard_cases import CASES, FEW, SIDE, WINDOW, made
+from shard_cases import CASES, SIDE, made
 
 from rolling_kv.cli import main
 from rolling_kv.config import ExecutionConfig
@@ -18,7 +18,6 @@ from rolling_kv.sampling.state_file import read_state
 from rolling_kv.step_cache import METHODS
 from rolling_kv.tiny import make_tiny
 from rolling_kv.video import read_frames
-from rolling_kv.wan.attachment import apply_rolling_kv_cache
 from rolling_kv.wan.shards import HeadShards, shared_by_torchrun
 from tools.comfyui.env import PACK
 
@@ -106,32 +105,9 @@ def test_what_several_processes_cannot_do_is_refused(transformer):
         made(transformer, Alone(2), {"execution": ExecutionConfig(cuda_graphs=True)})
 
 
-def test_diffusers_own_parallelism_is_refused_where_it_would_be_wrong_in_silence(transformer):
-    transformer._parallel_config = object()
-    try:
-        with pytest.raises(ValueError, match="diffusers' own parallelism"):
-            apply_rolling_kv_cache(transformer)
-    finally:
-        del transformer._parallel_config
-    with apply_rolling_kv_cache(transformer) as attachment:
-        transformer._parallel_config = object()
-        try:
-            with pytest.raises(ValueError, match="diffusers' own parallelism"):
-                made_by(attachment)
-        finally:
-            del transformer._parallel_config
-
-
-def made_by(attachment):
-    from rolling_kv.cache.prompt import Branch, PromptCache
-    from rolling_kv.cache.rolling import RollingKVCache
-    from rolling_kv.cache.sizes import CacheShape
-
-    shape = CacheShape.of(attachment.transformer, 1, SIDE // 8, SIDE // 8, torch.float32)
-    cache = RollingKVCache(shape, WINDOW, "cpu")
-    cache.begin(FEW.chunk)
-    embeds = torch.zeros(1, 8, attachment.transformer.config.text_dim)
-    attachment.forward(torch.zeros(1, 16, FEW.chunk, SIDE // 8, SIDE // 8), 0.0, Branch(cache, PromptCache(embeds)))
+def test_diffusers_own_parallelism_is_refused_where_it_would_be_wrong_in_silence(told):
+    ranks, cases = told
+    assert cases["diffusers"]["refused"] == [1] * ranks
 
 
 def generating(folder, output, seconds="0.5") -> list[str]:
