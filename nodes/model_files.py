@@ -19,10 +19,6 @@ LONGEST, LONGEST_PART = 4096, 255
 """Characters of a path, and of a name in it, that a file system may have."""
 
 
-class MissingFile(ValueError):
-    """A name that no model file has; the message says what to do."""
-
-
 class Kind(NamedTuple):
     """One kind of model file.
 
@@ -91,10 +87,10 @@ def inside(name: object) -> Path | None:
 
 
 def get(kind: Kind, name: object) -> Path:
-    """What `find` finds. Raises MissingFile where that is nothing."""
+    """What `find` finds. Raises ValueError where that is nothing, which says what to do."""
     path = find(kind, name)
     if path is None:
-        raise MissingFile(missing(kind, name))
+        raise ValueError(missing(kind, name))
     return path
 
 

@@ -36,8 +36,8 @@ def schedule(said: dict) -> dict[str, Any]:
 
     Returns {"canonical": the text in this project's form, "is_canonical": whether it was, "segments": [{"text", "time" in
     seconds, "how": what stands in the brackets}], "end": seconds or null, "notes": sentences, "grid": seconds at which
-    chunks begin, "seconds": how long what is shown is, "preset": of the model or null}. Raises ValueError,
-    MissingFile for a model that is not there.
+    chunks begin, "seconds": how long what is shown is, "preset": of the model or null}. Raises ValueError, also
+    for a model that is not there.
     """
     text = said.get("text")
     if not isinstance(text, str):
@@ -61,7 +61,7 @@ def plan(said: dict) -> dict[str, Any]:
     Returns {"parts": bytes of "weights", with their copy for fast passes, "cache", "prompts", "passes", all on the device,
     and "host", in CPU memory beside it, "device": its name, "needed", "free": bytes on the device, "host_free": in CPU memory,
     "fits": whether there is room, "remedies": phrases that say what would fit, "window": as in `window_of` while the last chunk is made, "chunk":
-    latent frames of one, "preset", "size": [width, height], "seconds": of the video}. Raises ValueError, MissingFile likewise.
+    latent frames of one, "preset", "size": [width, height], "seconds": of the video}. Raises ValueError likewise.
     """
     made, sampling, cache, execution = wired(said.get("model"))
     run = run_of(said.get("sampler"))

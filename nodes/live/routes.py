@@ -13,7 +13,6 @@ from aiohttp import web
 from ...rolling_kv.config import check_choice, check_flag, check_whole
 from ...rolling_kv.messages import shown
 from ..guard import told
-from ..model_files import MissingFile
 from .runs import ACTIONS, ROUTE, PreviewSettings, Runs
 
 RUNS = web.AppKey("rolling_kv_runs", Runs)
@@ -76,16 +75,20 @@ def add_routes(routes: web.RouteTableDef, runs: Runs) -> None:
 def answer_with(routes: web.RouteTableDef, name: str, answer: Callable[[dict], dict], largest: int = LARGEST) -> None:
     """Let a server answer POSTs with a function from one JSON object to another, which may raise ValueError or OSError.
 
-    It is called in a thread: it may read files. name: of the route. largest: most bytes of a request. A model that is not there is
-    no fault of a page that asks for it, whose browser would log a refusal: that is told with status 200.
+    It is called in a thread: it may read files. name: of the route. largest: most bytes of a request. What cannot be answered, as half of
+    a schedule that is being typed, is told with status 200: a browser would log any other in red.
     """
 
     @routes.post(f"{ROUTE}/{name}")
     async def handle(request: web.Request) -> web.Response:
         try:
-            said = await asyncio.to_thread(answer, await read_json(request, largest))
+            given = await read_json(request, largest)
+        except ValueError as error:
+            return web.json_response({"error": str(error)}, status=400)
+        try:
+            said = await asyncio.to_thread(answer, given)
         except (ValueError, OSError) as error:
-            return web.json_response({"error": told(str(error))}, status=200 if isinstance(error, MissingFile) else 400)
+            said = {"error": told(str(error))}
         return web.json_response(said)
 
 

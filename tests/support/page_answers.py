@@ -18,7 +18,7 @@ def schedule(body: dict):
     try:
         read = shown_in_seconds(body["text"], SamplingConfig(), seconds=(body["sampler"] or {}).get("length"))
     except ValueError as error:
-        return 400, {"error": str(error)}
+        return 200, {"error": str(error)}
     return 200, {**read.about(), "preset": "self-forcing" if body["model"] else None}
 
 

@@ -87,16 +87,11 @@ def test_what_does_not_fit_is_said_with_what_would(inspector):
     assert inspector.page.locator(".room.over").count() == 1
 
 
-@pytest.mark.parametrize(
-    ("status", "sentence"),
-    [(400, "height must be a multiple of 16 pixels"), (200, "The model 'a' was not found. Put the file into models")],
-    ids=["refused settings", "a model that is not there"],
-)
-def test_what_cannot_be_planned_is_told_with_the_servers_sentence(inspector, status, sentence):
+def test_what_cannot_be_planned_is_told_with_the_servers_sentence(inspector):
     inspector.open()
-    inspector.answers["plan"] = lambda body: (status, {"error": sentence})
+    inspector.answers["plan"] = lambda body: (200, {"error": "height must be a multiple of 16 pixels"})
     inspector.change("large.widgets[1].value = 721")
-    inspector.warning.get_by_text(sentence).wait_for()
+    inspector.warning.get_by_text("height must be a multiple of 16 pixels").wait_for()
     assert inspector.strip.is_hidden()
 
 
