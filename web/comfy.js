@@ -53,6 +53,9 @@ export function describeSetting(id, { section, ...options }) {
 /** The address of something below /rolling_kv, for an <img>. @param {string} path "/rolling_kv/runs/…" */
 export const address = path => api.apiURL(path)
 
+/** The status of an answer; 0 where there is none. @param {string} path as for `address` */
+export const statusOf = path => fetch(address(path)).then(answer => answer.status, () => 0)
+
 /**
  * Ask a route of ours; a body makes it a POST.
  * @param {string} path below /rolling_kv: "runs"

@@ -3,7 +3,7 @@
  *
  * @import { Run } from "./live.js"
  */
-import { address, element, t } from "./comfy.js"
+import { address, element, statusOf, t } from "./comfy.js"
 import { Player } from "./player.js"
 import { copyButton, isGoing, Steering } from "./steering.js"
 
@@ -28,7 +28,7 @@ export class Panel {
   /** @param {() => void} resized called when it needs another height */
   constructor(resized) {
     this.resized = resized
-    this.player = new Player(address)
+    this.player = new Player(address, statusOf)
     this.numbers = element("div", { class: "numbers" })
     this.steering = new Steering(resized)
     this.copied = copyButton(() => this.run)

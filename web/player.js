@@ -8,17 +8,20 @@
 
 /** Most pixels of all strips that are held, decoded 256 MiB: half a minute at 256 x 256. */
 const HELD = 64 * 2 ** 20
-const AGAIN = 1000 // milliseconds until a picture that did not come is asked for once more
+const AGAIN = 1000 // milliseconds until a picture that did not come is asked for again, twice as many each time
+const SELDOM = 60 * 1000 // at most
 
 export class Player {
   /**
    * @param {(path: string) => string} address makes an address of a strip's url
+   * @param {(path: string) => Promise<number>} statusOf with which status the server answers there, which an image does not tell
    */
-  constructor(address) {
+  constructor(address, statusOf) {
     this.address = address
+    this.statusOf = statusOf
     this.canvas = document.createElement("canvas")
     this.canvas.setAttribute("role", "img")
-    /** @type {(Strip & { image: HTMLImageElement, ready: boolean })[]} */
+    /** @type {(Strip & { image: HTMLImageElement, ready: boolean, late: number })[]} late: milliseconds that it waits, having failed */
     this.strips = [] // in the order of their chunks
     /** Chunks whose strip was taken, those that were let go again too. @type {Set<number>} */
     this.taken = new Set()
@@ -38,17 +41,17 @@ export class Player {
     return this.playable.reduce((sum, strip) => sum + strip.seconds, 0)
   }
 
-  /** The strips that have arrived, up to the first that has not. */
+  /** The strips that have arrived, up to the first that is on its way; those that have failed are passed over. */
   get playable() {
-    const first = this.strips.findIndex(strip => !strip.ready)
-    return first < 0 ? this.strips : this.strips.slice(0, first)
+    const first = this.strips.findIndex(strip => !strip.ready && !strip.late)
+    return this.strips.slice(0, first < 0 ? this.strips.length : first).filter(strip => strip.ready)
   }
 
   /** Append the picture of a chunk, once. The oldest ones go when there are too many. @param {Strip} strip */
   append(strip) {
     if (this.taken.has(strip.chunk)) return
     this.taken.add(strip.chunk)
-    const image = new Image(), held = { ...strip, image, ready: false }
+    const image = new Image(), held = { ...strip, image, ready: false, late: 0 }
     this.strips.push(held)
     this.strips.sort((one, other) => one.chunk - other.chunk)
     image.decoding = "async"
@@ -57,19 +60,29 @@ export class Player {
       this.forget()
       this.wake()
     }
-    image.onerror = () => {
-      image.onerror = () => this.drop(held) // the server has let it go
-      setTimeout(() => { if (this.strips.includes(held)) image.src = this.address(strip.url) }, AGAIN)
-    }
+    image.onerror = () => this.askAgain(held)
     image.src = this.address(strip.url)
+  }
+
+  /** Ask for a picture that did not come, until it does or the server has let it go. @param {Player["strips"][number]} held */
+  askAgain(held) {
+    held.late = Math.min(2 * held.late || AGAIN, SELDOM)
+    this.wake()
+    setTimeout(async () => {
+      if (!this.strips.includes(held)) return
+      const status = await this.statusOf(held.url)
+      if (status === 404) this.drop(held)
+      else if (status !== 200) this.askAgain(held)
+      else if (this.strips.includes(held)) held.image.src = this.address(held.url)
+    }, held.late)
   }
 
   /** Let the oldest strips go until the others are small enough together. */
   forget() {
     const pixels = () => this.strips.reduce((sum, strip) => sum + strip.frames * strip.width * strip.height, 0)
-    while (this.strips.length > 1 && this.strips[0].ready && pixels() > HELD) {
-      this.position = Math.max(this.position - this.strips[0].seconds, 0)
-      this.drop(this.strips[0])
+    for (let [oldest] = this.strips; (oldest.ready || oldest.late) && this.strips.length > 1 && pixels() > HELD; [oldest] = this.strips) {
+      if (oldest.ready) this.position = Math.max(this.position - oldest.seconds, 0)
+      this.drop(oldest)
     }
   }
 
