@@ -24,13 +24,13 @@ class Inspector {
     this.height = 0
     this.asked = ""
     this.strip = new WindowStrip(() => this.fit())
-    this.view = addView(node, "cache", this.strip.root, () => this.strip.height)
+    addView(node, "cache", this.strip.root, () => this.strip.height)
   }
 
   fit() {
     if (this.strip.height === this.height) return
     this.height = this.strip.height
-    if (this.view) fit(this.node)
+    fit(this.node)
   }
 
   /** Ask the server what a run will take, once nothing has changed for a moment. */

@@ -41,12 +41,12 @@ export interface ComfyNode {
   /** Only subgraph nodes have it. */
   subgraph?: ComfyGraph
   isVirtualNode?: boolean
-  inputs?: { name: string, type: string }[]
+  /** `widget` where one of the node's widgets gives what is not linked. */
+  inputs?: { name: string, type: string, link?: string | number | null, widget?: { name: string } }[]
   outputs?: { name: string, type: string }[]
   widgets?: ComfyWidget[]
   addDOMWidget(name: string, type: string, element: HTMLElement, options: object): ComfyWidget
   removeWidget(widget: ComfyWidget): void
-  getInputLink(slot: number): ComfyLink | null
   computeSize(): [number, number]
   setSize(size: [number, number]): void
   setDirtyCanvas(foreground: boolean, background: boolean): void

@@ -2,7 +2,7 @@
  * Everything that the pack's scripts ask of ComfyUI's page. No other file of ours touches `app`, `api` or LiteGraph, so what a
  * new frontend changes is mended here. It runs on the frontends 1.45 and newer, on the classic canvas and in Nodes 2.0.
  *
- * @import { ComfyExtension, ComfyNode, ComfyGraph, ComfyWidget } from "./comfy.d.ts"
+ * @import { ComfyExtension, ComfyNode, ComfyGraph, ComfyLink, ComfyWidget } from "./comfy.d.ts"
  */
 import { api } from "../../scripts/api.js"
 import { app } from "../../scripts/app.js"
@@ -202,7 +202,6 @@ export const widgetOf = (node, name) => node.widgets?.find(widget => widget.name
  * @param {HTMLElement} element
  * @param {() => number} height how high it wants to be now at least, in pixels; asked whenever the node is laid out
  * @param {number} [most] how high it may become where the node has room; without it, no higher
- * @returns {ComfyWidget | undefined} undefined where the page lets no widget be added: on subgraph nodes of older frontends
  */
 export function addView(node, name, element, height, most) {
   const room = () => {
@@ -211,15 +210,28 @@ export function addView(node, name, element, height, most) {
   }
   const widget = node.addDOMWidget(name, "rolling_kv", element,
     { serialize: false, hideOnZoom: false, margin: MARGIN, getMinHeight: room, getMaxHeight: () => most ?? room() })
-  if (!node.widgets?.includes(widget)) {
-    widget.onRemove?.()
-    return undefined
-  }
+  if (!node.widgets?.includes(widget)) list(node, widget)
   widget.serialize = false
   element.dataset.view = name
   setTimeout(() => takePlace(node, name, element)) // once the page has made its elements
   fit(node)
   return widget
+}
+
+/**
+ * Have a node list a widget of ours: subgraph nodes of older frontends, around 1.45, list those of the nodes in them and no other.
+ * @param {ComfyNode} node
+ * @param {ComfyWidget} widget
+ */
+function list(node, widget) {
+  const known = Object.getOwnPropertyDescriptor(node, "widgets")?.get
+  if (!known) return
+  const get = () => {
+    const others = known.call(node)
+    return others.includes(widget) ? others : [...others, widget]
+  }
+  Object.defineProperty(node, "widgets", { get, set: () => {}, configurable: true, enumerable: true })
+  known.call(node).push(widget) // Nodes 2.0 looks at a node's widgets anew when the list that it knows changes
 }
 
 /**
@@ -255,19 +267,34 @@ export function removeView(node, name) {
 }
 
 /**
+ * Where the value of a widget is kept, with the widget there. In a subgraph, newer frontends keep that of a promoted one on the subgraph's node.
+ * @param {ComfyNode} node
+ * @param {string} name
+ * @returns {[ComfyNode, ComfyWidget | undefined]}
+ */
+function keeper(node, name) {
+  const link = linkInto(node, slotOf(node, name)), outer = outside(node, link)
+  const input = link && outer?.inputs?.[link.origin_slot], promoted = input?.widget?.name
+  return outer && promoted && widgetOf(outer, promoted) ? keeper(outer, promoted) : [node, widgetOf(node, name)]
+}
+
+/** The value of a widget, also where it is promoted. @param {ComfyNode} node @param {string} name */
+export const valueOf = (node, name) => keeper(node, name)[1]?.value
+
+/**
  * Change a widget's value as a user does: one step of undo, and everything that shows it follows.
  * @param {ComfyNode} node
  * @param {string} name
  * @param {unknown} value
  */
 export function setValue(node, name, value) {
-  const widget = widgetOf(node, name)
+  const [keeping, widget] = keeper(node, name)
   if (!widget || widget.value === value) return
   app.canvas.emitBeforeChange()
   try {
     widget.value = value
-    widget.callback?.(value, app.canvas, node)
-    redraw(node)
+    widget.callback?.(value, app.canvas, keeping)
+    redraw(keeping)
   } finally {
     app.canvas.emitAfterChange()
   }
@@ -292,24 +319,32 @@ export function onValue(node, name, listener) {
 
 /* ---- links ------------------------------------------------------------------------------------------------------------ */
 
+/** @param {ComfyNode} node @param {string} name of an input */
+const slotOf = (node, name) => node.inputs?.findIndex(input => input.name === name) ?? -1
+
+/** The link into an input: of the node's own graph, where `getInputLink` of a subgraph's node gives one inside. @param {ComfyNode} node @param {number} slot */
+const linkInto = (node, slot) => node.graph?.getLink(node.inputs?.[slot]?.link)
+
+/** The subgraph's node whose input a link inside of the subgraph comes from. @param {ComfyNode} node that it goes to @param {ComfyLink | undefined} link */
+const outside = (node, link) =>
+  String(link?.origin_id) === SUBGRAPH_INPUT ? allNodes().find(made => made.subgraph === node.graph) : undefined
+
 /**
  * The node whose output goes into an input, through reroutes, bypassed nodes and the borders of subgraphs.
  * @param {ComfyNode} node
  * @param {string} name of the input
  * @returns {ComfyNode | undefined} undefined when nothing is connected
  */
-export const source = (node, name) => origin(node, node.inputs?.findIndex(input => input.name === name) ?? -1, new Set())
+export const source = (node, name) => origin(node, slotOf(node, name), new Set())
 
 /** @param {ComfyNode} node @param {number} slot @param {Set<string>} seen @returns {ComfyNode | undefined} */
 function origin(node, slot, seen) {
-  const graph = node.graph, link = slot < 0 ? undefined : node.getInputLink(slot)
+  const graph = node.graph, link = linkInto(node, slot)
   const key = `${graph?.id} ${node.id} ${slot}`
   if (!graph || !link || seen.has(key)) return undefined
   seen.add(key)
-  if (String(link.origin_id) === SUBGRAPH_INPUT) {
-    const outer = allNodes().find(made => made.subgraph === graph)
-    return outer && origin(outer, link.origin_slot, seen)
-  }
+  const outer = outside(node, link)
+  if (outer) return origin(outer, link.origin_slot, seen)
   return behind(byId(graph, String(link.origin_id)), link.origin_slot, seen)
 }
 

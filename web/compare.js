@@ -213,7 +213,6 @@ function display(node, output) {
   const named = films.map((film, index) => ({ ...film, name: film.name || (index ? t("compare.second") : t("compare.first")) }))
   const shown = comparison(named, () => redraw(node))
   const widget = addView(node, WIDGET, shown.root, () => shown.height(node.size[0] - 20))
-  if (!widget) return
   const removed = widget.onRemove
   widget.onRemove = function () {
     shown.stop()

@@ -32,12 +32,12 @@
  * @typedef {Omit<Run, "strips" | "news">} Told a run as the server has it
  */
 import {
-  addView, call, describeSetting, extend, fit, isElsewhere, isOpen, onEvent, pathTo, setting, widgetOf, withholdPreviews,
+  addView, call, describeSetting, extend, fit, isElsewhere, isOpen, onEvent, pathTo, setting, withholdPreviews,
 } from "./comfy.js"
 import { Panel } from "./panel.js"
 import { isGoing } from "./steering.js"
 
-const WIDTH = 300 // pixels that a node needs at least, so that all of the prompt line is to be read
+const WIDTH = 320 // pixels that a node needs at least, so that all of the prompt line is to be read
 const NODES = new Set(["RollingKVSample", "RollingKVStreamVideo"])
 const VIEW = "live"
 const SIZES = [128, 192, 256, 384, 512, 768]
@@ -58,15 +58,19 @@ function nodesOf(run) {
   return pathTo(run.display_node) // what makes nodes while it runs shows what they do
 }
 
+/** @param {ComfyNode} node */
+function newPanel(node) {
+  const panel = new Panel(() => fit(node, { width: WIDTH }))
+  panels.set(node, panel)
+  addView(node, VIEW, panel.root, () => panel.height(node.size[0]), Infinity)
+  return panel
+}
+
 /** @param {Run} run */
 function show(run) {
   for (const node of nodesOf(run)) {
-    let panel = panels.get(node)
-    if (!panel) panels.set(node, panel = new Panel(() => fit(node, { width: WIDTH })))
-    const kept = panel
-    // Older frontends forget a subgraph node's views; then it gets it back.
-    if (!widgetOf(node, VIEW)) addView(node, VIEW, kept.root, () => kept.height(node.size[0]), Infinity)
-    kept.show(run)
+    const panel = panels.get(node) ?? newPanel(node)
+    panel.show(run)
     fit(node, { width: WIDTH })
   }
 }
@@ -108,11 +112,10 @@ function tellSettings() {
   if (on !== undefined && size !== undefined) call("preview", { on, size }).catch(() => {}) // it says so when it is asked for runs
 }
 
-// A node that plays its own video does not show ComfyUI's picture of it beside that. In Nodes 2.0 of older frontends a subgraph's
-// node takes no view: there ComfyUI's picture is what is seen.
+// A node that plays its own video does not show ComfyUI's picture of it beside that.
 withholdPreviews(id => {
   const seen = pathTo(id).filter(isOpen)
-  return seen.length > 0 && seen.every(node => panels.get(node)?.plays && widgetOf(node, VIEW))
+  return seen.length > 0 && seen.every(node => panels.get(node)?.plays)
 })
 
 extend({

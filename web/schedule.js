@@ -5,7 +5,7 @@
  * @import { ComfyNode } from "./comfy.d.ts"
  * @import { Schedule } from "./prompts.js"
  */
-import { addView, call, extend, fit, isThere, onEvent, onValue, setValue, source, t, widgetOf } from "./comfy.js"
+import { addView, call, extend, fit, isThere, onEvent, onValue, setValue, source, t, valueOf } from "./comfy.js"
 import { numeral, write } from "./prompts.js"
 import { Timeline } from "./timeline.js"
 import { inputsOf, modelBefore, samplerOfRun, samplersOf } from "./wired.js"
@@ -17,7 +17,7 @@ const WAIT = 150 // milliseconds without a change before the server is asked
 function question(node) {
   const [sampler] = samplersOf(node)
   const model = modelBefore(node) ?? (sampler ? modelBefore(sampler) : null)
-  return { text: widgetOf(node, "text")?.value, model, sampler: sampler ? inputsOf(sampler) : null }
+  return { text: valueOf(node, "text"), model, sampler: sampler ? inputsOf(sampler) : null }
 }
 
 class Editor {
@@ -38,7 +38,7 @@ class Editor {
 
   /** Write what the user has made of the text that is shown. One that has been typed since stays, and is shown next. @param {Schedule} schedule */
   write(schedule) {
-    if (widgetOf(this.node, "text")?.value !== this.shown) return this.ask()
+    if (valueOf(this.node, "text") !== this.shown) return this.ask()
     this.shown = write(schedule)
     setValue(this.node, "text", this.shown)
   }
@@ -113,7 +113,7 @@ onEvent("rolling_kv.chunk", run => {
   const sampler = samplerOfRun(run)
   for (const [node, { timeline }] of editors) {
     if (!sampler || !samplersOf(node).includes(sampler)) continue
-    const from = widgetOf(node, "count_from")?.value === "sampler" ? 0 : run.first_seconds
+    const from = valueOf(node, "count_from") === "sampler" ? 0 : run.first_seconds
     timeline.play(from + run.seconds)
   }
 })

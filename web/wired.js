@@ -3,7 +3,7 @@
  *
  * @import { ComfyNode } from "./comfy.d.ts"
  */
-import { isElsewhere, pathTo, source, users } from "./comfy.js"
+import { isElsewhere, pathTo, source, users, valueOf } from "./comfy.js"
 
 const LOADER = "RollingKVLoadModel", CACHE = "RollingKVAttachCache"
 const SAMPLERS = ["RollingKVSample", "RollingKVStreamVideo"]
@@ -12,7 +12,7 @@ const LONGEST = 64 // nodes one behind the other
 /** A node's inputs as an API prompt has them, without links. @param {ComfyNode} node */
 export const inputsOf = node => Object.fromEntries((node.widgets ?? [])
   .filter(({ name, serialize }) => serialize !== false && !source(node, name))
-  .map(({ name, value }) => [name, value]))
+  .map(({ name }) => [name, valueOf(node, name)]))
 
 /**
  * The model that comes into an input, through LoRAs and caches; null where none is wired.

@@ -2,6 +2,8 @@
 
 import page_answers
 import pytest
+from browser import until
+from live_page import NODE as OF
 
 from rolling_kv.schedules.reading import read_schedule
 
@@ -92,3 +94,43 @@ def test_both_fit_their_nodes(page):
               return [lowest, box.bottom, box.width] }"""
         )
         assert inside[0] <= inside[1] + 1 and inside[2] > 200, part
+
+
+PACKED = """([types, promoted]) => {
+  const { graph } = window.app, { node } = graph.convertToSubgraph(new Set(graph.nodes.filter(made => types.includes(made.type))))
+  for (const [type, name] of promoted) { // as a line that is drawn to the border does
+    const inner = node.subgraph.nodes.find(made => made.type === type)
+    node.subgraph.addInput(name, 'STRING').connect(inner.inputs.find(input => input.name === name), inner)
+  }
+  const of = type => String(node.subgraph.nodes.find(made => made.type === type).id)
+  return [String(node.id), ...types.map(of)]
+}"""
+SET = """([id, name, value]) => {
+  const { canvas, graph } = window.app, node = graph.getNodeById(id) ?? graph.getNodeById(Number(id))
+  const widget = node.widgets.find(made => made.name === name)
+  canvas.emitBeforeChange()
+  widget.value = value
+  widget.callback?.(value)
+  canvas.emitAfterChange()
+}"""
+
+
+def test_what_is_in_a_subgraph_is_shown_with_the_values_of_the_subgraphs_node(page, live):
+    kinds = ["RollingKVSample", "RollingKVPromptSchedule"]
+    promoted = [["RollingKVSample", "width"], ["RollingKVPromptSchedule", "text"]]
+    outer, sampler, schedule = page.evaluate(PACKED, [kinds, promoted])
+    asked = lambda route: [body for name, body in live.stage.posts if name == route][-1]  # noqa: E731
+    page.evaluate(SET, [outer, "width", 128])
+    page.evaluate(SET, [outer, "text", FIRST])
+    until(page, lambda: asked("plan")["sampler"] and asked("plan")["sampler"]["width"] == 128)
+    until(page, lambda: asked("schedule")["text"] == FIRST)
+    live.begin(f"{outer}:{sampler}", window=page_answers.WINDOW)
+    page.locator(".rkv-window .said", has_text="Now: 51 latent frames made").wait_for()
+    page.evaluate(f"id => window.app.canvas.setGraph(({OF})(id).subgraph)", outer)
+    page.evaluate("id => window.app.canvas.centerOnNode(window.app.canvas.graph.getNodeById(id))", schedule)
+    block = page.locator(".rkv-timeline .block:visible").nth(1)
+    block.focus()
+    page.keyboard.press("Delete")
+    text = f"id => ({OF})(id).widgets.find(made => made.name === 'text').value"
+    page.evaluate("() => window.app.canvas.setGraph(window.app.rootGraph ?? window.app.graph)")
+    until(page, lambda: page.evaluate(text, outer) == "0: a red circle\n5.0625: a green square")

@@ -27,10 +27,6 @@ class Node {
     return widget
   }
 
-  getInputLink(slot) {
-    return graph.links.get(this.inputs[slot]?.link) ?? null
-  }
-
   computeSize() {
     return [bare.width, this.widgets.reduce((sum, widget) => sum + (widget.options.getMinHeight?.() ?? 20), 0)]
   }
