@@ -107,7 +107,7 @@ def _batch(args: argparse.Namespace) -> None:
     if args.ray:
         check_ray()
         cpus = 1.0 if args.cpus is None else args.cpus
-        maker = RayMaker(settings, args.out.resolve(), args.address, args.workers, args.gpus, cpus, args.text_workers)
+        maker = RayMaker(settings, args.out, args.address, args.workers, args.gpus, cpus, args.text_workers)
     elif any(given is not None for given in (args.address, args.workers, args.gpus, args.cpus)) or args.text_workers:
         raise ValueError(
             "--address, --workers, --gpus, --cpus and --text-workers are Ray's: add --ray, or leave them out"

@@ -51,7 +51,7 @@ class RayMaker:
     """
 
     settings: Settings
-    folder: Path
+    folder: str | Path
     address: str | None = None
     workers: int | None = None
     gpus: float | None = None
@@ -59,6 +59,7 @@ class RayMaker:
     text_workers: int = 0
 
     def __post_init__(self):
+        object.__setattr__(self, "folder", Path(self.folder).resolve())
         if self.workers is not None:
             check_whole("the number of workers", self.workers, 1, MOST_WORKERS)
         check_whole("the number of text workers", self.text_workers, 0, MOST_WORKERS)
@@ -119,7 +120,7 @@ class RayMaker:
                     yield Record(**json.loads(str(record)))
         finally:
             ray.shutdown()
-            for begun in self.folder.glob(f".{run}.*"):
+            for begun in Path(self.folder).glob(f".{run}.*"):
                 begun.unlink()
 
 

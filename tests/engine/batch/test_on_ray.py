@@ -55,7 +55,7 @@ def test_twelve_jobs_on_two_actors_of_which_one_is_killed(settings, tmp_path, mo
     out.mkdir()
     killer = threading.Thread(target=kill_one_halfway, args=(out, killed), daemon=True)
     killer.start()
-    maker = RayMaker(settings, out, workers=2, cpus=1, text_workers=1)
+    maker = RayMaker(settings, str(out), workers=2, cpus=1, text_workers=1)
     records = generate(jobs, out, settings, maker=maker)
     killer.join(1)
     assert killed, "no actor was killed: nothing was tested"
@@ -100,6 +100,11 @@ def test_text_workers_that_die_while_they_load_end_the_batch_in_the_end(settings
     told = _Texts(settings, tmp_path, ".", "run")(row)["stopped"][0]
     assert f"3 workers have died while they loaded the text encoder {settings.model}" in told
     assert not _Texts(settings, tmp_path, ".", "another run")(row)["stopped"][0]
+
+
+def test_the_folder_of_a_batch_is_the_one_where_it_was_begun(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert RayMaker(settings, "out").folder == tmp_path / "out"
 
 
 def test_names_of_files_mean_what_they_mean_where_the_batch_was_begun(settings, tmp_path, monkeypatch):
