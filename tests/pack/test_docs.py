@@ -1,12 +1,15 @@
 """docs/architecture.md, CONTRIBUTING.md and docs/models.md speak of what is there."""
 
 import re
+import shlex
 
 import pytest
 
+from rolling_kv.cli import _parser
 from tools.comfyui.env import PACK
 
 PAGES = ["docs/architecture.md", "CONTRIBUTING.md"]
+ALL = ["README.md", *sorted(path.relative_to(PACK).as_posix() for path in (PACK / "docs").glob("*.md"))]
 ARCHITECTURE = (PACK / PAGES[0]).read_text(encoding="utf-8")
 
 
@@ -30,14 +33,19 @@ def check_links(page):
         assert target.startswith("https://") or (PACK / page).parent.joinpath(target).exists(), target
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", *sorted(path.relative_to(PACK).as_posix() for path in (PACK / "docs").glob("*.md"))]
-)
+@pytest.mark.parametrize("page", ALL)
 def test_sources_that_a_page_names_exist(page):
     for path in re.findall(
         r"`((?:rolling_kv|nodes|web|tools|tests)/[\w./]+)`", (PACK / page).read_text(encoding="utf-8")
     ):
         assert (PACK / path).exists(), path
+
+
+@pytest.mark.parametrize("page", ALL)
+def test_commands_that_a_page_gives_are_accepted(page):
+    text = (PACK / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    for command in re.findall(r"^(?: {4})?(?:python|torchrun .*?) -m rolling_kv (.*)", text, re.MULTILINE):
+        _parser().parse_args(shlex.split(command, comments=True))
 
 
 def test_links_of_the_page_of_models_lead_somewhere():
