@@ -102,7 +102,8 @@ class RayMaker:
             data = ray.data.from_items(rows, override_num_blocks=len(rows))
             if self.text_workers:
                 data = data.map_batches(
-                    _Texts, fn_constructor_args=(self.settings, self.folder, os.getcwd(), run), batch_size=1, num_cpus=1,
+                    _Texts, fn_constructor_args=(self.settings, self.folder, os.getcwd(), run, self.text_workers),
+                    batch_size=1, num_cpus=1,
                     compute=ray.data.ActorPoolStrategy(size=self.text_workers),
                 )  # fmt: skip
             data = data.map_batches(
@@ -152,18 +153,18 @@ class _Videos:
 
 
 class _Texts:
-    """An actor that encodes prompts, with the text encoder loaded once."""
+    """An actor that encodes prompts, with the text encoder loaded once. count: of such actors."""
 
-    def __init__(self, settings: Settings, folder: Path, place: str, run: str):
+    def __init__(self, settings: Settings, folder: Path, place: str, run: str, count: int = 1):
         _go_to(place)
-        self.settings, self.folder, self.run = settings, folder, run
+        self.settings, self.folder, self.run, self.count = settings, folder, run, count
         self.encoder: TextEncoder | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         job, texts, error, stopped = Job(**json.loads(batch["job"][0])), b"", "", ""
         try:
             preset = self.settings.preset_of_model()
-            self.encoder = self.encoder or self._load(job)
+            self.encoder = self.encoder or self._load()
         except Exception as wrong:
             stopped = sentence_of(wrong)
         else:
@@ -175,17 +176,22 @@ class _Texts:
         told = {"error": np.array([error]), "stopped": np.array([stopped])}
         return {**batch, "texts": np.array([texts], dtype=object), **told}
 
-    def _load(self, job: Job) -> TextEncoder:
-        """Ray starts a worker that has died anew, with the same job: a file keeps count of those that have begun with it."""
-        place, begun = self.settings.text_encoder or self.settings.model, self.folder / f".{self.run}.{job.name}"
-        lost = begun.stat().st_size if begun.exists() else 0
+    def _load(self) -> TextEncoder:
+        """Ray starts a worker that has died anew, for ever: files tell how many have begun to load and did not end.
+
+        As many as there are others may still be at it.
+        """
+        place = self.settings.text_encoder or self.settings.model
+        lost = len(list(self.folder.glob(f".{self.run}.*"))) - (self.count - 1)
         if lost >= MOST_LOST:
             raise ValueError(
                 f"{lost} workers have died while they loaded the text encoder {place}; there may be too little memory"
             )
-        with begun.open("a") as file:
-            file.write(".")
-        return load_text_encoder(place, dtype=self.settings.dtype)
+        begun = self.folder / f".{self.run}.{uuid4().hex}"
+        begun.touch()
+        encoder = load_text_encoder(place, dtype=self.settings.dtype)
+        begun.unlink()
+        return encoder
 
 
 def _go_to(place: str) -> None:

@@ -87,19 +87,24 @@ def test_a_worker_that_cannot_begin_ends_the_batch_with_what_it_says(settings, t
 
 
 def test_text_workers_that_die_while_they_load_end_the_batch_in_the_end(settings, tmp_path, monkeypatch):
-    row = {"job": np.array([json.dumps(asdict(Job(prompt="x", name="a")))])}
+    """Whichever jobs they die with; another one may still be loading."""
+
+    def row(name):
+        return {"job": np.array([json.dumps(asdict(Job(prompt="x", name=name)))])}
 
     def dies(*_, **__):
         raise SystemExit
 
     with monkeypatch.context() as patch:
         patch.setattr("rolling_kv.batch.on_ray.load_text_encoder", dies)
-        for _ in range(3):
+        for name in "abc":
             with pytest.raises(SystemExit):
-                _Texts(settings, tmp_path, ".", "run")(row)
-    told = _Texts(settings, tmp_path, ".", "run")(row)["stopped"][0]
+                _Texts(settings, tmp_path, ".", "run")(row(name))
+    told = _Texts(settings, tmp_path, ".", "run")(row("d"))["stopped"][0]
     assert f"3 workers have died while they loaded the text encoder {settings.model}" in told
-    assert not _Texts(settings, tmp_path, ".", "another run")(row)["stopped"][0]
+    assert not _Texts(settings, tmp_path, ".", "run", 2)(row("d"))["stopped"][0]
+    assert not _Texts(settings, tmp_path, ".", "another run")(row("d"))["stopped"][0]
+    assert len(list(tmp_path.glob(".*"))) == 3
 
 
 def test_the_folder_of_a_batch_is_the_one_where_it_was_begun(settings, tmp_path, monkeypatch):
