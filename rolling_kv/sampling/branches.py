@@ -48,8 +48,8 @@ class GuidanceBranches:
                 caches = {n: made(spec.shape, spec.config, spec.device, capacity) for n in spec.branches}
         if not cached and state.keys is not None and state.keys.spec == spec:
             with torch.inference_mode():
-                for name, cache in caches.items():
-                    cache.restore(state.keys.caches[name])
+                for cache, frames in zip(caches.values(), state.keys.caches):
+                    cache.restore(frames)
             cached = state.keys.cached_chunks
         return cls(spec, caches, cached, prompts)
 
@@ -60,9 +60,9 @@ class GuidanceBranches:
         """
         held = self.nbytes
         check_room(held.host or held.device)
-        caches = {name: cache.kept_frames() for name, cache in self.caches.items()}
-        whole = {name: frames for name, frames in caches.items() if frames is not None}
-        return KeptKeys(self.spec, whole, self.cached) if self.cached and len(whole) == len(caches) else None
+        kept = [cache.kept_frames() for cache in self.caches.values()]
+        whole = tuple(frames for frames in kept if frames is not None)
+        return KeptKeys(self.spec, whole, self.cached) if self.cached and len(whole) == len(kept) else None
 
     @property
     def nbytes(self) -> CacheBytes:

@@ -67,18 +67,18 @@ class CacheSpec(NamedTuple):
 class KeptKeys(NamedTuple):
     """A working cache as it stood at a state, in CPU memory, for the state to carry. Nobody changes it.
 
-    spec: of the cache. caches: of each guidance branch, by the branch's name.
+    spec: of the cache. caches: of each guidance branch, in tuples, which ComfyUI looks into to see what RAM an output takes.
     cached_chunks: chunks of the state whose context pass they have seen.
     """
 
     spec: CacheSpec
-    caches: dict[str, KeptFrames]
+    caches: tuple[KeptFrames, ...]
     cached_chunks: int
 
     @property
     def nbytes(self) -> int:
         """Bytes in CPU memory."""
-        return sum(frames.nbytes for frames in self.caches.values())
+        return sum(frames.nbytes for frames in self.caches)
 
 
 @dataclass

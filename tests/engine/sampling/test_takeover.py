@@ -248,6 +248,18 @@ def test_keys_that_a_state_carries_are_for_the_same_settings_and_its_own_video(m
     assert sample(model, 1, state=state).keys is None
 
 
+def test_comfyui_sees_the_ram_of_keys_that_a_state_carries(model):
+    """It looks for tensors in lists and tuples alone."""
+
+    def seen(value) -> int:
+        if isinstance(value, torch.Tensor):
+            return value.nbytes
+        return sum(map(seen, value)) if isinstance(value, (list, tuple)) else 0
+
+    state = sample(model, 3, keep_keys=True)
+    assert seen(state) == state.nbytes > 2 * state._replace(keys=None).nbytes
+
+
 def test_a_video_without_the_memory_for_its_keys_is_made_all_the_same(model, monkeypatch, caplog):
     def full(nbytes):
         raise ValueError(f"{nbytes} bytes are too many")
