@@ -132,7 +132,10 @@ class VideoStream:
         """Where what is finished is, as a sentence; empty as long as there is nothing."""
         if self.state_file is None:
             return ""
-        return f"the {self._state.seconds:g} s that are done are in {self._growing.place}, and their state in {self.state_file}"
+        return (
+            f"the {self._state.seconds:g} s that are done are in {self._growing.place}, and their state in {self.state_file}: "
+            "Load State, or --state-in, goes on from it"
+        )
 
     @property
     def note(self) -> str:
