@@ -50,7 +50,7 @@ const STYLE = `
 .rkv-timeline .playhead { position: absolute; top: 0; bottom: 0; border-left: 2px solid var(--p-primary-color, #4aa39c); pointer-events: none }
 .rkv-timeline input.text { position: absolute; top: 15px; height: 40px; z-index: 2; padding: 2px 6px; user-select: text }
 .rkv-timeline .said { color: var(--descrip-text, #999); line-height: 14px; user-select: text; overflow: hidden auto; max-height: 70px; flex: none }
-.rkv-timeline .said.wrong { color: var(--error-text, #ff4444) }`
+.rkv-timeline .said.wrong { color: color-mix(in srgb, var(--error-text, #ff4444), var(--input-text, #ddd)) }`
 document.head.append(element("style", {}, STYLE))
 
 export class Timeline {

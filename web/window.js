@@ -26,7 +26,7 @@ const STYLE = `
 .rkv-window .room div { border-right: 1px solid var(--comfy-menu-bg, #353535); min-width: 1px; background: hsl(205 42% 50%) }
 .rkv-window .room.over div { background: var(--error-text, #ff4444) }
 .rkv-window .said { color: var(--descrip-text, #999); line-height: 14px }
-.rkv-window .warn { color: var(--error-text, #ff4444); line-height: 14px }`
+.rkv-window .warn { color: color-mix(in srgb, var(--error-text, #ff4444), var(--input-text, #ddd)); line-height: 14px }`
 document.head.append(element("style", {}, STYLE))
 
 /** Bytes for people. @param {number} bytes */
