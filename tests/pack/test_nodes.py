@@ -108,10 +108,12 @@ def test_the_help_page_explains_every_choice(schema, language):
 
 
 @each_language
-def test_help_pages_have_no_cell_or_bold_text_left_open(language):
+def test_help_pages_have_no_cell_or_bold_text_left_open_and_their_pictures_are_there(language):
     for path in (PACK / "web" / "docs").glob(f"*/{language}.md"):
         page = path.read_text(encoding="utf-8")
         assert page.count("**") % 2 == 0 and page.count("`") % 2 == 0, path
+        for picture in re.findall(r"!\[.+\]\((.*?)\)", page):
+            assert (path.parent / picture).is_file(), f"{path}: {picture}"
         for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
             columns = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
             assert len(columns) == 1, f"{path}: {table}"
