@@ -22,6 +22,18 @@ import torch
 import torch.distributed as dist
 
 
+def check_even(heads: int, tokens: int, ranks: int) -> None:
+    """Raise ValueError unless so many heads, and the tokens of a latent frame, can be shared out evenly."""
+    if heads % ranks == 0 and tokens % ranks == 0:
+        return
+    both = math.gcd(heads, tokens)
+    fitting = ", ".join(str(count) for count in range(1, both + 1) if both % count == 0)
+    raise ValueError(
+        f"{heads} heads and {tokens} tokens a frame cannot be shared out evenly among {ranks} processes: take one "
+        f"of {fitting}, or another size of the video"
+    )
+
+
 class HeadShards:
     """The processes that make one video together. Each has to do the same things in the same order.
 
@@ -42,14 +54,7 @@ class HeadShards:
 
     def check(self, heads: int, tokens: int) -> None:
         """Raise ValueError unless so many heads, and the tokens of a latent frame, can be shared out evenly."""
-        if heads % self.ranks == 0 and tokens % self.ranks == 0:
-            return
-        both = math.gcd(heads, tokens)
-        fitting = ", ".join(str(count) for count in range(1, both + 1) if both % count == 0)
-        raise ValueError(
-            f"{heads} heads and {tokens} tokens a frame cannot be shared out evenly among {self.ranks} processes: take one "
-            f"of {fitting}, or another size of the video"
-        )
+        check_even(heads, tokens, self.ranks)
 
     def own(self, tokens: torch.Tensor, frames: int, dim: int = 1) -> torch.Tensor:
         """Of [.., S, ..] tokens of whole frames this process's part of each frame, [.., S / ranks, ..]."""

@@ -9,6 +9,7 @@ import torch
 
 from ...config import SamplingConfig
 from ...geometry import WAN_21
+from ...wan.shards import check_even
 from .. import options
 from ..figures import hardware, machine, markdown, write_json
 from ..random_model import SIZES
@@ -51,10 +52,9 @@ def make_experiment(args: argparse.Namespace) -> RanksExperiment:
     WAN_21.latent_size(height, width)
     heads, tokens = size.heads, tokens_of(height, width, 1)
     for count in counts:
-        if count < 1 or heads % count or tokens % count:
-            raise ValueError(
-                f"--ranks {count}: {heads} heads and {tokens} tokens a frame cannot be shared out evenly among so many"
-            )
+        if count < 1:
+            raise ValueError(f"--ranks must be at least 1, got {count}")
+        check_even(heads, tokens, count)
         if args.device.type == "cuda" and count > torch.cuda.device_count():
             raise ValueError(f"--ranks {count}: there are {torch.cuda.device_count()} GPUs here")
     dtype = str(options.dtype_of(args)).removeprefix("torch.")
