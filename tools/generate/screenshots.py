@@ -100,7 +100,20 @@ def live(page: Page) -> None:
     animate(frames, IMAGES / "live.webp")
 
 
-SHOTS = {"live": live}
+def compare(page: Page) -> None:
+    """Two seeds of one prompt with the wipe between them: RollingKVCompareVideos/compare.png."""
+    open_workflow(page, "rolling_kv_compare")
+    number = page.evaluate(LOOK, "RollingKVCompareVideos")
+    page.locator("[data-testid='queue-button']").click()
+    frame = page.get_by_role("slider", name="Frame")
+    frame.wait_for(timeout=300_000)
+    page.get_by_role("button", name="Pause", exact=True).click()
+    frame.fill("20")
+    page.wait_for_timeout(1000)  # until both show it
+    picture(page, number).save(IMAGES / "RollingKVCompareVideos" / "compare.png", optimize=True)
+
+
+SHOTS = {"live": live, "compare": compare}
 
 
 @contextmanager
