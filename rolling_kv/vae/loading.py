@@ -122,8 +122,7 @@ def load_vae(
         loaded = {name: load_tensor(tensor, None, dtype, device) for name, tensor in tensors.items()}
         check_finite(loaded)
         vae.load_state_dict(loaded, assign=True)
-    if dtype != torch.float32:  # whose bits on a CPU are those of the stock VAE
-        streamline(vae)
+    streamline(vae)
     return WanVAE(vae).eval().requires_grad_(False)
 
 

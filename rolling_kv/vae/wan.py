@@ -24,7 +24,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     unpatchify,
 )
 from torch import Tensor, nn
-from torch.nn.functional import conv3d, pad, rms_norm, silu
+from torch.nn.functional import conv2d, conv3d, pad, rms_norm, silu
 
 from ..devices import checked_kernels
 from ..geometry import WAN_21, WAN_22, Geometry, geometry_of
@@ -174,7 +174,8 @@ def check_numbers(frames: Tensor) -> Tensor:
 class StreamingDecoder(_CausalStream):
     """Decodes consecutive chunks of one video; any cut into chunks gives the same bits.
 
-    The frames equal `AutoencoderKLWan.decode` of all latents at once bit for bit, as long as PyTorch uses one kernel
+    The frames equal `AutoencoderKLWan.decode` of all latents at once, up to rounding where the VAE is streamlined, as
+    `load_vae` does it, and else bit for bit, as long as PyTorch uses one kernel
     for the 1x1x1 convolution before the decoder. On an Intel CPU in float32 it changes kernels when 16 * B * F * h
     exceeds 20480 (more than 21 latent frames at 480 rows), and the stock decode of a longer video differs in rounding;
     on an AMD CPU it was seen to round differently for any number of frames beyond one.
@@ -260,15 +261,15 @@ class StreamingReencoder:
         return to_model(self._vae.encoder().encode(last))
 
 
-def streamline(vae: AutoencoderKLWan) -> None:
-    """Let a stock VAE go over its pictures fewer times, to the same values up to rounding.
+def streamline(vae: nn.Module) -> None:
+    """Let a stock VAE, or parts of one, go over its pictures fewer times, to the same values up to rounding.
 
     Weights of 3D convolutions lie with their channels last, and so do the pictures that come out of them. There a norm is one
     kernel in the place of seven, and the activation behind it is a part of that kernel where Triton makes one in half precision;
     elsewhere it changes what the norm has just made. With others PyTorch leaves
     cuDNN 9.8 to 9.14 aside in half precision (2.9.0 every later one too), and takes many times the time and memory.
     Convolutions take zeros for what is outside of a picture, which then needs no copy with a margin, and pictures are enlarged
-    in their own precision.
+    in their own precision. On a CPU in float32 a convolution goes over pictures, not over a video.
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
@@ -296,7 +297,25 @@ def _convolved_to_the_margin(conv: WanCausalConv3d, x: Tensor, cache_x: Tensor |
         missing -= cache_x.shape[2]
     if missing:  # the first frames of a video
         x = pad(x, (0, 0, 0, 0, missing, 0))
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        return _by_frames(conv, x, (down, across))
     return conv3d(x, conv.weight, conv.bias, conv.stride, (0, down, across))
+
+
+def _by_frames(conv: WanCausalConv3d, x: Tensor, margin: tuple[int, int]) -> Tensor:
+    """What `conv` makes of [B, C, T, H, W] with no margin in time, as a sum of convolutions of pictures.
+
+    A CPU's kernels for those are as fast at every width. Of those for three dimensions, the ones of narrow VAEs take up to
+    ten times as long.
+    """
+    frames, (step, *steps) = x.transpose(1, 2), conv.stride
+    made = (frames.shape[1] - conv.kernel_size[0]) // step + 1
+    out = None
+    for place, weight in enumerate(conv.weight.unbind(2)):
+        seen = frames[:, place : place + step * (made - 1) + 1 : step].flatten(0, 1)
+        part = conv2d(seen, weight, conv.bias if out is None else None, steps, margin)
+        out = part if out is None else out.add_(part)
+    return out.unflatten(0, (-1, made)).transpose(1, 2)
 
 
 def _enlarged(upsample: WanUpsample, x: Tensor) -> Tensor:

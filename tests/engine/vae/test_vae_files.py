@@ -27,13 +27,9 @@ from rolling_kv.vae.loading import load_vae
 from rolling_kv.vae.wan import WanVAE
 
 
-def test_only_half_precision_is_loaded_streamlined(tmp_path):
-    file = write_layout("original", make_vae(), tmp_path)
-    layouts = [
-        load_vae(file, dtype=dtype).vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last_3d)
-        for dtype in ("float32", "bfloat16")
-    ]
-    assert layouts == [False, True]
+def assert_same(ours: torch.Tensor, stock: torch.Tensor):
+    """Up to rounding, which `make_vae` magnifies forty times: loaded VAEs are streamlined."""
+    torch.testing.assert_close(ours, stock, atol=1e-3, rtol=0)
 
 
 def write_layout(layout: str, vae: AutoencoderKLWan, folder):
@@ -67,7 +63,7 @@ def test_every_layout_gives_the_same_vae(layout, config, tmp_path, offline):
     assert loaded.vae.state_dict().keys() == vae.state_dict().keys()
     assert all(torch.equal(tensor, vae.state_dict()[name]) for name, tensor in loaded.vae.state_dict().items())
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    assert torch.equal(loaded.decoder().decode(latents(2)), frame_by_frame(vae).decode(latents(2)).sample)
+    assert_same(loaded.decoder().decode(latents(2)), frame_by_frame(vae).decode(latents(2)).sample)
 
 
 @pytest.mark.parametrize("layout", ["folder", "pipeline", "diffusers", "original", "prefixed pth"])
@@ -78,7 +74,7 @@ def test_every_layout_of_the_vae_of_wan_2_2_loads(layout, tmp_path, offline):
     assert loaded.vae.state_dict().keys() == vae.state_dict().keys()
     assert all(torch.equal(tensor, vae.state_dict()[name]) for name, tensor in loaded.vae.state_dict().items())
     raw = latents(2, channels=48)
-    assert torch.equal(loaded.decoder().decode(raw), frame_by_frame(vae).decode(raw).sample)
+    assert_same(loaded.decoder().decode(raw), frame_by_frame(vae).decode(raw).sample)
 
 
 def test_the_vae_of_another_kind_of_model_is_refused_with_both_names(tmp_path):
@@ -94,7 +90,7 @@ def test_the_vae_of_another_kind_of_model_is_refused_with_both_names(tmp_path):
 def test_a_folder_may_have_another_architecture(tmp_path):
     vae = make_vae(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=0)
     vae.save_pretrained(tmp_path)
-    assert torch.equal(load_vae(tmp_path).decoder().decode(latents(2)), frame_by_frame(vae).decode(latents(2)).sample)
+    assert_same(load_vae(tmp_path).decoder().decode(latents(2)), frame_by_frame(vae).decode(latents(2)).sample)
 
 
 def test_a_folder_with_other_statistics_is_refused(tmp_path):
@@ -211,8 +207,8 @@ def test_values_that_are_no_numbers_end_loading_and_decoding(tmp_path):
         stream.decode(latents(1) * float("inf"))
 
 
-@pytest.mark.parametrize("dtype, last", [("bfloat16", True), ("float32", False)])
-def test_convolutions_in_half_precision_lie_channels_last_and_give_the_same(tmp_path, dtype, last):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_convolutions_lie_channels_last_also_when_moved(tmp_path, dtype):
     path = tmp_path / "vae.safetensors"
     save_file(STOCK.state_dict(), path)
     plain = load_vae(path, dtype=dtype)
@@ -220,7 +216,7 @@ def test_convolutions_in_half_precision_lie_channels_last_and_give_the_same(tmp_
     with torch.inference_mode():
         vae._apply(torch.clone)  # as ComfyUI moves it
     weight = vae.vae.decoder.conv_in.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last_3d) is last
+    assert weight.is_contiguous(memory_format=torch.channels_last_3d)
     assert all(torch.equal(mine, stock) for mine, stock in zip(vae.parameters(), plain.parameters()))
     latents = torch.randn(1, 16, 1, 2, 2)
     torch.testing.assert_close(vae.decoder().decode(latents), plain.decoder().decode(latents), atol=0.03, rtol=0)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import convolutions_round
@@ -236,6 +237,29 @@ def stream_features(vae):
     stream = vae.decoder()
     stream.decode(latents(3, channels=vae.geometry.channels))
     return stream._features
+
+
+@pytest.mark.parametrize(
+    "kernel, stride, padding",
+    [((3, 3, 3), 1, 1), ((3, 1, 1), 1, (1, 0, 0)), ((3, 1, 1), (2, 1, 1), 0), ((1, 1, 1), 1, 0)],
+)
+def test_a_convolution_of_pictures_is_that_of_the_video(kernel, stride, padding):
+    class Dimensions(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "convolution" in str(function):
+                seen.append(args[0].ndim)
+            return function(*args, **kwargs or {})
+
+    seen: list[int] = []
+    conv = WanCausalConv3d(4, 6, kernel, stride, padding).requires_grad_(False)
+    x, before = torch.randn(2, 4, 5, 8, 6), torch.randn(2, 4, 2, 8, 6)
+    stock, half = [conv(x), conv(x, before)], copy.deepcopy(conv).bfloat16()
+    streamline(torch.nn.ModuleList([conv, half]))
+    with Dimensions():
+        ours = [conv(x), conv(x, before)]
+        half(x.bfloat16())
+    torch.testing.assert_close(ours, stock, atol=1e-5, rtol=1e-5)
+    assert seen == [4] * (2 * kernel[0]) + [5], "pictures in float32, a video in half precision"
 
 
 @pytest.mark.parametrize("make", [make_vae, make_vae_22], ids=["2.1", "2.2"])
