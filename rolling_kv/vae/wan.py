@@ -308,13 +308,14 @@ def _by_frames(conv: WanCausalConv3d, x: Tensor, margin: tuple[int, int]) -> Ten
     A CPU's kernels for those are as fast at every width. Of those for three dimensions, the ones of narrow VAEs take up to
     ten times as long.
     """
-    frames, (step, *steps) = x.transpose(1, 2), conv.stride
+    frames, (step, down, across) = x.transpose(1, 2), conv.stride
     made = (frames.shape[1] - conv.kernel_size[0]) // step + 1
-    out = None
-    for place, weight in enumerate(conv.weight.unbind(2)):
-        seen = frames[:, place : place + step * (made - 1) + 1 : step].flatten(0, 1)
-        part = conv2d(seen, weight, conv.bias if out is None else None, steps, margin)
-        out = part if out is None else out.add_(part)
+    ends = step * (made - 1) + 1
+    seen = [frames[:, place : place + ends : step].flatten(0, 1) for place in range(conv.kernel_size[0])]
+    first, *others = conv.weight.unbind(2)
+    out = conv2d(seen[0], first, conv.bias, (down, across), margin)
+    for pictures, weight in zip(seen[1:], others):
+        out.add_(conv2d(pictures, weight, None, (down, across), margin))
     return out.unflatten(0, (-1, made)).transpose(1, 2)
 
 
