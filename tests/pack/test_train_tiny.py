@@ -9,18 +9,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tools.train_tiny import export, loop, starts, train_vae
+from tools.train_tiny import export, loop, polish, starts, train_vae
 from tools.train_tiny.code import LinearCode
 from tools.train_tiny.detector import detect
 from tools.train_tiny.prompts import EVERYTHING, LENGTHS, WORDS, canonical, describe, make_tokenizer, vocabulary
-from tools.train_tiny.self_forcing import sighted
+from tools.train_tiny.self_forcing import HOLD, follow, sighted
 from tools.train_tiny.train_transformer import Denoiser, tokenizer_file
 from tools.train_tiny.world import (
     DIRECTIONS,
+    FASTER,
+    FURTHER,
     SHAPES,
     SIDE,
     Scene,
     Track,
+    covered,
+    moved,
     other_shapes,
     random_scene,
     random_start,
@@ -153,16 +157,16 @@ def test_ways_lead_to_the_other_shapes_and_to_another_motion():
     code, generator = LinearCode.fit(clips=64), torch.Generator().manual_seed(0)
     scenes = [replace(random_scene(generator), shape=shape, size="big", speed="") for shape in SHAPES]
     paths = torch.stack([trajectory(scene, random_start(scene, generator), 9) for scene in scenes])
-    clean, ways = starts.drawn(code, scenes, paths, motion=True)
+    clean, ways = starts.drawn(code, scenes, paths)
     assert torch.allclose(clean, code.encode(render(scenes, paths)), atol=1e-4)
     for way, turn in zip(ways, range(2)):
         others = [replace(scene, shape=other_shapes(scene.shape)[turn]) for scene in scenes]
         assert torch.allclose(clean + way, code.encode(render(others, paths)), atol=1e-4)
-    for way, axis in zip(ways[2:], range(2)):
+    for way, axis in zip(ways[2:4], range(2)):
         for before, after in zip(code.decode(clean), code.decode(clean + way)):
-            moved = [detect(video).position for video in (before, after)]
-            faster = (moved[1][-1] - moved[1][0] - moved[0][-1] + moved[0][0])[axis]
-            assert faster > 0.5 * starts.FASTER * 8
+            places = [detect(video).position for video in (before, after)]
+            faster = (places[1][-1] - places[1][0] - places[0][-1] + places[0][0])[axis]
+            assert faster > 0.5 * FASTER * 8
 
 
 def test_training_goes_on_from_an_exported_model(tmp_path, monkeypatch):
@@ -225,3 +229,50 @@ def test_the_code_is_as_it_was_when_it_is_read_again(tmp_path):
     frames = again.decode(latents)
     assert torch.equal(code.decode(latents), frames)
     assert torch.allclose(again.encode(frames)[:, :, 1:], latents[:, :, 1:], atol=1e-4)
+
+
+def test_what_is_moved_lies_on_the_way_to_a_shape_further_on():
+    here = torch.full((1, 12, 2), 30.0)
+    time = torch.arange(12.0) - 5.5
+    faster, further = FASTER * time[:, None], torch.full((12, 1), FURTHER)
+    none = torch.zeros(12, 1)
+    inside = covered(["circle"], ["big"], here)
+    ways = moved(inside, 12)
+    there = [
+        covered(["circle"], ["big"], here + torch.cat(by, 1)) - inside
+        for by in ((faster, none), (none, faster), (further, none), (none, further))
+    ]
+    alike = torch.nn.functional.cosine_similarity(ways.flatten(1)[:, None], torch.stack(there).flatten(1)[None], dim=2)
+    assert alike.diag().min() > 0.5 and (alike - alike.diag().diag()).abs().max() < 0.1
+    twice = torch.cat([inside, inside], 1)
+    assert torch.allclose(moved(twice, 12), torch.cat([ways, ways], 2)), "each piece is faster around its own middle"
+
+
+def test_a_shape_that_should_stand_goes_back_and_one_that_moves_goes_on_from_where_it_is():
+    scenes = [replace(SCENE, speed="still"), replace(SCENE, speed="slowly")]
+    track, times = Track(scenes, torch.tensor([[30.0, 30.0], [20.0, 30.0]])), torch.arange(9.0, 21.0)
+    off = torch.tensor([2.0, 0.0])
+    seen = [detect(frames) for frames in render(scenes, track.at(times) + off)]
+    before = track.at(times)
+    assert follow(track, seen, times, hold=HOLD).all()
+    gone = (track.at(times) - before).mean(1)
+    assert torch.allclose(gone, torch.stack([(1 - HOLD) * off, off]), atol=0.1)
+
+
+def test_a_piece_of_an_own_video_has_the_frames_that_it_should_show():
+    generator = torch.Generator().manual_seed(4)
+    scenes = [
+        Scene("square", "yellow", "right", "big", "slowly", "navy"),
+        Scene("circle", "red", "up and left", "small"),
+    ]
+    paths = torch.stack([trajectory(scene, random_start(scene, generator), 45) for scene in scenes])
+    frames, code = render(scenes, paths), LinearCode.fit(clips=64)
+    own = polish.OwnVideos.__new__(polish.OwnVideos)
+    own.latents, own.scenes, own.paths = code.encode(frames), scenes, paths
+    for _ in range(4):
+        codes, shown, others = own.piece(generator)
+        assert shown.shape == (1, 3, 4 * polish.PIECE, 32, 32) and others.shape == (2, *shown.shape)
+        drawn = code.decode(codes)[:, :, 1:]  # as a first latent frame, the first is one frame and not four
+        errors = [(drawn - shown[:, :, shift : shift + drawn.shape[2]]).square().mean() for shift in (4, 3, 2)]
+        assert errors[0] == min(errors) and errors[0] < 0.05
+        assert (others - shown).square().mean() > 0.01

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 
+from .. import fit_preview
 from . import teacher
 from .export import export
-from .polish import STEPS as POLISH
-from .polish import STEPS_ON as POLISH_ON
 from .polish import polish
 from .train_lora import train_lora
 from .train_transformer import FRESH, GOING_ON, train_transformer
@@ -38,9 +37,10 @@ def main() -> None:
     train_decoder(code, steps["decoder"], former)
     train_encoder(code, steps["encoder"], former)
     train_transformer(GOING_ON if former else FRESH, folder=former)
-    polish(POLISH_ON if former else POLISH)
+    polish()
     train_lora()
     export(arguments.folder)
+    fit_preview.write(arguments.folder)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from .world import (
     covered,
     latent_places,
     look_numbers,
+    moved,
     other_shapes,
     pick,
     random_scene,
@@ -36,13 +37,15 @@ CHUNK = 3
 CHUNKS = LATENT_FRAMES // CHUNK
 RESHAPED, RETIMED, RECOLOURED, REPAINTED = 0.25, 0.3, 0.5, 0.3
 """Shares of the changes that a later prompt makes: another shape, speed, colour, background."""
+STILL = 0.2
+"""Share of the motions that begin with a shape that stands still: twice as many as are measured, for it is hard to stay."""
 CHANGED = 0.6
 """Share of the motions that another prompt may change."""
 
 
 class Batch(NamedTuple):
-    """latents [B, 16, 12, 8, 8]; ways [2, B, 16, 12, 8, 8]: from there to the other two shapes; prompts: two for each
-    clip; second [B, 4]: chunks that follow the second prompt. looks [B, 4, 4], places [B, 12, 2]: see `facts`."""
+    """latents [B, 16, 12, 8, 8]; ways [6, B, 16, 12, 8, 8]: from there to the other two shapes, and to its own `moved`; prompts: two for
+    each clip; second [B, 4]: chunks that follow the second prompt. looks [B, 4, 4], places [B, 12, 2]: see `facts`."""
 
     latents: torch.Tensor
     ways: torch.Tensor
@@ -96,7 +99,7 @@ class Pool:
         generator = torch.Generator().manual_seed(seed)
         motions, scenes, after, musts, borders, paths = [], [], [], [], [], []
         for _ in range(clips):
-            scene = random_scene(generator)
+            scene = random_scene(generator, still=STILL)
             # Half of the clips begin the video: its first frame counts as four.
             late = chance(generator) < 0.5
             first = 1 + int(torch.randint(240, (), generator=generator)) if late else -3
@@ -152,15 +155,19 @@ class Pool:
         fronts, backs = fronts[clips, pick_chunks], backs[clips, pick_chunks]  # [B, 12, 3], [B, 12, 8, 3]
         latents = self.code.paint(self.motions[rows].float(), fronts, backs)
         later = pick_chunks.repeat_interleave(TIME, 1)[..., None, None] > 0
-        ways = []
-        for turn in range(len(SHAPES) - 1):
+        inside = []
+        for turn in range(len(SHAPES)):
             before, after = (
                 covered(
-                    [other_shapes(scene.shape)[turn] for scene in scenes], [s.size for s in scenes], self.paths[rows]
+                    [(scene.shape, *other_shapes(scene.shape))[turn] for scene in scenes],
+                    [scene.size for scene in scenes],
+                    self.paths[rows],
                 )
                 for scenes in ([self.scenes[row] for row in rows], [self.then[row] for row in rows])
             )
-            inside = torch.where(later, after, before)
-            ways.append(self.code.paint(self.code.cover(inside), fronts, backs) - latents)
+            inside.append(torch.where(later, after, before))
+        own, *others = inside
+        others += (own + moved(own, CHUNK * TIME)).unbind()
+        ways = [self.code.paint(self.code.cover(other), fronts, backs) - latents for other in others]
         looks = torch.stack(looks)[clips, second.long()]
         return Batch(latents, torch.stack(ways), prompts, second, looks, latent_places(self.paths[rows]))

@@ -20,7 +20,7 @@ from rolling_kv.sampling.session import RollingSession
 
 from .code import TIME, LinearCode
 from .detector import Sighting, detect, direction
-from .pool import changed
+from .pool import STILL, changed
 from .prompts import describe
 from .starts import FRAMES, drawn, settled
 from .world import (
@@ -38,8 +38,10 @@ from .world import (
 
 CHUNK_FRAMES = FRAMES * TIME
 """Pixel frames of every chunk but the first."""
-LARGEST_MISS = 5.0
+LARGEST_MISS = 9.0
 """Pixels between where the shape is seen and where it should be; beyond, the video is lost and teaches nothing."""
+HOLD = 0.5
+"""How far a shape that stands still and was seen elsewhere should go back: it must not follow its own errors."""
 CHANGED = 0.6
 """Share of the videos that another prompt changes."""
 
@@ -56,7 +58,7 @@ class Story(NamedTuple):
 
 class Rollout(NamedTuple):
     """own [B, 16, F, 8, 8]: what the model made. right: the same shape, how each chunk should have continued the chunks
-    before it. ways [2, B, 16, F, 8, 8]: from there to the other shapes. looks [B, chunks, 4], places [B, F, 2]: of
+    before it. ways [6, B, 16, F, 8, 8]: as `drawn` has them. looks [B, chunks, 4], places [B, F, 2]: of
     what `right` shows. usable [B, chunks]: whether that is known; never in the first chunk. second [chunks]: whether a chunk
     follows the second of the prompts."""
 
@@ -71,7 +73,7 @@ class Rollout(NamedTuple):
 
 
 def random_story(generator: torch.Generator) -> Story:
-    scene = random_scene(generator)
+    scene = random_scene(generator, still=STILL)
     prompt, said = describe(scene, generator)
     scene = settled(scene, said, {})
     if chance(generator) > CHANGED:
@@ -88,8 +90,11 @@ def sighted(scene: Scene, said: frozenset[str], seen: Sighting) -> Scene:
     return settled(scene, said, looks | {"size": min(SIZES, key=lambda name: abs(SIZES[name] - size))})
 
 
-def follow(track: Track, seen: list[Sighting], times: torch.Tensor, bounces: bool = True) -> torch.Tensor:
-    """Move the lines to where the shapes are seen at `times`; [B] bool: they are there and move as they should."""
+def follow(
+    track: Track, seen: list[Sighting], times: torch.Tensor, bounces: bool = True, hold: float = 0.0
+) -> torch.Tensor:
+    """Move the lines to where the shapes are seen at `times`, or for the share `hold` of the way not where they should stand
+    still; [B] bool: they are there and move as they should."""
     span = track.span[:, None]
     bias = torch.tensor([centre_of_mass(scene) for scene in track.scenes])
     position = torch.stack([sighting.position for sighting in seen]) - bias[:, None]
@@ -97,7 +102,8 @@ def follow(track: Track, seen: list[Sighting], times: torch.Tensor, bounces: boo
         track.start = (position - times[:, None] * track.velocity[:, None]).mean(1)
     sign = torch.where(track.free(times).remainder(2 * span) < span, 1.0, -1.0)
     miss = position - track.at(times)
-    track.start = track.start + (sign * miss).mean(1)
+    still = torch.tensor([scene.speed == "still" for scene in track.scenes])[:, None]
+    track.start = track.start + (sign * miss).mean(1) * torch.where(still, 1 - hold, 1.0)
     there = torch.stack([sighting.present.all() for sighting in seen])
     return there & (miss.norm(dim=2).amax(1) < LARGEST_MISS)
 
@@ -124,7 +130,7 @@ def roll_out(
         first = [chunk.latents for chunk in session.generate(turn, seed=seed)]
         session.set_prompt(prompts[1])
         own = torch.cat(first + [chunk.latents for chunk in session.generate(chunks - turn, seed=seed)], 2)
-    frames, right, ways = code.decode(own / scale), own.clone(), torch.zeros(2, *own.shape)
+    frames, right, ways = code.decode(own / scale), own.clone(), torch.zeros(6, *own.shape)
     seen = [detect(video[:, pixel_times(0)]) for video in frames]
     scenes = [sighted(story.scene, story.said, sighting) for story, sighting in zip(stories, seen)]
     track = Track(scenes)
@@ -145,7 +151,7 @@ def roll_out(
         looks[:, chunk] = torch.stack([look_numbers(scene) for scene in scenes])
         places[:, part] = latent_places(track.at(times))
         right[:, :, part], ways[:, :, :, part] = scale * clean, scale * others
-        known = known & follow(track, [detect(video[:, times]) for video in frames], times)
+        known = known & follow(track, [detect(video[:, times]) for video in frames], times, hold=HOLD)
     return Rollout(
         own, right, ways, looks, places, usable, [story.prompts for story in stories], torch.arange(chunks) >= turn
     )

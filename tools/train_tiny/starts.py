@@ -20,6 +20,7 @@ from .world import (
     Scene,
     backdrop,
     covered,
+    moved,
     other_shapes,
     starting_range,
     trajectory,
@@ -31,8 +32,6 @@ PLACE = slice(0, 2)
 """Channels of the noise whose means decide where the shape starts."""
 OPEN = {"shape": "circle", "colour": "green", "size": "big", "direction": "right"}
 """What a prompt shows that says none of these."""
-FASTER = 0.7
-"""Pixels per frame."""
 
 
 def drawn_place(noise: torch.Tensor) -> torch.Tensor:
@@ -65,18 +64,16 @@ def first_paths(scenes: list[Scene], fractions: torch.Tensor) -> torch.Tensor:
 
 
 def drawn(
-    code: LinearCode, scenes: list[Scene], paths: torch.Tensor, motion: bool = False
+    code: LinearCode, scenes: list[Scene], paths: torch.Tensor, further: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [B, 16, t, 8, 8] of `scenes` along `paths` [B, T, 2], and the ways [W, B, 16, t, 8, 8] from there to the same
-    with the other two shapes; motion: also to the same, but faster to the right, and downwards."""
+    with the other two shapes, and to the same `moved`; further: in place too, not only in speed."""
     batch, frames = paths.shape[:2]
     shapes = [[scene.shape for scene in scenes], *zip(*(other_shapes(scene.shape) for scene in scenes))]
     sizes = [scene.size for scene in scenes] * len(shapes)
     inside = covered(sum(map(list, shapes), []), sizes, paths.repeat(len(shapes), 1, 1)).unflatten(0, (-1, batch))
-    if motion:
-        drift = FASTER * (torch.arange(frames) - (frames - 1) / 2)[:, None, None]
-        moved = [drift * (inside[0].roll(1, axis) - inside[0].roll(-1, axis)) / 2 for axis in (3, 2)]
-        inside = torch.cat([inside, inside[0] + torch.stack(moved)])
+    ways = moved(inside[0], frames)
+    inside = torch.cat([inside, inside[0] + (ways if further else ways[:2])])
     motions = code.cover(inside.flatten(0, 1))
     length, copies = motions.shape[3], len(inside)
     fronts = torch.tensor([COLOURS[scene.colour] for scene in scenes])[:, None].expand(-1, length, -1) / 127.5 - 1

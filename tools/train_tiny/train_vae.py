@@ -24,7 +24,7 @@ from .world import SHAPES, SIDE, STRIPED, other_shapes, pick, random_scene, rand
 
 CONFIG = dict(z_dim=16, base_dim=64, decoder_base_dim=32, dim_mult=[1, 1, 1, 1], num_res_blocks=0)
 STEPS, RATE = {"decoder": 3000, "encoder": 800}, 1.2e-3
-STEPS_ON, RATE_ON = {"decoder": 600, "encoder": 400}, 2e-4
+STEPS_ON, RATE_ON = {"decoder": 300, "encoder": 300}, 2e-4
 """From the weights of an exported model."""
 SCALE = 3.0
 """Spread of the transformer's latents. At the second of its 4 noise levels there are 15 parts of noise to one of video: with a

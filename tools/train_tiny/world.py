@@ -39,6 +39,10 @@ STRAIGHT_FRAMES = 9
 """A clip starts so that this many frames pass before the first wall: its direction can be seen."""
 EDGE = 1.6
 """Width of the soft edge of a shape, in pixels."""
+FASTER, FURTHER = 0.7, 1.5
+"""How much faster, in pixels per frame, and how much further, in pixels, a shape is on the ways of `moved`."""
+STILL = 0.1
+"""Share of the scenes in which the shape stands still."""
 STRIPE, STRIPE_SHADE = 8, 52
 """The striped style: every second row of so many pixels is so much lighter, or darker where the background is light."""
 STRIPED = 0.15
@@ -85,15 +89,15 @@ def chance(generator: torch.Generator) -> float:
     return float(torch.rand((), generator=generator))
 
 
-def random_scene(generator: torch.Generator, striped: float = 0.0) -> Scene:
-    """A scene; half of the backgrounds are black, one in ten shapes stands still. striped: share of that style."""
+def random_scene(generator: torch.Generator, striped: float = 0.0, still: float = STILL) -> Scene:
+    """A scene; half of the backgrounds are black. striped, still: shares of that style, and of shapes that do not move."""
     straight, diagonal = list(DIRECTIONS)[:4], list(DIRECTIONS)[4:]
     return Scene(
         shape=pick(SHAPES, generator),
         colour=pick(COLOURS, generator),
         direction=pick(straight if chance(generator) < 0.6 else diagonal, generator),
         size=pick(SIZES, generator),
-        speed="still" if chance(generator) < 0.1 else pick(list(SPEEDS)[:3], generator),
+        speed="still" if chance(generator) < still else pick(list(SPEEDS)[:3], generator),
         background=pick(BACKGROUNDS, generator) if chance(generator) < 0.67 else "black",
         striped=chance(generator) < striped,
     )
@@ -180,6 +184,14 @@ def covered(shapes: Sequence[str], sizes: Sequence[str], paths: torch.Tensor) ->
         rows = torch.tensor([index for index, name in enumerate(shapes) if name == shape], dtype=torch.long)
         inside[rows] = coverage(shape, halves[rows], x[rows], y[rows])
     return inside
+
+
+def moved(inside: torch.Tensor, frames: int) -> torch.Tensor:
+    """How coverage [B, T, 64, 64] changes, [4, B, T, 64, 64], if in each piece of `frames` frames the shape is FASTER to the
+    right, or downwards, around the same middle; or FURTHER to the right, or down."""
+    time = torch.arange(inside.shape[1]) % frames - (frames - 1) / 2
+    step = torch.stack([inside.roll(1, axis) - inside.roll(-1, axis) for axis in (3, 2)]) / 2  # by one pixel
+    return torch.cat([FASTER * time[:, None, None] * step, FURTHER * step])
 
 
 def other_shapes(shape: str) -> tuple[str, ...]:
