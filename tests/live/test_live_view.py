@@ -112,6 +112,8 @@ def test_it_grows_and_is_there_again_after_a_reload_and_in_another_tab(fresh_fro
     tab = page.context.new_page()
     tab.goto(client.url)  # it opens the workflow that the other one has
     tab.wait_for_function(f"chunk => ({chunk})() > chunk", arg=newest_run(client)["chunk"])
+    tab.get_by_role("button", name="Pause").wait_for()
+    tab.evaluate(CENTRE, number)  # it has grown
     tab.get_by_role("button", name="Pause").click()
     until(page, lambda: newest_run(client)["waiting"])
     for each in (page, tab):
