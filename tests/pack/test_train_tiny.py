@@ -267,8 +267,7 @@ def test_a_piece_of_an_own_video_has_the_frames_that_it_should_show():
     ]
     paths = torch.stack([trajectory(scene, random_start(scene, generator), 45) for scene in scenes])
     frames, code = render(scenes, paths), LinearCode.fit(clips=64)
-    own = polish.OwnVideos.__new__(polish.OwnVideos)
-    own.latents, own.scenes, own.paths = code.encode(frames), scenes, paths
+    own = polish.OwnVideos(code.encode(frames), scenes, paths)
     for _ in range(4):
         codes, shown, others = own.piece(generator)
         assert shown.shape == (1, 3, 4 * polish.PIECE, 32, 32) and others.shape == (2, *shown.shape)

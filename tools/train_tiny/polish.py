@@ -2,7 +2,7 @@
 
 They are not quite on the code, and their errors are no noise: a decoder that has never seen them draws a circle with lumps,
 from frame to frame others. So it is shown the model's own videos, with the frames that they should show: the prompt's shape,
-where the detector sees it. And its causal convolutions reach more than forty frames back: in short clips they always see the
+where the decoder itself shows it. And its causal convolutions reach more than forty frames back: in short clips they always see the
 zeros before the first frame, in a long video they no longer do, and a decoder that has seen short clips alone draws specks
 there, on grey most of all. So it is shown long ones, too.
 
@@ -12,6 +12,7 @@ there, on grey most of all. So it is shown long ones, too.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -39,11 +40,16 @@ PIECES, PIECE, UNSEEN = 3, 7, 2
 first is one frame and not four."""
 
 
-class OwnVideos:
-    """Videos that the averaged transformer makes. latents [N, 16, F, 8, 8]: their codes; scenes; paths [N, T, 2]: where `vae`
-    shows the shapes. Videos that lost their shape are left out."""
+class OwnVideos(NamedTuple):
+    """Videos that the transformer makes. latents [N, 16, F, 8, 8]: their codes. paths [N, T, 2]: where the shapes are seen."""
 
-    def __init__(self, vae: AutoencoderKLWan, count: int = VIDEOS, chunks: int = CHUNKS, seed: int = 11):
+    latents: torch.Tensor
+    scenes: list[Scene]
+    paths: torch.Tensor
+
+    @classmethod
+    def make(cls, vae: AutoencoderKLWan, count: int = VIDEOS, chunks: int = CHUNKS, seed: int = 11) -> OwnVideos:
+        """Of the averaged transformer, seen as `vae` shows them. Those that lost their shape are left out."""
         model = Denoiser().eval().requires_grad_(False)
         model.load_state_dict(torch.load(WORK / "transformer.pt", weights_only=True)["averaged"])
         generator = torch.Generator().manual_seed(seed)
@@ -57,9 +63,9 @@ class OwnVideos:
             frames = torch.cat([wan_vae.decode(vae, video).float() for video in latents.split(1)])
         seen = [detect(video) for video in frames]
         kept = [index for index, (scene, sighting) in enumerate(zip(scenes, seen)) if shows(sighting, scene)]
-        self.latents, self.scenes = latents[kept], [scenes[index] for index in kept]
-        bias = torch.tensor([centre_of_mass(scene) for scene in self.scenes])
-        self.paths = smooth(torch.stack([seen[index].position for index in kept])) - bias[:, None]
+        bias = torch.tensor([centre_of_mass(scenes[index]) for index in kept])
+        paths = smooth(torch.stack([seen[index].position for index in kept])) - bias[:, None]
+        return cls(latents[kept], [scenes[index] for index in kept], paths)
 
     def piece(
         self, generator: torch.Generator, side: int = SIDE // 2
@@ -97,7 +103,7 @@ def smooth(positions: torch.Tensor) -> torch.Tensor:
 def polish(steps: int = STEPS, rate: float = RATE) -> nn.Module:
     vae, code = make_vae(), linear_code()
     vae.load_state_dict(vae.state_dict() | torch.load(WORK / "decoder.pt", weights_only=True)["averaged"])
-    own = OwnVideos(vae)
+    own = OwnVideos.make(vae)
 
     def draw(codes):
         with autocast():
