@@ -399,6 +399,9 @@ export async function copy(text) {
   }
 }
 
+/** The colour of a sentence that says what is wrong: of the alarm, mixed with that of text, so that it is read on a node in every theme. */
+export const WRONG = "color-mix(in srgb, var(--error-text, #ff4444), var(--input-text, #ddd))"
+
 /**
  * An element with attributes, listeners (`onclick`) and children.
  * @template {keyof HTMLElementTagNameMap} K

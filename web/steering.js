@@ -3,7 +3,7 @@
  *
  * @import { Run } from "./live.js"
  */
-import { call, copy, element, keepKeys, t, toast } from "./comfy.js"
+import { call, copy, element, keepKeys, t, toast, WRONG } from "./comfy.js"
 
 const STYLE = `
 .rkv-steering { flex: none; display: flex; flex-direction: column; gap: 4px }
@@ -19,7 +19,7 @@ const STYLE = `
 .rkv-live :is(input, select, button):focus-visible { outline: 1px solid var(--input-text); outline-offset: -1px }
 .rkv-live :disabled { opacity: .5; cursor: not-allowed }
 .rkv-steering .answer { height: 16px; line-height: 16px; overflow: hidden; white-space: nowrap; text-overflow: ellipsis; color: var(--descrip-text) }
-.rkv-steering .answer.wrong { color: color-mix(in srgb, var(--error-text, #ff4444), var(--input-text, #ddd)) }
+.rkv-steering .answer.wrong { color: ${WRONG} }
 `
 document.head.append(element("style", {}, STYLE))
 

@@ -5,7 +5,7 @@
  * @import { Grid, Schedule } from "./prompts.js"
  * @typedef {Schedule & { grid: Grid, seconds: number, notes: string[] }} Reading what the server has read; see nodes/live/planning.py
  */
-import { element, keepKeys, t } from "./comfy.js"
+import { element, keepKeys, t, WRONG } from "./comfy.js"
 import { appended, beginning, changed, inOneLine, moved, numeral, removed, snapped, split, stepped, write } from "./prompts.js"
 
 const WAYS = ["", "hold", "recache", "flush", "cut", "blend", "slerp"] // of switching; the last two over a number of chunks
@@ -50,7 +50,7 @@ const STYLE = `
 .rkv-timeline .playhead { position: absolute; top: 0; bottom: 0; border-left: 2px solid var(--p-primary-color, #4aa39c); pointer-events: none }
 .rkv-timeline input.text { position: absolute; top: 15px; height: 40px; z-index: 2; padding: 2px 6px; user-select: text }
 .rkv-timeline .said { color: var(--descrip-text, #999); line-height: 14px; user-select: text; overflow: hidden auto; max-height: 70px; flex: none }
-.rkv-timeline .said.wrong { color: color-mix(in srgb, var(--error-text, #ff4444), var(--input-text, #ddd)) }`
+.rkv-timeline .said.wrong { color: ${WRONG} }`
 document.head.append(element("style", {}, STYLE))
 
 export class Timeline {

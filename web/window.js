@@ -4,7 +4,7 @@
  * @typedef {{ limit: number | null, sink: number, memory: number[], kept: [number, number], writing: [number, number], frames: number,
  *   bytes: number, free: number }} Window see nodes/live/runs.py
  */
-import { element, t } from "./comfy.js"
+import { element, t, WRONG } from "./comfy.js"
 
 const CELLS = 96 // latent frames of which each is drawn; of more, only how long they are
 const STYLE = `
@@ -26,7 +26,7 @@ const STYLE = `
 .rkv-window .room div { border-right: 1px solid var(--comfy-menu-bg, #353535); min-width: 1px; background: hsl(205 42% 50%) }
 .rkv-window .room.over div { background: var(--error-text, #ff4444) }
 .rkv-window .said { color: var(--descrip-text, #999); line-height: 14px }
-.rkv-window .warn { color: color-mix(in srgb, var(--error-text, #ff4444), var(--input-text, #ddd)); line-height: 14px }`
+.rkv-window .warn { color: ${WRONG}; line-height: 14px }`
 document.head.append(element("style", {}, STYLE))
 
 /** Bytes for people. @param {number} bytes */
