@@ -10,7 +10,18 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
-from graphs import loaders, node, one_sampler, prompt, read_video, sample, save_images, save_latent, saved_images
+from graphs import (
+    loaders,
+    node,
+    one_sampler,
+    prompt,
+    read_video,
+    sample,
+    save_images,
+    save_latent,
+    saved_images,
+    saved_latent,
+)
 from safetensors.torch import save_file
 from test_stream_video import streamed
 from watching import Page, listed
@@ -105,9 +116,8 @@ def test_the_preview_does_not_change_what_is_made(server, page, preview):
     for settings in ({"on": True}, {"on": False}):
         preview(**settings)
         server.client.free()
-        outputs = result(page, one_sampler(2, vae=["vae", 0]))
-        latents.append(server.client.view(outputs["save"]["latents"][0]))
-    assert latents[0] == latents[1]
+        latents.append(saved_latent(page.client, result(page, one_sampler(2, vae=["vae", 0]))))
+    assert torch.equal(*latents)
 
 
 def test_a_continued_video_shows_what_is_new(server, page):
