@@ -25,6 +25,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.browser)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Of a run of all files in several processes; its library is imported here, as other runs do without."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from two_ends import FromTwoEnds
+
+    return FromTwoEnds(config, log)
+
+
 @pytest.fixture(scope="session")
 def chromium():
     """A browser, or a skip. Its library is imported here: most tests run without it, some where it is not installed."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from two_ends import next_file
 
 from tools import launch
 from tools.comfyui.env import PACK
@@ -185,3 +186,15 @@ def test_batch_files_have_the_line_ends_of_windows():
         assert content.count(b"\r\n") == content.count(b"\n") > 0
     for name in SHELL:
         assert b"\r" not in (PACK / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "live, order",
+    [(True, "live/a live/b web/a pack/a engine/b engine/a"), (False, "engine/a engine/b pack/a web/a live/b live/a")],
+)
+def test_one_worker_has_the_files_of_servers_and_each_helps_the_other_from_the_end(live, order):
+    left, taken = ["engine/a", "engine/b", "live/a", "live/b", "pack/a", "web/a"], []
+    while left:
+        taken.append(next_file(left, live))
+        left.remove(taken[-1])
+    assert taken == order.split()
