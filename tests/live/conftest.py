@@ -106,9 +106,11 @@ def every_client(every_server):
     return every_server.client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pages(chromium):
-    return Pages(chromium)
+    pages = Pages(chromium)
+    yield pages
+    pages.close()
 
 
 @pytest.fixture(params=[False, True], ids=["classic-nodes", "nodes-2"])

@@ -115,6 +115,11 @@ class Pages:
         page.set(IN_VUE, in_vue)
         return page
 
+    def close(self) -> None:
+        """A page that is left open goes on: it plays what it shows, and asks the server for its history after every prompt."""
+        for page in self.kept.values():
+            page.page.context.close()
+
 
 class Frontend:
     """ComfyUI's page. `messages` collects what the console reports: (kind, text, address of the script)."""
