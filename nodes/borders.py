@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +17,8 @@ from ..rolling_kv.vae.latents import to_model, to_raw
 
 if TYPE_CHECKING:
     from .encoding import Encoder
+
+logger = logging.getLogger(__name__)
 
 AFTER_CUT = "rolling_kv_after_cut"
 """Key of a CONDITIONING: the embedding of the same text without the marker that begins a shot."""
@@ -35,7 +38,9 @@ def embedding(conditioning: list, name: str) -> torch.Tensor:
         )
     embedding = conditioning[0][0]
     missing = TEXT_LENGTH - embedding.shape[1]
-    return torch.nn.functional.pad(embedding, (0, 0, 0, missing)) if missing > 0 else embedding
+    if missing < 0:  # ComfyUI's encoders cut nothing off
+        logger.warning("The %s conditioning has more than %d tokens, which is what the model reads.", name, TEXT_LENGTH)
+    return torch.nn.functional.pad(embedding, (0, 0, 0, missing)) if missing else embedding
 
 
 def after_cut(conditioning: list, preset: ModelPreset) -> torch.Tensor | None:

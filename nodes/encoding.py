@@ -11,6 +11,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..rolling_kv.geometry import TEXT_LENGTH
+from ..rolling_kv.messages import printable, shortened
 from ..rolling_kv.presets import CUT_MARKERS
 from ..rolling_kv.sampling.steering import Shot
 from ..rolling_kv.text import clean
@@ -52,6 +53,7 @@ class Encoder(ABC):
         return [self._shot(text) for text in texts]
 
     def _shot(self, text: str) -> Shot:
+        mm.throw_exception_if_processing_interrupted()  # a schedule may have many
         cleaned = clean(text)
         marker = next((marker for marker in CUT_MARKERS if cleaned.startswith(marker)), None)
         device, first = mm.intermediate_device(), self.embed(text)
@@ -97,8 +99,14 @@ class ClipEncoder(Encoder):
         self._clip, self.patcher = clip, clip.patcher
 
     def embed(self, text: str) -> torch.Tensor:
-        tokens = self._clip.tokenize(text)
-        return borders.embedding(self._clip.encode_from_tokens_scheduled(tokens), f"prompt {text!r}'s")
+        name = f'prompt "{shortened(printable(text), 40)}"'
+        embedding = borders.embedding(self._clip.encode_from_tokens_scheduled(self._tokens(text)), name)
+        if not embedding.isfinite().all():
+            raise ValueError(
+                f"The CLIP makes values that are no numbers (NaN or infinity) of the {name}: a weight in it, as in "
+                "(word:1.2), is too large, or the CLIP's file is damaged."
+            )
+        return embedding
 
     def bring_to_device(self, *beside: ModelPatcher) -> None:
         if beside:  # encoding brings the CLIP itself, but does not know of them
@@ -106,7 +114,16 @@ class ClipEncoder(Encoder):
 
     def length(self, text: str) -> int:
         # Padded to what ComfyUI pads it to, which is no more than the model reads.
-        return max(len(batch) for batches in self._clip.tokenize(text).values() for batch in batches)
+        return max(len(batch) for batches in self._tokens(text).values() for batch in batches)
+
+    def _tokens(self, text: str) -> dict[str, list]:
+        clean(text)  # half of a character is told as such
+        try:
+            return self._clip.tokenize(text)
+        except Exception as error:  # of any tokenizer: brackets nested too deeply, for instance
+            raise ValueError(
+                f"the CLIP cannot read the prompt ({type(error).__name__}): write it more simply"
+            ) from error
 
 
 def encoder_of(given: Any) -> Encoder:
