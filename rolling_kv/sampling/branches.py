@@ -9,7 +9,7 @@ from ..cache.pinned import check_room
 from ..cache.prompt import Branch, PromptCache
 from ..cache.rolling import RollingKVCache
 from ..cache.sizes import CacheBytes
-from ..devices import to_device
+from ..devices import check_memory, to_device
 from .state import CacheState, same_values
 from .workspace import Caches, CacheSpec, KeptKeys, KnownPrompt, Workspace
 
@@ -58,11 +58,17 @@ class GuidanceBranches:
 
         Raises ValueError where there is too little RAM.
         """
+        if not self.cached:
+            return None
         held = self.nbytes
-        check_room(held.host or held.device)
+        check_memory(
+            held.host or held.device,
+            "keeping them",
+            "close other programs, make the window or the video smaller, or do without (keep_keys)",
+        )
         kept = [cache.kept_frames() for cache in self.caches.values()]
         whole = tuple(frames for frames in kept if frames is not None)
-        return KeptKeys(self.spec, whole, self.cached) if self.cached and len(whole) == len(kept) else None
+        return KeptKeys(self.spec, whole, self.cached) if len(whole) == len(kept) else None
 
     @property
     def nbytes(self) -> CacheBytes:

@@ -261,9 +261,7 @@ def test_comfyui_sees_the_ram_of_keys_that_a_state_carries(model):
 
 
 def test_a_video_without_the_memory_for_its_keys_is_made_all_the_same(model, monkeypatch, caplog):
-    def full(nbytes):
-        raise ValueError(f"{nbytes} bytes are too many")
-
-    monkeypatch.setattr("rolling_kv.sampling.branches.check_room", full)
+    monkeypatch.setattr("rolling_kv.devices.available_memory", lambda: 0)
     state = sample(model, 3, keep_keys=True)
     assert state.keys is None and same(state, sample(model, 3)) and "carries no keys" in caplog.text
+    assert "(keep_keys)" in caplog.text and "offload" not in caplog.text
