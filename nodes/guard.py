@@ -82,7 +82,7 @@ def _encodes(text: str) -> bool:
 
 
 def checked_value(given: io.Input, value):
-    """The value of an input, without what a choice brings and was not given. Raises ValueError for one it cannot have."""
+    """The value of an input, a choice with what was given of that which it brings. Raises ValueError for one it cannot have."""
     if value is None and given.optional:
         return None
     if isinstance(given, io.DynamicCombo.Input):
@@ -93,12 +93,12 @@ def checked_value(given: io.Input, value):
 
 
 def _checked_choice(given: io.DynamicCombo.Input, value) -> dict:
-    options = {option.key: option for option in given.options}
-    if not isinstance(value, dict) or value.get(given.id) not in options:
+    key = value.get(given.id) if isinstance(value, dict) else None
+    option = next((option for option in given.options if option.key == key), None)
+    if option is None:
         raise ValueError(f"{given.id} cannot be {shown(value)}. {_wanted(given)}")
-    brought = {part.id: part for part in options[value[given.id]].inputs}
-    present = {name: part for name, part in value.items() if part is not None}
-    return {name: checked_value(brought[name], part) if name in brought else part for name, part in present.items()}
+    brought = [part for part in option.inputs if value.get(part.id) is not None]
+    return {given.id: key} | {part.id: checked_value(part, value[part.id]) for part in brought}
 
 
 def _allowed(given: io.Input, value) -> bool:

@@ -121,7 +121,7 @@ def test_numbers_of_choices_have_their_bounds_too(client):
     assert "frames cannot be 1000000" in told(client, linked(graph, "cache", {"window.frames": "count:1000000"}))
 
 
-@pytest.mark.parametrize("value", [0, "everything", None, {"window": "everything"}])
+@pytest.mark.parametrize("value", [0, "everything", None, {"window": "everything"}, {"window": []}])
 def test_choices_that_there_are_not_are_told_with_those_that_there_are(client, value):
     graph = one_sampler(1, model=["cache", 0])
     graph["cache"] = node("RollingKVAttachCache", model=["model", 0], window=value, sink="the model's own")

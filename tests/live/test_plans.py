@@ -35,6 +35,9 @@ def test_a_plan_says_what_a_run_takes_and_which_frames_it_holds(client):
     assert plan["needed"] == sum(plan["parts"].values()) < plan["free"]
     window = plan["window"]
     assert (window["limit"], window["sink"], window["kept"], window["writing"]) == (9, 3, [18, 21], [21, 24])
+    left = chosen("window", "this many frames", frames=9) | chosen("sink", "the model's own", frames=3)
+    _, own = ask(client, "plan", {"model": {"load": LOAD, "attach": [left]}, "sampler": SAMPLER})
+    assert own["window"]["sink"] == 0  # what the choice does not bring is not read
     twice = SAMPLER | chosen("guidance", "this strength", strength=3.0)
     _, guided = ask(client, "plan", {"model": {"load": LOAD, "attach": [WINDOW_9]}, "sampler": twice})
     assert guided["parts"]["cache"] == 2 * plan["parts"]["cache"]
