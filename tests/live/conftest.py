@@ -4,6 +4,7 @@ import signal
 
 import pytest
 from browser import Pages, fresh_page
+from other_packs import write_packs
 from servers import start
 from stage import newest_frontend
 
@@ -60,6 +61,13 @@ def classic_server(install):
 @pytest.fixture(scope="session")
 def lru_server(install):
     with start(install, "--cache-lru", "10") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def crowded_server(install, tmp_path_factory):
+    """With other packs beside this one."""
+    with start(install, packs=write_packs(tmp_path_factory.mktemp("packs"))) as server:
         yield server
 
 

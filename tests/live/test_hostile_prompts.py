@@ -1,42 +1,17 @@
 """Prompts as tools, other nodes and accidents make them: each ends in one clear sentence, or works; the server lives."""
 
-import textwrap
-
 import pytest
 from graphs import chosen, loaders, node, one_sampler, prompt, read_video, save_latent
-from servers import start
 
 from tools.comfyui.client import PromptFailed, PromptRejected, first_file
-from tools.comfyui.env import PACK
-
-PICK = textwrap.dedent("""
-    class Anything(str):
-        def __ne__(self, other):
-            return False
-
-    class Pick:
-        INPUT_TYPES = classmethod(lambda cls: {"required": {"value": ("STRING", {"default": ""})}})
-        RETURN_TYPES, FUNCTION, CATEGORY = (Anything("*"),), "go", "test"
-
-        def go(self, value):
-            kinds = {"number": float, "count": int, "text": str}
-            kind, _, rest = value.partition(":")
-            return (kinds[kind](rest.encode().decode("unicode_escape") if kind == "text" else rest),)
-
-    NODE_CLASS_MAPPINGS = {"Pick": Pick}
-""")
-"""A node that gives any value over a link."""
 
 pytestmark = pytest.mark.traceback_expected
 
 
 @pytest.fixture(scope="module")
-def client(install, tmp_path_factory):
-    pack = tmp_path_factory.mktemp("pick")
-    (pack / "__init__.py").write_text(PICK, encoding="utf-8")
-    with start(install, packs={"rolling-kv": PACK, "pick": pack}) as server:
-        server.client.folder = server.folder
-        yield server.client
+def client(crowded_server):
+    crowded_server.client.folder = crowded_server.folder
+    return crowded_server.client
 
 
 def linked(graph: dict, name: str, values: dict[str, str]) -> dict:
