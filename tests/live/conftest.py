@@ -97,6 +97,11 @@ def client(server):
     return server.client
 
 
+@pytest.fixture
+def cacheless_client(cacheless_server, watch_log):
+    return watch_log(cacheless_server).client
+
+
 @pytest.fixture(params=["default_server", "cacheless_server"], ids=["default-cache", "cache-none"])
 def any_client(request, watch_log):
     """A client of the server with the default cache, then of the one with --cache-none."""
