@@ -351,13 +351,13 @@ function origin(node, slot, seen) {
 /** The node that makes what comes out of a slot. @param {ComfyNode | undefined} node @param {number} slot @param {Set<string>} seen @returns {ComfyNode | undefined} */
 function behind(node, slot, seen) {
   if (!node) return undefined
+  if (node.mode === BYPASSED) { // a subgraph's node, too
+    const type = node.outputs?.[slot]?.type
+    return origin(node, node.inputs?.findIndex(input => input.type === type) ?? -1, seen)
+  }
   if (node.subgraph) {
     const inner = node.subgraph.getLink(node.subgraph.outputs?.[slot]?.linkIds[0])
     return inner && behind(byId(node.subgraph, String(inner.origin_id)), inner.origin_slot, seen)
-  }
-  if (node.mode === BYPASSED) {
-    const type = node.outputs?.[slot]?.type
-    return origin(node, node.inputs?.findIndex(input => input.type === type) ?? -1, seen)
   }
   return node.isVirtualNode ? origin(node, 0, seen) : node
 }

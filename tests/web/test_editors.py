@@ -114,6 +114,13 @@ SET = """([id, name, value]) => {
   canvas.emitAfterChange()
 }"""
 
+BYPASS = f"""id => {{
+  const {{ canvas }} = window.app
+  canvas.emitBeforeChange()
+  ;({OF})(id).mode = 4
+  canvas.emitAfterChange()
+}}"""
+
 
 def test_what_is_in_a_subgraph_is_shown_with_the_values_of_the_subgraphs_node(page, live):
     kinds = ["RollingKVSample", "RollingKVPromptSchedule"]
@@ -134,3 +141,7 @@ def test_what_is_in_a_subgraph_is_shown_with_the_values_of_the_subgraphs_node(pa
     text = f"id => ({OF})(id).widgets.find(made => made.name === 'text').value"
     page.evaluate("() => window.app.canvas.setGraph(window.app.rootGraph ?? window.app.graph)")
     until(page, lambda: page.evaluate(text, outer) == "0: a red circle\n5.0625: a green square")
+    until(page, lambda: len(asked("schedule")["model"]["attach"]) == 1)
+    bypassed, _ = page.evaluate(PACKED, [["RollingKVAttachCache"], []])
+    page.evaluate(BYPASS, bypassed)
+    until(page, lambda: asked("schedule")["model"]["attach"] == [])
