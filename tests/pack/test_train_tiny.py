@@ -13,7 +13,7 @@ from tools.train_tiny import export, loop, polish, starts, train_vae
 from tools.train_tiny.code import LinearCode
 from tools.train_tiny.detector import detect
 from tools.train_tiny.prompts import EVERYTHING, LENGTHS, WORDS, canonical, describe, make_tokenizer, vocabulary
-from tools.train_tiny.self_forcing import HOLD, follow, sighted
+from tools.train_tiny.self_forcing import HOLD, follow, pixel_times, sighted
 from tools.train_tiny.train_transformer import Denoiser, tokenizer_file
 from tools.train_tiny.world import (
     DIRECTIONS,
@@ -257,6 +257,17 @@ def test_a_shape_that_should_stand_goes_back_and_one_that_moves_goes_on_from_whe
     assert follow(track, seen, times, hold=HOLD).all()
     gone = (track.at(times) - before).mean(1)
     assert torch.allclose(gone, torch.stack([(1 - HOLD) * off, off]), atol=0.1)
+
+
+def test_a_video_that_has_become_empty_should_show_its_shape_in_the_middle():
+    empty = detect(torch.full((3, 12, 64, 64), 0.4))
+    assert sighted(SCENE, frozenset({"colour"}), empty) == Scene(**starts.OPEN | {"colour": SCENE.colour})
+    track, times = Track([SCENE], torch.tensor([[20.0, 30.0]])), pixel_times(1)
+    assert follow(track, [empty], times).all()
+    assert torch.allclose(track.at(times).mean(1), torch.tensor([[32.0, 32.0]]))
+    half = render([SCENE], track.at(times))[0]
+    half[:, 6:] = half[:, :1, :1, :1]
+    assert not follow(track, [detect(half)], times).any(), "half of a shape's frames say nothing certain"
 
 
 def test_a_piece_of_an_own_video_has_the_frames_that_it_should_show():

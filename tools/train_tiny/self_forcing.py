@@ -22,7 +22,7 @@ from .code import TIME, LinearCode
 from .detector import Sighting, detect, direction
 from .pool import STILL, changed
 from .prompts import describe
-from .starts import FRAMES, drawn, settled
+from .starts import FRAMES, OPEN, drawn, settled
 from .world import (
     SIDE,
     SIZES,
@@ -84,7 +84,9 @@ def random_story(generator: torch.Generator) -> Story:
 
 
 def sighted(scene: Scene, said: frozenset[str], seen: Sighting) -> Scene:
-    """What a first chunk shows, whose prompt says so much of `scene`: the rest is as it is seen."""
+    """What a first chunk shows, whose prompt says so much of `scene`: the rest is as it is seen, if anything is."""
+    if not seen.present.any():
+        return settled(scene, said, OPEN)
     size, way = float(seen.size.median()), direction(seen.position)
     looks = {"shape": mode(seen.shape), "colour": mode(seen.colour), "direction": way or scene.direction}
     return settled(scene, said, looks | {"size": min(SIZES, key=lambda name: abs(SIZES[name] - size))})
@@ -94,7 +96,10 @@ def follow(
     track: Track, seen: list[Sighting], times: torch.Tensor, bounces: bool = True, hold: float = 0.0
 ) -> torch.Tensor:
     """Move the lines to where the shapes are seen at `times`, or for the share `hold` of the way not where they should stand
-    still; [B] bool: they are there and move as they should."""
+    still; [B] bool: they are there and move as they should.
+
+    Where no shape is seen at all it should be in the middle: a video that has become empty learns what to do then.
+    """
     span = track.span[:, None]
     bias = torch.tensor([centre_of_mass(scene) for scene in track.scenes])
     position = torch.stack([sighting.position for sighting in seen]) - bias[:, None]
@@ -104,8 +109,10 @@ def follow(
     miss = position - track.at(times)
     still = torch.tensor([scene.speed == "still" for scene in track.scenes])[:, None]
     track.start = track.start + (sign * miss).mean(1) * torch.where(still, 1 - hold, 1.0)
-    there = torch.stack([sighting.present.all() for sighting in seen])
-    return there & (miss.norm(dim=2).amax(1) < LARGEST_MISS)
+    present = torch.stack([sighting.present for sighting in seen])
+    empty = ~present.any(1)
+    track.start = torch.where(empty[:, None], SIDE / 2 - times.float().mean() * track.velocity, track.start)
+    return empty | present.all(1) & (miss.norm(dim=2).amax(1) < LARGEST_MISS)
 
 
 def pixel_times(chunk: int) -> torch.Tensor:

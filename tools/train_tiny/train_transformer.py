@@ -64,7 +64,7 @@ class Plan(NamedTuple):
     lots: float
 
 
-FRESH = Plan(5000, 8e-4, 600, 1200, 3000, (100, 400), 400, 1.0, 1.0)
+FRESH = Plan(6000, 8e-4, 600, 1200, 3000, (100, 400), 400, 1.0, 1.0)
 GOING_ON = Plan(1400, 3e-4, 0, 0, 100, (-2, -1), 0, 0.0, 1.0)
 """From the weights of an exported model, which knows most of this world."""
 FIRST_CHUNKS, BATCH = 18, 2

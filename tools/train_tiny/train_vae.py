@@ -23,7 +23,8 @@ from .loop import WORK, autocast, part_parser, train
 from .world import SHAPES, SIDE, STRIPED, other_shapes, pick, random_scene, random_start, render, trajectory
 
 CONFIG = dict(z_dim=16, base_dim=64, decoder_base_dim=32, dim_mult=[1, 1, 1, 1], num_res_blocks=0)
-STEPS, RATE = {"decoder": 3000, "encoder": 800}, 1.2e-3
+STEPS, RATE = {"decoder": 6000, "encoder": 2400}, 3e-4
+"""At four times this rate the decoder took 2,500 steps to where it comes in 500 (26 dB)."""
 STEPS_ON, RATE_ON = {"decoder": 300, "encoder": 300}, 2e-4
 """From the weights of an exported model."""
 SCALE = 3.0
@@ -146,9 +147,8 @@ def train_decoder(code: LinearCode, steps: int, folder: Path | None = None) -> n
             return f"psnr {psnr(wan_vae.decode(decoder, code.encode(unseen)).float(), unseen):.2f} dB"
 
     part = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
-    return train(
-        "decoder", part, loss, steps, rate=RATE_ON if folder else RATE, matrices=kernels(part), evaluate=evaluate
-    )
+    rate = RATE_ON if folder else RATE
+    return train("decoder", part, loss, steps, rate, matrices=kernels(part), evaluate=evaluate)
 
 
 def train_encoder(code: LinearCode, steps: int, folder: Path | None = None) -> nn.Module:
@@ -176,9 +176,8 @@ def train_encoder(code: LinearCode, steps: int, folder: Path | None = None) -> n
         )
 
     part = nn.ModuleDict({"encoder": vae.encoder, "quant_conv": vae.quant_conv})
-    return train(
-        "encoder", part, loss, steps, rate=RATE_ON if folder else RATE, matrices=kernels(part), evaluate=evaluate
-    )
+    rate = RATE_ON if folder else RATE
+    return train("encoder", part, loss, steps, rate, matrices=kernels(part), evaluate=evaluate)
 
 
 def linear_code(folder: Path | None = None) -> LinearCode:
