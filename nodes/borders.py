@@ -39,7 +39,9 @@ def embedding(conditioning: list, name: str) -> torch.Tensor:
     embedding = conditioning[0][0]
     missing = TEXT_LENGTH - embedding.shape[1]
     if missing < 0:  # ComfyUI's encoders cut nothing off
-        logger.warning("The %s conditioning has more than %d tokens, which is what the model reads.", name, TEXT_LENGTH)
+        logger.warning(
+            "The %s conditioning has %d tokens. The model reads the first %d.", name, len(embedding[0]), TEXT_LENGTH
+        )
     return torch.nn.functional.pad(embedding, (0, 0, 0, missing)) if missing else embedding
 
 
