@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,8 +16,6 @@ from ..rolling_kv.vae.latents import to_model, to_raw
 
 if TYPE_CHECKING:
     from .encoding import Encoder
-
-logger = logging.getLogger(__name__)
 
 AFTER_CUT = "rolling_kv_after_cut"
 """Key of a CONDITIONING: the embedding of the same text without the marker that begins a shot."""
@@ -38,11 +35,7 @@ def embedding(conditioning: list, name: str) -> torch.Tensor:
         )
     embedding = conditioning[0][0]
     missing = TEXT_LENGTH - embedding.shape[1]
-    if missing < 0:  # ComfyUI's encoders cut nothing off
-        logger.warning(
-            "The %s conditioning has %d tokens. The model reads the first %d.", name, len(embedding[0]), TEXT_LENGTH
-        )
-    return torch.nn.functional.pad(embedding, (0, 0, 0, missing)) if missing else embedding
+    return torch.nn.functional.pad(embedding, (0, 0, 0, missing)) if missing > 0 else embedding
 
 
 def after_cut(conditioning: list, preset: ModelPreset) -> torch.Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
@@ -17,6 +18,8 @@ from ..rolling_kv.sampling.steering import Shot
 from ..rolling_kv.text import clean
 from . import borders
 from .patchers import ManagedModule, fits_beside
+
+logger = logging.getLogger(__name__)
 
 
 class Encoder(ABC):
@@ -101,6 +104,9 @@ class ClipEncoder(Encoder):
     def embed(self, text: str) -> torch.Tensor:
         name = f'prompt "{shortened(printable(text), 40)}"'
         embedding = borders.embedding(self._clip.encode_from_tokens_scheduled(self._tokens(text)), name)
+        if embedding.shape[1] > TEXT_LENGTH:  # ComfyUI's encoders cut nothing off
+            logger.warning("The %s has %d tokens; the model reads the first %d.", name, len(embedding[0]), TEXT_LENGTH)
+            embedding = embedding[:, :TEXT_LENGTH]
         if not embedding.isfinite().all():
             raise ValueError(
                 f"The CLIP makes values that are no numbers (NaN or infinity) of the {name}: a weight in it, as in "
