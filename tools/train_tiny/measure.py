@@ -84,7 +84,9 @@ class Tiny(NamedTuple):
                 chunks += [chunk.latents for chunk in session.generate(1, seed=seed)]
         latents = torch.cat(chunks, 2)
         with torch.inference_mode():
-            return self.vae.decoder().decode(to_raw(latents)), latents
+            # One by one, so that what is in between stays in the CPU's caches: 2.5 times as fast as twenty at once.
+            videos = [self.vae.decoder().decode(video) for video in to_raw(latents).split(1)]
+            return torch.cat(videos), latents
 
 
 def borders(chunks: int, chunk: int = 3) -> list[int]:
