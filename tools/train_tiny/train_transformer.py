@@ -408,7 +408,7 @@ def judged(model: Denoiser, code: LinearCode, count: int = 40) -> str:
             looks = sighted(scene, frozenset(), sighting)
             moved = scene.speed != "still" or not plain
             for name in said & right.keys() if moved else {"shape", "colour"}:
-                right[name].append(getattr(looks, name) == getattr(scene, name))
+                right[name].append(sighting.present.any() and getattr(looks, name) == getattr(scene, name))
         shares = " ".join(f"{name} {sum(row) / max(1, len(row)):.2f}" for name, row in right.items())
         odd = sum(float(sighting.mismatch.mean()) for sighting in seen) / count
         results.append(f"{'plain' if plain else 'other'}: {shares} mismatch {odd:.3f}")
