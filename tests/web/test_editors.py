@@ -126,11 +126,11 @@ def test_what_is_in_a_subgraph_is_shown_with_the_values_of_the_subgraphs_node(pa
     kinds = ["RollingKVSample", "RollingKVPromptSchedule"]
     promoted = [["RollingKVSample", "width"], ["RollingKVPromptSchedule", "text"]]
     outer, sampler, schedule = page.evaluate(PACKED, [kinds, promoted])
-    asked = lambda route: [body for name, body in live.stage.posts if name == route][-1]  # noqa: E731
+    asked = lambda route: next((body for name, body in reversed(live.stage.posts) if name == route), {})  # noqa: E731
     page.evaluate(SET, [outer, "width", 128])
     page.evaluate(SET, [outer, "text", FIRST])
-    until(page, lambda: asked("plan")["sampler"] and asked("plan")["sampler"]["width"] == 128)
-    until(page, lambda: asked("schedule")["text"] == FIRST)
+    until(page, lambda: (asked("plan").get("sampler") or {}).get("width") == 128)
+    until(page, lambda: asked("schedule").get("text") == FIRST)
     live.begin(f"{outer}:{sampler}", window=page_answers.WINDOW)
     page.locator(".rkv-window .said", has_text="Now: 51 latent frames made").wait_for()
     page.evaluate(f"id => window.app.canvas.setGraph(({OF})(id).subgraph)", outer)

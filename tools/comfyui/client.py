@@ -191,9 +191,12 @@ def load_prompt(path: Path) -> dict:
 
 
 def first_file(outputs: dict, *suffixes: str) -> dict:
-    """The first saved file of a prompt's outputs whose name ends in one of `suffixes`. Raises LookupError."""
-    for output in outputs.values():
-        for files in output.values():
+    """The first saved file of a prompt's outputs whose name ends in one of `suffixes`. Raises LookupError.
+
+    First by the ids of the nodes: the server lists outputs as they came, and what it has cached changes that order.
+    """
+    for node_id in sorted(outputs, key=lambda name: (len(name), name)):
+        for files in outputs[node_id].values():
             for file in files:
                 if isinstance(file, dict) and file.get("filename", "").lower().endswith(suffixes):
                     return file
