@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..rolling_kv.config import SamplingConfig
-from ..rolling_kv.sampling.checks import long_sink_note
+from ..rolling_kv.sampling.checks import long_sink_note, size_note
 from ..rolling_kv.sampling.recomputed import check_vae, needs_vae
 from ..rolling_kv.sampling.scheduled import check_plan, cues, generate_scheduled, switches_of
 from ..rolling_kv.sampling.session import RollingSession
@@ -92,8 +92,8 @@ class Job:
         self._negative = borders.embedding(negative, "negative") if negative is not None and sampling.guided else None
         self.notes = [] if self._plan is None else [str(self._plan.snapped()), *self._plan.notes]
         self.steering = self._steered(prompts)
-        if note := long_sink_note(sampling, model.cache, self.frames):
-            self.notes.append(note)
+        size_told = size_note(model.engine, self.start.height, self.start.width)
+        self.notes += filter(None, (size_told, long_sink_note(sampling, model.cache, self.frames)))
 
     def make_room(self, decoder: ManagedModule | None = None, *, standing: bool = False) -> None:
         """Bring to the device what the run needs. decoder: the VAE that decodes its chunks while it goes on.

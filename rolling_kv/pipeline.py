@@ -21,7 +21,7 @@ from .geometry import Geometry
 from .growing import growing_place
 from .lora.reader import load_lora
 from .lora.stack import LoraStack
-from .sampling.checks import long_sink_note
+from .sampling.checks import long_sink_note, size_note
 from .sampling.memory import check_fits, estimate
 from .sampling.recomputed import needs_vae
 from .sampling.scheduled import check_plan, cues, generate_scheduled, switches_of
@@ -250,10 +250,10 @@ class Pipeline:
             products=product_bytes(execution or ExecutionConfig(), self.model.transformer, self.model.compute_device()),
         )
         check_fits(self.model.transformer, height, width, **takes)
-        if note := long_sink_note(sampling, cache, frames):
-            logger.warning("%s", note)
-        if note := self.text_encoder.remark(plan.texts):
-            logger.warning("%s", note)
+        size_told = size_note(self.model, height, width)
+        for note in (size_told, long_sink_note(sampling, cache, frames), self.text_encoder.remark(plan.texts)):
+            if note:
+                logger.warning("%s", note)
         embeds = {text: self.text_encoder.encode_shot(text, marker) for text in plan.texts}
         negative = self.text_encoder.encode([negative_prompt]) if sampling.guided else None
         known = [(text, embed) for text, pair in embeds.items() for embed in pair if embed is not None]

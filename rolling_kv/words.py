@@ -12,17 +12,21 @@ from .checkpoints.readers import read_json
 from .messages import listed
 
 ENTRY = "words"
-"""Of rolling_kv.json: `{"known": {"colours": ["red", …], …}, "also": ["crimson", "the", …]}`."""
+"""Of rolling_kv.json: `{"known": {"colours": ["red", …], …}, "also": ["crimson", "the", …], "otherwise":
+"a green circle"}`."""
 MOST = 8
 """Unknown words that a remark names."""
 
 
 @dataclass(frozen=True)
 class Words:
-    """known: the words and phrases by their kind, to be listed. also: others that are no news: synonyms, articles."""
+    """known: the words and phrases by their kind, to be listed. also: others that are no news: synonyms, articles.
+    otherwise: a prompt that says everything as it is where a prompt leaves it open; empty where that is not told.
+    """
 
     known: dict[str, tuple[str, ...]]
     also: tuple[str, ...] = ()
+    otherwise: str = ""
 
     def unknown(self, prompt: str) -> list[str]:
         """The words of a prompt, as they stand there, that are none of these; each once."""
@@ -42,7 +46,8 @@ class Words:
         if not found:
             return ""
         kinds = "; ".join(f"{kind}: {', '.join(words)}" for kind, words in self.known.items())
-        return f"Words that this tiny model does not know, and leaves out: {listed(found, MOST, 24)}. It knows {kinds}."
+        told = f"Words that this tiny model does not know, and leaves out: {listed(found, MOST, 24)}. It knows {kinds}."
+        return f"{told} What a prompt leaves open begins as in: {self.otherwise}." if self.otherwise else told
 
 
 def read_words(folder: Path) -> Words | None:
@@ -50,10 +55,11 @@ def read_words(folder: Path) -> Words | None:
     content = read_json(folder / PRESET_FILE).get(ENTRY) if (folder / PRESET_FILE).is_file() else None
     if not isinstance(content, dict):
         return None
-    known, also = content.get("known"), content.get("also", [])
+    known, also, otherwise = content.get("known"), content.get("also", []), content.get("otherwise", "")
     if not isinstance(known, dict) or not all(_texts(value) for value in (list(known), also, *known.values())):
         return None
-    return Words({kind: tuple(words) for kind, words in known.items()}, tuple(also))
+    said = otherwise if isinstance(otherwise, str) else ""
+    return Words({kind: tuple(words) for kind, words in known.items()}, tuple(also), said)
 
 
 def _texts(value: object) -> bool:

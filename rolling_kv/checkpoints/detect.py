@@ -19,6 +19,7 @@ from .names import latent_channels, split_context
 from .readers import Checkpoint, CheckpointError, read_json
 
 PRESET_FILE = "rolling_kv.json"
+ONLY_SIZE = "only_size"
 METADATA_KEY = "rolling_kv"
 _CHOOSE = "Choose the preset that it was trained for, if it is another"
 _NOT_CAUSAL = (  # names of files that people have, and what is wrong with them here; the first that matches
@@ -67,6 +68,18 @@ def detect_preset(path: Path, checkpoint: Checkpoint) -> ModelPreset | None:
             return preset
     if transformer_metadata(checkpoint).get("causal_ar"):
         return CAUSAL_MARK_PRESET
+    return None
+
+
+def only_size(path: Path) -> tuple[int, int] | None:
+    """Height and width in pixels of the only videos that a model makes, as the rolling_kv.json of its folder says: `"only_size":
+    [64, 64]`. None where it says nothing.
+    """
+    for folder in (path, path.parent) if path.is_dir() else ():
+        if (folder / PRESET_FILE).is_file():
+            size = read_json(folder / PRESET_FILE).get(ONLY_SIZE)
+            if isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size):
+                return size[0], size[1]
     return None
 
 

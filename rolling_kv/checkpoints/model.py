@@ -14,7 +14,7 @@ from ..config import ExecutionConfig
 from ..geometry import Geometry
 from ..messages import printable
 from ..presets import DEFAULT_PRESET, ModelPreset
-from .detect import assumption, choose_preset
+from .detect import assumption, choose_preset, only_size
 from .dtypes import slow_dtype
 from .fingerprint import fingerprint
 from .gguf import gguf_types
@@ -33,6 +33,7 @@ class CausalModel(nn.Module):
         Gradient Forcing Plus); None where the transformer makes them too.
     preset: the sampling and cache settings that the weights were trained for.
     note: what was assumed of a checkpoint that does not tell whether it is causal, and how to choose; empty otherwise.
+    only_size: height and width in pixels of the only videos that it makes; None for a model that makes others too.
     identity: 16 hex digits that tell these weights from others, the same for every file layout they are read from.
     """
 
@@ -42,12 +43,14 @@ class CausalModel(nn.Module):
         preset: ModelPreset = DEFAULT_PRESET,
         note: str = "",
         context_transformer: WanTransformer3DModel | None = None,
+        only_size: tuple[int, int] | None = None,
     ):
         super().__init__()
         self.transformer = transformer
         self.context_transformer = context_transformer
         self.preset = preset
         self.note = note
+        self.only_size = only_size
         about = {"heads": self.config.num_attention_heads, "patch": list(self.config.patch_size)}
         weights = transformer.state_dict()
         if context_transformer is not None:
@@ -119,7 +122,7 @@ def load_model(
         place = {"device": device, "runs_on": runs_on, "storage": storage}
         transformer = _built(weights, settings, dtype, **place)
         context_transformer = _built_context(context_weights, transformer, settings, dtype, **place)
-    model = CausalModel(transformer, chosen, note, context_transformer)
+    model = CausalModel(transformer, chosen, note, context_transformer, only_size(path))
     for text in filter(None, (note, slow_dtype(dtype, model.dtype, runs_on or device))):
         logger.warning("%s: %s", printable(path.name), text)
     return model

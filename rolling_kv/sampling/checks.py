@@ -64,6 +64,18 @@ def checked_seeds(seed: int | Sequence[int], batch: int) -> Seeds:
     return tuple(map(operator.index, seed)) if batch > 1 else seed[0]
 
 
+def size_note(model: CausalModel, height: int, width: int) -> str:
+    """What is to be said of videos of that size in pixels by a model that makes one size only; empty where it is nothing."""
+    if model.only_size in (None, (height, width)):
+        return ""
+    own_height, own_width = model.only_size
+    own = f"{own_width}x{own_height}"
+    return (
+        f"This model knows pictures of {own} pixels alone. At {width}x{height} it shows several things at once, or none: make "
+        f"{own}, and have the video enlarged."
+    )
+
+
 def long_sink_note(sampling: SamplingConfig, cache: CacheConfig, frames: int) -> str:
     """What is known of a video of `frames` latent frames under these rules, as a sentence; empty where it is nothing."""
     grows = cache.positions == "absolute" and cache.context == "kept" and not sampling.joint and not cache.unlimited

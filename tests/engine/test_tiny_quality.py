@@ -16,7 +16,7 @@ from rolling_kv.words import read_words
 from tools.train_tiny import measure
 from tools.train_tiny.detector import detect, direction, prediction_errors
 from tools.train_tiny.prompts import WORDS, vocabulary
-from tools.train_tiny.world import render, trajectory
+from tools.train_tiny.world import SIDE, render, trajectory
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_the_lora_brings_stripes(tiny):
 def test_the_files_are_small_and_tell_the_words_of_the_grammar():
     assert sum(file.stat().st_size for file in BUNDLED.rglob("*") if file.is_file()) < 24 * 2**20
     content = json.loads((BUNDLED / "rolling_kv.json").read_text(encoding="utf-8"))
-    assert content["words"] == vocabulary()
+    assert content["words"] == vocabulary() and content["only_size"] == [SIDE, SIDE]
     words = read_words(BUNDLED)
     every = " ".join([*WORDS, *WORDS.values()])
     assert words.unknown(every) == [

@@ -69,6 +69,13 @@ def test_an_entry_that_is_none_says_nothing(entry, tmp_path):
     assert read_words(tmp_path) is None
 
 
+def test_a_remark_ends_with_what_is_shown_instead():
+    otherwise = Words(WORDS.known, WORDS.also, "a red circle").remark(["a cat"])
+    assert otherwise.endswith("white background. What a prompt leaves open begins as in: a red circle.")
+    assert read_words(BUNDLED).otherwise == "a big green circle moving right"
+    assert not read_words(BUNDLED).unknown(read_words(BUNDLED).otherwise)
+
+
 def test_the_command_line_and_python_say_it_once(tmp_path, caplog):
     pipeline = Pipeline.load(BUNDLED)
     with caplog.at_level(logging.WARNING):

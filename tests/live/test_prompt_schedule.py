@@ -99,11 +99,13 @@ def test_the_length_of_a_schedule_needs_one(client):
         client.run(one_sampler(2, length_unit="schedule"))
 
 
-def test_words_that_the_bundled_model_does_not_know_are_named(client):
+def test_words_and_a_size_that_the_bundled_model_does_not_know_are_named(client):
     graph = scheduled(1, f"0: {RED}\n3: a red cat")
     graph["negative"] = prompt("a cat in the snow")
     graph["sample"]["inputs"] |= {"negative": ["negative", 0], **chosen("guidance", "this strength", strength=1.5)}
+    graph["sample"]["inputs"]["width"] = 80
     said = {}
     outputs = client.run(graph, on_text=lambda node_id, text: said.setdefault(node_id, []).append(text))
     assert "leaves out: cat. It knows" in outputs["positive"]["text"][0]
+    assert "64x64 pixels alone. At 80x64" in " ".join(said["sample"])
     assert "leaves out: cat, in, snow. It knows" in " ".join(said["negative"])

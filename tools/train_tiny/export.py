@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 
+from rolling_kv.checkpoints.detect import ONLY_SIZE
 from rolling_kv.tiny import save_model
 from rolling_kv.vae.latents import LATENTS_MEAN, LATENTS_STD
 
@@ -22,6 +23,7 @@ from .train_lora import LORA, save_lora
 from .train_transformer import PRESET, Denoiser, tokenizer_file
 from .train_vae import CODE, SCALE, linear_code
 from .train_vae import CONFIG as VAE_CONFIG
+from .world import SIDE
 
 
 def averaged(name: str) -> dict:
@@ -58,7 +60,7 @@ def export(folder: Path, denoiser: str = "transformer") -> None:
         model.text.shipped(),
         tokenizer_file().read_bytes(),
         PRESET,
-        {"words": vocabulary()},
+        {"words": vocabulary(), ONLY_SIZE: [SIDE, SIDE]},
     )
     linear_code().save(folder / CODE)
     save_lora(folder / LORA)

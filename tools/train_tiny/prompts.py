@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
+from .starts import OPEN
 from .world import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZES, Scene, chance, pick
 
 TEXT_CONFIG = dict(
@@ -229,7 +230,8 @@ class TextSide(nn.Module):
 
 
 def vocabulary() -> dict:
-    """The words that the model knows, as `rolling_kv.words` reads them: by kind, and others that are no news."""
+    """The words that the model knows, as `rolling_kv.words` reads them: by kind, and others that are no news; and what is shown
+    where a prompt says nothing."""
     known = {
         "sizes": list(SIZES),
         "colours": list(COLOURS),
@@ -244,4 +246,4 @@ def vocabulary() -> dict:
             also += [other + (" background" if other.isascii() else "背景") for other in others.split()]
         else:
             also += others.split()
-    return {"known": known, "also": also}
+    return {"known": known, "also": also, "otherwise": Scene(**OPEN).prompt}

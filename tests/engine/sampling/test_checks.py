@@ -1,9 +1,17 @@
 """What is said of a run before it begins."""
 
+import json
+import logging
+
 import pytest
 
+from rolling_kv.bundled import BUNDLED
+from rolling_kv.checkpoints.detect import PRESET_FILE, only_size
+from rolling_kv.checkpoints.model import load_model
 from rolling_kv.config import ALL_FRAMES, CacheConfig, SamplingConfig
-from rolling_kv.sampling.checks import LONG_SINK_FRAMES, long_sink_note
+from rolling_kv.sampling.checks import LONG_SINK_FRAMES, long_sink_note, size_note
+from rolling_kv.pipeline import Pipeline
+from rolling_kv.tiny import make_tiny
 
 SAMPLING = SamplingConfig()
 
@@ -25,3 +33,24 @@ def test_other_rules_have_nothing_to_tell(cache):
 def test_an_anchor_that_moves_along_has_nothing_to_tell():
     rolling = SamplingConfig(sampler="rolling")
     assert long_sink_note(rolling, CacheConfig(21, sink=3), 100_000) == ""
+
+
+def test_a_model_of_one_size_tells_so_at_another(tmp_path, caplog):
+    pipeline = Pipeline.load(BUNDLED)
+    with caplog.at_level(logging.WARNING):
+        for width in (64, 96):
+            pipeline.generate("a red circle", tmp_path / f"{width}.mp4", height=64, width=width, seconds=0.2)
+    (record,) = caplog.records
+    assert record.message == size_note(pipeline.model, 64, 96) != size_note(pipeline.model, 64, 64) == ""
+    assert "64x64 pixels alone. At 96x64" in record.message and load_model(BUNDLED / "transformer").only_size == (64, 64)
+
+
+def test_other_models_make_any_size(tmp_path):
+    model = load_model(make_tiny(tmp_path / "tiny"))
+    assert size_note(model, 64, 96) == ""
+
+
+@pytest.mark.parametrize("entry", [None, 64, [64], [64, "64"], [0, 64], {"height": 64}, [64, 64, 64]])
+def test_a_size_that_is_none_says_nothing(entry, tmp_path):
+    (tmp_path / PRESET_FILE).write_text(json.dumps({"only_size": entry}))
+    assert only_size(tmp_path) is None
