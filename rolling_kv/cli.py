@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from threading import Thread
 
@@ -45,6 +46,16 @@ LONGEST_MESSAGE = 1000
 """Characters of an error that are shown; a file can put any number into one."""
 MOST_GIBIBYTES = 1e6
 """Of a card that people may name."""
+_OTHER_NAMES = {
+    "--size": ("--width", "--height"),
+    "--resolution": ("--width", "--height"),
+    "--length": ("--seconds",),
+    "--duration": ("--seconds",),
+    "--frames": ("--seconds",),
+    "--num-frames": ("--seconds",),
+    "--cfg": ("--guidance",),
+}
+"""Options that other programs have, and what they are here."""
 FIRST_SAYS = 10.0
 """Seconds that the first of several processes has for saying what is wrong before others say it."""
 
@@ -132,8 +143,17 @@ class _Parser(argparse.ArgumentParser):
         """Refuse what is left over here, where it is known which command's help has the options."""
         namespace, rest = super().parse_known_args(args, namespace)
         if rest:
-            self.error(f"unrecognized arguments: {' '.join(rest)}")
+            self.error(f"unrecognized arguments: {' '.join(rest)}{self._meant(rest[0])}")
         return namespace, rest
+
+    def _meant(self, word: str) -> str:
+        """What somebody may have meant by an argument that there is none of; empty where nothing is near."""
+        known = self._option_string_actions
+        if not word.startswith("-"):
+            return "; a prompt is given as --prompt TEXT" if "--prompt" in known else ""
+        name = word.partition("=")[0]
+        near = _OTHER_NAMES.get(name) or get_close_matches(name, known, n=1, cutoff=0.75)
+        return f"; is it {' and '.join(near)}?" if near and near[0] in known else ""
 
     def error(self, message: str):
         _leave_to_the_first()
@@ -299,9 +319,11 @@ def _generate_on(args: argparse.Namespace, shards: HeadShards | None) -> None:
         preset.sampling.check_cache(preset.cache.with_rules(**rules))
     loras = options.loras_of(args)
     height, width = size or default_size(args.model)
-    # Both raise for what no video can be, before anything is loaded.
+    height, width = args.height or height, args.width or width
+    # All three raise for what no video can be, before anything is loaded.
     check_ended(args.output, args.state_in, args.new_only)
-    VideoWriter(args.output, args.width or width, args.height or height, scale=args.scale)
+    VideoWriter(args.output, width, height, scale=args.scale)
+    WAN_21.latent_size(height, width)  # what other geometries ask for is a multiple of that
     pipeline = Pipeline.load(
         args.model,
         text_encoder=args.text_encoder,
@@ -377,7 +399,8 @@ def _generate_on(args: argparse.Namespace, shards: HeadShards | None) -> None:
     if quiet:
         return
     info = read_video_info(args.output)
-    print(f"{args.output}: {info.frames} frames, {info.width}x{info.height}, {info.fps:g} frames per second")
+    made = f"{info.frames} frames, {info.width}x{info.height}, {info.fps:g} frames per second"
+    print(f"{args.output}: {made}: {info.frames / info.fps:.6g} s, in whole chunks")
     for steering in told:
         if steering.changed:
             print("as a schedule, the same video:", steering.schedule, sep="\n")

@@ -48,14 +48,16 @@ class Geometry:
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """The latent size of a video of `height` x `width` pixels. Raises ValueError unless both are multiples."""
-        multiple = self.multiple
+        multiple, wrong = self.multiple, []
         for name, value in (("height", height), ("width", width)):
             if value < multiple or value % multiple:
                 lower = max(value // multiple * multiple, multiple)
-                raise ValueError(
+                wrong.append(
                     f"{name} must be a multiple of {multiple} pixels, got {value}; "
                     f"the nearest are {lower} and {lower + multiple}"
                 )
+        if wrong:
+            raise ValueError(", and ".join(wrong))
         return height // self.spatial, width // self.spatial
 
     def pixel_size(self, latent_height: int, latent_width: int) -> tuple[int, int]:

@@ -72,6 +72,7 @@ def said(arguments, capsys) -> str:
         (["--width", "16400"], "at most 16384 pixels"),
         (["--width", "1000000000000000000000"], "at most 16384 pixels"),
         (["--width", "33"], "even width"),
+        (["--width", "34", "--height", "66"], "height must be .* 16 pixels, got 66; .* 64 and 80, and width .* got 34"),
         (["--prompt", "fox \ud83e"], "half of a character"),
         (["--device", "evil"], "the device 'evil' cannot be used here"),
         (["--device", "meta"], "the device 'meta' cannot be used here"),
@@ -84,7 +85,10 @@ def said(arguments, capsys) -> str:
         (["--output", "video.avi"], "must end in .mp4"),
         (["--output", "a\0b.mp4"], "zero character"),
         (["--window", "few"], "a number of latent frames or all"),
-        (["--nonsense"], "unrecognized arguments"),
+        (["--nonsense"], "unrecognized arguments: --nonsense .see"),
+        (["--size=64x64"], "--size=64x64; is it --width and --height[?]"),
+        (["--guidence"], "--guidence; is it --guidance[?]"),
+        (["a red circle"], "unrecognized arguments: a red circle; a prompt is given as --prompt TEXT"),
         (["--schedule", "0: a"], "leave the other prompt out"),
         (["--schedule", "2: a [recach]"], r"line 1: \[recach\] is none of .*: write \[recache\]"),
         (["--schedule", "2: a\nb"], "line 2: there is no time before `b`"),
@@ -338,7 +342,7 @@ def test_a_schedule_is_printed_as_it_was_understood(folder, tmp_path, capsys):
     assert "FizzNodes' keyframes" in note
     assert skipped == 'Left out, as the next prompt begins with the same chunk: "a blue circle".'
     assert lines[:2] == ["0: a red circle [hold]", "0.5625: a square [hold]"]
-    assert lines[2].endswith("21 frames, 32x32, 16 frames per second")
+    assert lines[2].endswith("21 frames, 32x32, 16 frames per second: 1.3125 s, in whole chunks")
 
 
 def test_without_prompt_and_schedule_nothing_is_loaded(folder, tmp_path, monkeypatch, capsys):
