@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from ...rolling_kv.config import check_choice, check_flag, check_whole
 from ...rolling_kv.messages import shown
@@ -95,10 +96,13 @@ def answer_with(routes: web.RouteTableDef, name: str, answer: Callable[[dict], d
 async def read_json(request: web.Request, largest: int = LARGEST) -> dict[str, Any]:
     """The object that a request has sent. Raises ValueError for anything else, and HTTPRequestEntityTooLarge."""
     read = bytearray()
-    async for part in request.content.iter_any():
-        read += part
-        if len(read) > largest:
-            raise web.HTTPRequestEntityTooLarge(largest, len(read))
+    try:
+        async for part in request.content.iter_any():
+            read += part
+            if len(read) > largest:
+                raise web.HTTPRequestEntityTooLarge(largest, len(read))
+    except (web.RequestPayloadError, HttpProcessingError) as error:
+        raise ValueError(f"the request cannot be read: {' '.join(str(error).split())}") from None
     try:
         given = json.loads(read)
     except (ValueError, RecursionError):

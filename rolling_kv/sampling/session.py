@@ -15,6 +15,7 @@ from ..cache.sizes import CacheBytes
 from ..cache.window import FrameWindow
 from ..checkpoints.model import CausalModel
 from ..config import CacheConfig, ExecutionConfig, SamplingConfig
+from ..devices import is_out_of_memory
 from ..step_cache import StepCache, StepCacheReport, StepProbe, start_step_cache
 from ..wan.attachment import RollingAttachment, apply_rolling_kv_cache
 from ..wan.shards import HeadShards
@@ -380,5 +381,7 @@ class RollingSession:
     def _carry_keys(self, branches: GuidanceBranches) -> None:
         try:
             self.state = self.state._replace(keys=branches.kept_keys())
-        except ValueError as error:  # the video is there all the same
+        except Exception as error:  # the video is there all the same
+            if not isinstance(error, ValueError) and not is_out_of_memory(error):
+                raise
             logger.warning("The state carries no keys and values: %s", error)

@@ -253,6 +253,17 @@ def test_large_requests_are_refused(client):
     assert refusal(client.post, "/api/rolling_kv/preview", {"size": "9" * 70_000})[0] == 413
 
 
+@pytest.mark.traceback_expected  # the server's own, when it looks for what is left of the body
+@pytest.mark.parametrize("name", ["preview", "steer", "plan", "schedule"])
+def test_a_body_that_is_not_packed_as_it_says_is_refused_in_words(server, name):
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.client.url}/api/rolling_kv/{name}", b"{}", headers)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        direct.open(request, timeout=60)
+    assert refused.value.code == 400 and "gzip" in refused.value.read().decode()
+
+
 @pytest.fixture
 def plain_model(server):
     """The bundled model without the numbers of its preview, and a file in the place of a tiny decoder."""

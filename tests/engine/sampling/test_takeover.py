@@ -265,3 +265,17 @@ def test_a_video_without_the_memory_for_its_keys_is_made_all_the_same(model, mon
     state = sample(model, 3, keep_keys=True)
     assert state.keys is None and same(state, sample(model, 3)) and "carries no keys" in caplog.text
     assert "(keep_keys)" in caplog.text and "offload" not in caplog.text
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+def test_a_video_outlives_memory_that_runs_out_while_its_keys_are_put_aside(error, model, monkeypatch, caplog):
+    def fail(cache):
+        raise error
+
+    monkeypatch.setattr("rolling_kv.cache.rolling.RollingKVCache.kept_frames", fail)
+    state = sample(model, 3, keep_keys=True)
+    assert state.keys is None and same(state, sample(model, 3)) and "carries no keys" in caplog.text
+    error.args = ("something else",)
+    if isinstance(error, RuntimeError):
+        with pytest.raises(RuntimeError, match="something else"):
+            sample(model, 3, keep_keys=True)
