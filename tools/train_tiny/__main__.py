@@ -16,7 +16,7 @@ from . import teacher
 from .export import export
 from .polish import polish
 from .train_lora import train_lora
-from .train_transformer import FRESH, GOING_ON, train_transformer
+from .train_transformer import train_transformer
 from .train_vae import STEPS, STEPS_ON, linear_code, train_decoder, train_encoder
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     code, steps = linear_code(former), STEPS_ON if former else STEPS
     train_decoder(code, steps["decoder"], former)
     train_encoder(code, steps["encoder"], former)
-    train_transformer(GOING_ON if former else FRESH, folder=former)
+    train_transformer(former)
     polish()
     train_lora()
     export(arguments.folder)

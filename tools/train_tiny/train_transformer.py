@@ -66,7 +66,9 @@ class Plan(NamedTuple):
 
 FRESH = Plan(6000, 8e-4, 600, 1200, 3000, (100, 400), 400, 1.0, 1.0)
 GOING_ON = Plan(1400, 3e-4, 0, 0, 100, (-2, -1), 0, 0.0, 1.0)
-"""From the weights of an exported model, which knows most of this world."""
+"""From weights that know most of this world."""
+FROM_NOTHING = (FRESH, GOING_ON, GOING_ON)
+"""Rounds. Each begins with the averaged weights of the one before, and with its whole rate."""
 FIRST_CHUNKS, BATCH = 18, 2
 """First chunks and whole clips in a batch. Nothing comes before a first chunk, so it is cheap; and it has to follow from
 the prompt alone, so it is the hardest part. Before the clips join, a batch has a third more."""
@@ -419,37 +421,42 @@ def per_frame(sigmas: torch.Tensor) -> torch.Tensor:
     return sigmas.repeat_interleave(CHUNK, 1)[:, None, :, None, None]
 
 
-def train_transformer(plan: Plan = FRESH, clips: int = CLIPS, folder: Path | None = None) -> nn.Module:
-    """folder: of an exported model whose weights are the beginning."""
-    model = Denoiser()
+def train_transformer(
+    folder: Path | None = None, rounds: tuple[Plan, ...] | None = None, clips: int = CLIPS
+) -> nn.Module:
+    """folder: of an exported model whose weights are the beginning. rounds: by default FROM_NOTHING, or GOING_ON alone."""
+    model, pool = Denoiser(), motion_pool(clips, folder)
     if folder is not None:
         model.take_over(folder)
+    rounds = rounds or (FROM_NOTHING if folder is None else (GOING_ON,))
     matrices = [parameter for parameter in model.transformer.blocks.parameters() if parameter.ndim == 2]
-    losses = Losses(model, motion_pool(clips, folder), plan)
-    return train(
-        "transformer",
-        model,
-        losses,
-        plan.steps,
-        plan.rate,
-        matrices=matrices,
-        evaluate=lambda model: judged(model, losses.code),
-    )
+    for number, plan in enumerate(rounds, 1):
+        averaged = train(
+            "transformer" if number == len(rounds) else f"transformer_{number}",
+            model,
+            Losses(model, pool, plan),
+            plan.steps,
+            plan.rate,
+            matrices=matrices,
+            evaluate=lambda model: judged(model, pool.code),
+        )
+        model.load_state_dict(averaged.state_dict())
+    return averaged
 
 
 def main() -> None:
-    parser = part_parser(__doc__, f"{FRESH.steps}, going on from a model {GOING_ON.steps}")
+    fresh = " and ".join(str(plan.steps) for plan in FROM_NOTHING)
+    parser = part_parser(__doc__, f"{fresh}, going on from a model {GOING_ON.steps}; given, one round")
     parser.add_argument("--from", dest="folder", type=Path, help="an exported model whose weights are the beginning")
     parser.add_argument("--clips", type=int, default=CLIPS)
-    parser.add_argument("--rate", type=float)
     parser.add_argument("--compile", action="store_true", help="with a C++ compiler: somewhat less time per step")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.compile:
         teacher.compile_blocks()
     plan = GOING_ON if arguments.folder else FRESH
-    plan = plan._replace(steps=arguments.steps or plan.steps, rate=arguments.rate or plan.rate)
-    train_transformer(plan, arguments.clips, arguments.folder)
+    rounds = (plan._replace(steps=arguments.steps),) if arguments.steps else None
+    train_transformer(arguments.folder, rounds, arguments.clips)
 
 
 if __name__ == "__main__":
