@@ -95,4 +95,8 @@ def test_the_video_among_the_outputs_is_found():
 
 def test_the_first_video_is_that_of_the_first_node_in_whatever_order_the_nodes_ran():
     outputs = {name: {"images": [{"filename": f"{name}.mp4"}]} for name in ("10", "9", "12:7", "13")}
-    assert first_file(outputs, ".mp4")["filename"] == first_file(dict(reversed(outputs.items())), ".mp4")["filename"] == "9.mp4"
+    assert (
+        first_file(outputs, ".mp4")["filename"]
+        == first_file(dict(reversed(outputs.items())), ".mp4")["filename"]
+        == "9.mp4"
+    )

@@ -9,8 +9,8 @@ from rolling_kv.bundled import BUNDLED
 from rolling_kv.checkpoints.detect import PRESET_FILE, only_size
 from rolling_kv.checkpoints.model import load_model
 from rolling_kv.config import ALL_FRAMES, CacheConfig, SamplingConfig
-from rolling_kv.sampling.checks import LONG_SINK_FRAMES, long_sink_note, size_note
 from rolling_kv.pipeline import Pipeline
+from rolling_kv.sampling.checks import LONG_SINK_FRAMES, long_sink_note, size_note
 from rolling_kv.tiny import make_tiny
 
 SAMPLING = SamplingConfig()
@@ -42,7 +42,10 @@ def test_a_model_of_one_size_tells_so_at_another(tmp_path, caplog):
             pipeline.generate("a red circle", tmp_path / f"{width}.mp4", height=64, width=width, seconds=0.2)
     (record,) = caplog.records
     assert record.message == size_note(pipeline.model, 64, 96) != size_note(pipeline.model, 64, 64) == ""
-    assert "64x64 pixels alone. At 96x64" in record.message and load_model(BUNDLED / "transformer").only_size == (64, 64)
+    assert "64x64 pixels alone. At 96x64" in record.message and load_model(BUNDLED / "transformer").only_size == (
+        64,
+        64,
+    )
 
 
 def test_other_models_make_any_size(tmp_path):

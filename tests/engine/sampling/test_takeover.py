@@ -267,7 +267,9 @@ def test_a_video_without_the_memory_for_its_keys_is_made_all_the_same(model, mon
     assert "(keep_keys)" in caplog.text and "offload" not in caplog.text
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+)
 def test_a_video_outlives_memory_that_runs_out_while_its_keys_are_put_aside(error, model, monkeypatch, caplog):
     def fail(cache):
         raise error
