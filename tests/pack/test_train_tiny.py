@@ -265,9 +265,19 @@ def test_a_video_that_has_become_empty_should_show_its_shape_in_the_middle():
     track, times = Track([SCENE], torch.tensor([[20.0, 30.0]])), pixel_times(1)
     assert follow(track, [empty], times).all()
     assert torch.allclose(track.at(times).mean(1), torch.tensor([[32.0, 32.0]]))
-    half = render([SCENE], track.at(times))[0]
-    half[:, 6:] = half[:, :1, :1, :1]
-    assert not follow(track, [detect(half)], times).any(), "half of a shape's frames say nothing certain"
+
+
+@pytest.mark.parametrize("off, known", [(-2.0, True), (-12.0, False)])
+@pytest.mark.parametrize("bounces", [True, False])
+def test_a_shape_that_fades_should_come_back_where_it_was_seen_last(off, known, bounces):
+    track, times = Track([SCENE], torch.tensor([[24.0, 30.0]])), pixel_times(1)
+    expected = track.at(times) + torch.tensor([off, 0.0])
+    frames = render([SCENE], expected)[0]
+    frames[:, 6:] = frames[:, :1, :1, :1]  # nothing but its background
+    seen = detect(frames)
+    assert seen.present.sum() == 6
+    assert follow(track, [seen], times, bounces=bounces) == (known or not bounces)
+    assert torch.allclose(track.at(times), expected, atol=0.3)
 
 
 def test_a_piece_of_an_own_video_has_the_frames_that_it_should_show():

@@ -30,11 +30,12 @@ def train(
     matrices: list[nn.Parameter] | None = None,
     evaluate: Callable[[nn.Module], str] | None = None,
     save_every: int = 100,
+    lessons: int = 0,
 ) -> nn.Module:
     """Minimise `loss(step, generator, averaged)` over `module` and return the exponentially averaged module.
 
-    The generator is seeded by the step, so a resumed run sees the draws that an uninterrupted one would have seen. Under
-    `torchrun` every worker draws a batch of its own and the gradients are averaged: on a CPU, several processes with one
+    The generator is seeded by the step and by `lessons`, so a resumed run sees the draws that an uninterrupted one would
+    have seen. Under `torchrun` every worker draws a batch of its own and the gradients are averaged: on a CPU, several processes with one
     thread each are faster than one process with several threads.
     """
     rank, workers = join_workers()
@@ -57,7 +58,7 @@ def train(
         part = min(1, (step + 1) / 100) * (0.5 + 0.49 * math.cos(math.pi * step / steps))
         for optimizer, full in zip(optimizers, rates):
             optimizer.param_groups[0]["lr"] = full * part
-        generator = torch.Generator().manual_seed(step * 7919 + 17 + 1_000_003 * rank)
+        generator = torch.Generator().manual_seed(step * 7919 + 17 + 1_000_003 * rank + 15_485_863 * lessons)
         value = loss(step, generator, averaged)
         module.zero_grad(set_to_none=True)
         value.backward()

@@ -96,23 +96,28 @@ def follow(
     track: Track, seen: list[Sighting], times: torch.Tensor, bounces: bool = True, hold: float = 0.0
 ) -> torch.Tensor:
     """Move the lines to where the shapes are seen at `times`, or for the share `hold` of the way not where they should stand
-    still; [B] bool: they are there and move as they should.
+    still; [B] bool: where they are seen they move as they should.
 
-    Where no shape is seen at all it should be in the middle: a video that has become empty learns what to do then.
+    Some frames that show it are enough: a shape that fades should come back. Where none does it should be in the middle: a
+    video that has become empty learns what to do then.
     """
     span = track.span[:, None]
     bias = torch.tensor([centre_of_mass(scene) for scene in track.scenes])
     position = torch.stack([sighting.position for sighting in seen]) - bias[:, None]
+    present = torch.stack([sighting.present for sighting in seen])
+
+    def where_seen(values: torch.Tensor) -> torch.Tensor:
+        return (values * present[..., None]).sum(1) / present.sum(1, keepdim=True).clamp_min(1)
+
     if not bounces:
-        track.start = (position - times[:, None] * track.velocity[:, None]).mean(1)
+        track.start = where_seen(position - times[:, None] * track.velocity[:, None])
     sign = torch.where(track.free(times).remainder(2 * span) < span, 1.0, -1.0)
     miss = position - track.at(times)
     still = torch.tensor([scene.speed == "still" for scene in track.scenes])[:, None]
-    track.start = track.start + (sign * miss).mean(1) * torch.where(still, 1 - hold, 1.0)
-    present = torch.stack([sighting.present for sighting in seen])
-    empty = ~present.any(1)
-    track.start = torch.where(empty[:, None], SIDE / 2 - times.float().mean() * track.velocity, track.start)
-    return empty | present.all(1) & (miss.norm(dim=2).amax(1) < LARGEST_MISS)
+    track.start = track.start + where_seen(sign * miss) * torch.where(still, 1 - hold, 1.0)
+    empty = ~present.any(1, keepdim=True)
+    track.start = torch.where(empty, SIDE / 2 - times.float().mean() * track.velocity, track.start)
+    return (miss.norm(dim=2) * present).amax(1) < LARGEST_MISS
 
 
 def pixel_times(chunk: int) -> torch.Tensor:

@@ -51,7 +51,10 @@ class Plan(NamedTuple):
     """own_from, clips_from, self_from: steps from which the model's own first chunks join those of the data, and whole
     clips join both, and own videos these. spread: between these steps the starts chosen by the noise spread from the
     middle to everywhere. padding: steps in which the weight of the prompts' padding grows. told, lots: weights of what
-    tokens are told, of what is seen and of what pure noise has decided."""
+    tokens are told, of what is seen and of what pure noise has decided. firsts, clips, own: first chunks and whole clips in a
+    batch, and how many of these are of own videos, in the end. Nothing comes before a first chunk, so it is cheap; and it has to
+    follow from the prompt alone, so it is the hardest part. Before the clips join, a batch has a third more.
+    rollout_every: steps after which there are new own videos."""
 
     steps: int
     rate: float
@@ -62,17 +65,20 @@ class Plan(NamedTuple):
     padding: int
     told: float
     lots: float
+    firsts: int = 18
+    clips: int = 2
+    own: int = 1
+    rollout_every: int = 50
 
 
 FRESH = Plan(6000, 8e-4, 600, 1200, 3000, (100, 400), 400, 1.0, 1.0)
 GOING_ON = Plan(1400, 3e-4, 0, 0, 100, (-2, -1), 0, 0.0, 1.0)
 """From weights that know most of this world."""
-FROM_NOTHING = (FRESH, GOING_ON, GOING_ON)
-"""Rounds. Each begins with the averaged weights of the one before, and with its whole rate."""
-FIRST_CHUNKS, BATCH = 18, 2
-"""First chunks and whole clips in a batch. Nothing comes before a first chunk, so it is cheap; and it has to follow from
-the prompt alone, so it is the hardest part. Before the clips join, a batch has a third more."""
-ROLLOUT_VIDEOS, ROLLOUT_CHUNKS, ROLLOUT_EVERY = 16, 10, 50
+ROLLING = GOING_ON._replace(steps=1000, firsts=6, clips=4, own=3, rollout_every=25)
+"""From weights that make good first chunks: what comes later, in the model's own videos."""
+FROM_NOTHING = (FRESH, GOING_ON, GOING_ON, ROLLING)
+"""Rounds. Each begins with the averaged weights of the one before, with its whole rate, and with lessons of its own."""
+ROLLOUT_VIDEOS, ROLLOUT_CHUNKS = 16, 10
 LONG_PROMPTS = 0.1
 """Share of the batches of first chunks with prompts of many unknown words."""
 WAY_WEIGHTS = torch.tensor([2.0, 2.0, 1.0, 1.0, 1.0, 1.0])
@@ -213,10 +219,10 @@ class Losses:
     def __call__(self, step: int, generator: torch.Generator, averaged: Denoiser) -> torch.Tensor:
         plan = self.plan
         if self.striped:
-            first = self.loss([self.first_chunks(plan.steps, generator, FIRST_CHUNKS)])
-            return first + self.loss([self.clips(generator, BATCH)])
+            first = self.loss([self.first_chunks(plan.steps, generator, plan.firsts)])
+            return first + self.loss([self.clips(generator, plan.clips)])
         padding = min(1.0, step / plan.padding) if plan.padding else 1.0
-        count = FIRST_CHUNKS * 4 // 3 if step < plan.clips_from else FIRST_CHUNKS
+        count = plan.firsts * 4 // 3 if step < plan.clips_from else plan.firsts
         own = 0 if step < plan.own_from else count // 4 if step < plan.self_from else count // 2
         first = [self.first_chunks(step, generator, count - own)]
         if own:
@@ -225,10 +231,10 @@ class Losses:
         if step < plan.clips_from:
             return total
         if step < plan.self_from:
-            return total + self.loss([self.clips(generator, BATCH)])
-        if self.rollout is None or step % ROLLOUT_EVERY == 0:
+            return total + self.loss([self.clips(generator, plan.clips)])
+        if self.rollout is None or step % plan.rollout_every == 0:
             self.rollout = self.new_rollout(step, generator, averaged)
-        return total + self.loss([self.clips(generator, BATCH - BATCH // 2), self.own_clips(generator, BATCH // 2)])
+        return total + self.loss([self.clips(generator, plan.clips - plan.own), self.own_clips(generator, plan.own)])
 
     def loss(self, parts: list[Examples], padding: float = 1.0) -> torch.Tensor:
         """Mean squared error of the flow, and how far it leads towards what else there could have been."""
@@ -439,6 +445,7 @@ def train_transformer(
             plan.rate,
             matrices=matrices,
             evaluate=lambda model: judged(model, pool.code),
+            lessons=number - 1,
         )
         model.load_state_dict(averaged.state_dict())
     return averaged
