@@ -36,16 +36,18 @@ async def loaded(request):
             mm.free_memory(int(request.query["free"]), mm.get_torch_device())
         finally:
             mm.get_free_memory = measured
-    entries = [entry for entry in mm.current_loaded_models if type(entry.model).__name__ == "ManagedModel"]
+    # Held while they are looked at: the queue may be letting go of them.
+    held = [(entry, entry.model) for entry in list(mm.current_loaded_models)]
     return web.json_response([
         {
             "loaded": entry.model_loaded_memory(),
             "size": entry.model_memory(),
             "required": entry.model_memory_required(entry.device),
-            "weights": mm.module_size(entry.model.model),
-            "cache": entry.model.workspace.device_nbytes,
+            "weights": mm.module_size(model.model),
+            "cache": model.workspace.device_nbytes,
         }
-        for entry in entries
+        for entry, model in held
+        if type(model).__name__ == "ManagedModel"
     ])
 
 NODE_CLASS_MAPPINGS = {}
