@@ -21,6 +21,7 @@ from . import options
 from .batch.cli import add_command as add_batch
 from .bench.cli import add_command as add_bench
 from .bench.figures import BenchError, markdown
+from .beside_bars import told_beside_bars
 from .bundled import BUNDLED_SIZE, check_model, default_size
 from .devices import is_out_of_memory
 from .fitting import FITS, Fitting, read_colour
@@ -65,7 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     logging.set_verbosity_error()
     try:
-        args.run(args)
+        with told_beside_bars():
+            args.run(args)
     except Exception as error:
         if getattr(args, "debug", False):
             raise

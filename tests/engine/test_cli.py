@@ -345,6 +345,18 @@ def test_a_schedule_is_printed_as_it_was_understood(folder, tmp_path, capsys):
     assert lines[2].endswith("21 frames, 32x32, 16 frames per second: 1.3125 s, in whole chunks")
 
 
+def test_what_is_to_be_known_of_a_run_stands_on_lines_of_its_own(tmp_path, capsys):
+    """The progress bar is drawn already."""
+    usual = ["--output", str(tmp_path / "video.mp4"), "--seconds", "0.2", "--device", "cpu"]
+    main(["generate", "--prompt", "a cat", "--width", "80", *usual])
+    lines = re.split(r"[\r\n]+", capsys.readouterr().err)
+    for text in (
+        "This model knows pictures of 64x64 pixels alone. At 80x64",
+        "Words that this tiny model does not know",
+    ):
+        assert [line for line in lines if text in line] == [line for line in lines if line.startswith(text)] != []
+
+
 def test_without_prompt_and_schedule_nothing_is_loaded(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Pipeline, "load", lambda *_, **__: pytest.fail("loaded"))
     text = said(["generate", "--output", tmp_path / "video.mp4", "--model", folder], capsys)

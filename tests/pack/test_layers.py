@@ -15,6 +15,7 @@ SETTINGS = ["config", "presets"]
 ABOVE = [
     "batch",
     "streaming",
+    "beside_bars",
     "listening",
     "pipeline",
     "inspection",
