@@ -23,4 +23,7 @@ def told_beside_bars() -> Iterator[None]:
 
 class _AboveBars(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:  # what cannot be told ends no run
+            self.handleError(record)

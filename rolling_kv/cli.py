@@ -55,6 +55,7 @@ _OTHER_NAMES = {
     "--frames": ("--seconds",),
     "--num-frames": ("--seconds",),
     "--cfg": ("--guidance",),
+    "--cfg-scale": ("--guidance",),
 }
 """Options that other programs have, and what they are here."""
 FIRST_SAYS = 10.0
@@ -153,9 +154,9 @@ class _Parser(argparse.ArgumentParser):
         known = self._option_string_actions
         if not word.startswith("-"):
             return "; a prompt is given as --prompt TEXT" if "--prompt" in known else ""
-        name = word.partition("=")[0]
-        near = _OTHER_NAMES.get(name) or get_close_matches(name, known, n=1, cutoff=0.75)
-        return f"; is it {' and '.join(near)}?" if near and near[0] in known else ""
+        meant = {name: (name,) for name in known} | {name: own for name, own in _OTHER_NAMES.items() if own[0] in known}
+        near = get_close_matches(word.partition("=")[0], meant, n=1, cutoff=0.75)
+        return f"; is it {' and '.join(meant[near[0]])}?" if near else ""
 
     def error(self, message: str):
         _leave_to_the_first()

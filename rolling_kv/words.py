@@ -9,13 +9,15 @@ from pathlib import Path
 
 from .checkpoints.detect import PRESET_FILE
 from .checkpoints.readers import read_json
-from .messages import listed
+from .messages import listed, printable, shortened
 
 ENTRY = "words"
 """Of rolling_kv.json: `{"known": {"colours": ["red", …], …}, "also": ["crimson", "the", …], "otherwise":
 "a green circle"}`."""
 MOST = 8
 """Unknown words that a remark names."""
+LONGEST = 1000
+"""Characters of a remark."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Words:
             return ""
         kinds = "; ".join(f"{kind}: {', '.join(words)}" for kind, words in self.known.items())
         told = f"Words that this tiny model does not know, and leaves out: {listed(found, MOST, 24)}. It knows {kinds}."
-        return f"{told} What a prompt leaves open begins as in: {self.otherwise}." if self.otherwise else told
+        told += f" What a prompt leaves open begins as in: {self.otherwise}." if self.otherwise else ""
+        return shortened(printable(told), LONGEST)  # a file can say anything
 
 
 def read_words(folder: Path) -> Words | None:

@@ -53,11 +53,8 @@ def detect_preset(path: Path, checkpoint: Checkpoint) -> ModelPreset | None:
     both `{"preset": {…}}`; a second set of weights, for context passes; well-known names of the file and its folders;
     ComfyUI's mark for causal models (frame-wise).
     """
-    weights = checkpoint.files[0]
-    if path.is_dir():
-        for folder in dict.fromkeys((path, weights.parent, weights.parent.parent)):
-            if (folder / PRESET_FILE).exists():
-                return _parse(PRESET_FILE, read_json(folder / PRESET_FILE))
+    if file := _preset_file(path, checkpoint):
+        return _parse(PRESET_FILE, read_json(file))
     if METADATA_KEY in checkpoint.metadata:
         return _parse(f"the metadata entry {METADATA_KEY}", metadata_json(checkpoint, METADATA_KEY))
     parts = path.absolute().parts[-3:]
@@ -71,16 +68,25 @@ def detect_preset(path: Path, checkpoint: Checkpoint) -> ModelPreset | None:
     return None
 
 
-def only_size(path: Path) -> tuple[int, int] | None:
-    """Height and width in pixels of the only videos that a model makes, as the rolling_kv.json of its folder says: `"only_size":
-    [64, 64]`. None where it says nothing.
+def only_size(path: Path, checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """Height and width in pixels of the only videos that a model makes, as its `rolling_kv.json` says: `"only_size": [64, 64]`.
+    None where it says nothing, or nothing that can be read: a model that is told its preset needs no such file.
     """
-    for folder in (path, path.parent) if path.is_dir() else ():
-        if (folder / PRESET_FILE).is_file():
-            size = read_json(folder / PRESET_FILE).get(ONLY_SIZE)
-            if isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size):
-                return size[0], size[1]
+    file = _preset_file(path, checkpoint)
+    try:
+        size = read_json(file).get(ONLY_SIZE) if file else None
+    except CheckpointError:
+        return None
+    if isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size):
+        return size[0], size[1]
     return None
+
+
+def _preset_file(path: Path, checkpoint: Checkpoint) -> Path | None:
+    """The `rolling_kv.json` in or beside a diffusers folder, where there is one."""
+    weights = checkpoint.files[0]
+    folders = dict.fromkeys((path, weights.parent, weights.parent.parent)) if path.is_dir() else ()
+    return next((folder / PRESET_FILE for folder in folders if (folder / PRESET_FILE).exists()), None)
 
 
 def assumed_preset(checkpoint: Checkpoint) -> ModelPreset:

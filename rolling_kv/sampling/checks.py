@@ -72,7 +72,7 @@ def size_note(model: CausalModel, height: int, width: int) -> str:
     own = f"{own_width}x{own_height}"
     return (
         f"This model knows pictures of {own} pixels alone. At {width}x{height} it shows several things at once, or none: make "
-        f"{own}, and have the video enlarged."
+        f"{own}, and have the video enlarged (enlarge, on the command line --scale)."
     )
 
 

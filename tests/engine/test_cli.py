@@ -87,6 +87,7 @@ def said(arguments, capsys) -> str:
         (["--window", "few"], "a number of latent frames or all"),
         (["--nonsense"], "unrecognized arguments: --nonsense .see"),
         (["--size=64x64"], "--size=64x64; is it --width and --height[?]"),
+        (["--lenght=5"], "--lenght=5; is it --seconds[?]"),
         (["--guidence"], "--guidence; is it --guidance[?]"),
         (["a red circle"], "unrecognized arguments: a red circle; a prompt is given as --prompt TEXT"),
         (["--schedule", "0: a"], "leave the other prompt out"),

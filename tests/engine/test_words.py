@@ -69,6 +69,12 @@ def test_an_entry_that_is_none_says_nothing(entry, tmp_path):
     assert read_words(tmp_path) is None
 
 
+def test_a_remark_is_fit_for_a_terminal_whatever_the_models_file_says():
+    remark = Words({"colours": ("red\x1b[31m",) * 900}, otherwise="a\nb").remark(["a cat"])
+    assert remark.isprintable() and len(remark) <= words_module.LONGEST
+    assert Words({"colours": ("red",)}, otherwise="a\nb").remark(["a cat"]).isprintable()
+
+
 def test_a_remark_ends_with_what_is_shown_instead():
     otherwise = Words(WORDS.known, WORDS.also, "a red circle").remark(["a cat"])
     assert otherwise.endswith("white background. What a prompt leaves open begins as in: a red circle.")

@@ -35,8 +35,8 @@ def train(
     """Minimise `loss(step, generator, averaged)` over `module` and return the exponentially averaged module.
 
     The generator is seeded by the step and by `lessons`, so a resumed run sees the draws that an uninterrupted one would
-    have seen. Under `torchrun` every worker draws a batch of its own and the gradients are averaged: on a CPU, several processes with one
-    thread each are faster than one process with several threads.
+    have seen. Under `torchrun` every worker draws a batch of its own and the gradients are averaged: on a CPU, several
+    processes with one thread each are faster than one process with several threads.
     """
     rank, workers = join_workers()
     WORK.mkdir(exist_ok=True)

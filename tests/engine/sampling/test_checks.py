@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from rolling_kv.bundled import BUNDLED
-from rolling_kv.checkpoints.detect import PRESET_FILE, only_size
+from rolling_kv.checkpoints.detect import PRESET_FILE
 from rolling_kv.checkpoints.model import load_model
 from rolling_kv.config import ALL_FRAMES, CacheConfig, SamplingConfig
 from rolling_kv.pipeline import Pipeline
@@ -53,7 +53,13 @@ def test_other_models_make_any_size(tmp_path):
     assert size_note(model, 64, 96) == ""
 
 
-@pytest.mark.parametrize("entry", [None, 64, [64], [64, "64"], [0, 64], {"height": 64}, [64, 64, 64]])
+@pytest.mark.parametrize(
+    "entry", [None, 64, [64], [64, "64"], [0, 64], [True, 64], {"height": 64}, [64, 64, 64], "no JSON"]
+)
 def test_a_size_that_is_none_says_nothing(entry, tmp_path):
-    (tmp_path / PRESET_FILE).write_text(json.dumps({"only_size": entry}))
-    assert only_size(tmp_path) is None
+    """And lets a model load that is told its preset; what lies beside the model's folder is not asked."""
+    folder = make_tiny(tmp_path / "tiny")
+    text = "{" if entry == "no JSON" else json.dumps({"only_size": entry})
+    (folder / PRESET_FILE).write_text(text)
+    (tmp_path / PRESET_FILE).write_text('{"only_size": [64, 64]}')
+    assert load_model(folder, preset="self-forcing").only_size is None
