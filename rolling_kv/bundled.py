@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .checkpoints.detect import only_size
 from .geometry import WAN_21, Geometry
 
 BUNDLED = Path(__file__).resolve().parent.parent / "models" / "tiny"
@@ -24,4 +25,6 @@ def check_model(model: Path) -> None:
 
 def default_size(model: Path, geometry: Geometry = WAN_21) -> tuple[int, int]:
     """Height and width in pixels that a model of that geometry makes unless told otherwise."""
-    return (BUNDLED_SIZE, BUNDLED_SIZE) if model.resolve() == BUNDLED else geometry.size
+    if model.resolve() == BUNDLED:
+        return BUNDLED_SIZE, BUNDLED_SIZE
+    return only_size(model) or geometry.size

@@ -68,13 +68,14 @@ def detect_preset(path: Path, checkpoint: Checkpoint) -> ModelPreset | None:
     return None
 
 
-def only_size(path: Path, checkpoint: Checkpoint) -> tuple[int, int] | None:
-    """Height and width in pixels of the only videos that a model makes, as its `rolling_kv.json` says: `"only_size": [64, 64]`.
+def only_size(path: Path) -> tuple[int, int] | None:
+    """Height and width in pixels of the only videos that a model makes, as the `rolling_kv.json` in a diffusers folder, or beside
+    its transformer, says: `"only_size": [64, 64]`.
     None where it says nothing, or nothing that can be read: a model that is told its preset needs no such file.
     """
-    file = _preset_file(path, checkpoint)
+    folder = path.parent if path.name == "transformer" and not (path / PRESET_FILE).exists() else path
     try:
-        size = read_json(file).get(ONLY_SIZE) if file else None
+        size = read_json(folder / PRESET_FILE).get(ONLY_SIZE)
     except CheckpointError:
         return None
     if isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size):

@@ -122,7 +122,7 @@ def load_model(
         place = {"device": device, "runs_on": runs_on, "storage": storage}
         transformer = _built(weights, settings, dtype, **place)
         context_transformer = _built_context(context_weights, transformer, settings, dtype, **place)
-    model = CausalModel(transformer, chosen, note, context_transformer, only_size(path, checkpoint))
+    model = CausalModel(transformer, chosen, note, context_transformer, only_size(path))
     for text in filter(None, (note, slow_dtype(dtype, model.dtype, runs_on or device))):
         logger.warning("%s: %s", printable(path.name), text)
     return model

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import torch
 from rolling_kv import cli
 from rolling_kv.bench.figures import BenchError
 from rolling_kv.bundled import BUNDLED, default_size
+from rolling_kv.checkpoints.detect import PRESET_FILE
 from rolling_kv.cli import main
 from rolling_kv.config import ExecutionConfig
 from rolling_kv.devices import usable_device
+from rolling_kv.geometry import WAN_21
 from rolling_kv.pipeline import Pipeline
 from rolling_kv.planning import choices, outline
 from rolling_kv.sampling.session import RollingSession
@@ -295,6 +298,13 @@ def test_the_bundled_model_is_known_by_any_of_its_paths(monkeypatch, capsys):
     assert default_size(Path("models/tiny")) == default_size(BUNDLED) == (64, 64)
     main(["inspect", "models/tiny"])
     assert "per latent frame in bfloat16 at 64x64" in capsys.readouterr().out
+
+
+def test_a_copy_of_the_bundled_model_makes_its_size(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    shutil.copy(BUNDLED / PRESET_FILE, tmp_path)
+    assert default_size(tmp_path) == default_size(tmp_path / "transformer") == (64, 64)
+    assert default_size(tmp_path / "absent") == default_size(tmp_path.parent) == WAN_21.size
 
 
 @pytest.mark.parametrize(
