@@ -321,12 +321,11 @@ def _generate_on(args: argparse.Namespace, shards: HeadShards | None) -> None:
         preset = PRESETS.get(args.preset) or inspect_checkpoint(args.model).settings
         preset.sampling.check_cache(preset.cache.with_rules(**rules))
     loras = options.loras_of(args)
-    height, width = size or default_size(args.model)
-    height, width = args.height or height, args.width or width
+    height, width = _asked_size(args, size or default_size(args.model))
     # All three raise for what no video can be, before anything is loaded.
     check_ended(args.output, args.state_in, args.new_only)
-    VideoWriter(args.output, width, height, scale=args.scale)
     WAN_21.latent_size(height, width)  # what other geometries ask for is a multiple of that
+    VideoWriter(args.output, width, height, scale=args.scale)
     pipeline = Pipeline.load(
         args.model,
         text_encoder=args.text_encoder,
@@ -338,8 +337,7 @@ def _generate_on(args: argparse.Namespace, shards: HeadShards | None) -> None:
         offload=args.offload_weights,
         device=args.device,
     )
-    height, width = size or default_size(args.model, pipeline.model.geometry)
-    height, width = args.height or height, args.width or width
+    height, width = _asked_size(args, size or default_size(args.model, pipeline.model.geometry))
     preset = pipeline.model.preset
     cache = options.cache_of(args, preset.cache)
     sampling = preset.sampling
@@ -407,6 +405,11 @@ def _generate_on(args: argparse.Namespace, shards: HeadShards | None) -> None:
     for steering in told:
         if steering.changed:
             print("as a schedule, the same video:", steering.schedule, sep="\n")
+
+
+def _asked_size(args: argparse.Namespace, usual: tuple[int, int]) -> tuple[int, int]:
+    """Height and width in pixels that were asked for, by default the `usual` ones."""
+    return tuple(own if given is None else given for given, own in zip((args.height, args.width), usual))
 
 
 def _size_of_state(args: argparse.Namespace) -> tuple[int, int]:

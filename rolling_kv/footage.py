@@ -74,7 +74,7 @@ class Footage:
         in_memory = isinstance(file, io.BytesIO)
         name = "the video" if in_memory else str(file)
         if not in_memory and not Path(file).is_file():
-            raise ValueError(f"{name} holds no picture that can be read: there is no such file")
+            raise ValueError(f"{name}: there is no such file")
         try:
             return cls._seen_through(
                 file if in_memory else os.path.abspath(file), name, Fraction(start), Fraction(seconds)
