@@ -1,6 +1,10 @@
 """The recipe of the tiny model: it resumes where it stopped, its world obeys the prompts, its prompts say what they say."""
 
+import math
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tools.comfyui.env import PACK
 from tools.train_tiny import export, loop, polish, starts, train_vae
 from tools.train_tiny.code import LinearCode
 from tools.train_tiny.detector import detect
@@ -64,6 +69,52 @@ def test_a_run_that_was_killed_goes_on_as_if_it_was_not(tmp_path, monkeypatch):
             trained(9, killed_at=step)
     assert all(map(torch.equal, trained(9), whole))
     assert all(map(torch.equal, trained(9, killed_at=0), whole))  # nothing is left to do
+
+
+WORKERS = """
+import torch
+from tools.train_tiny import loop
+
+torch.manual_seed(0)
+module = torch.nn.Linear(2, 1)
+rank, workers = loop.join_workers()
+
+def loss(step, generator, averaged):
+    x = torch.randn(4, 2, generator=generator)
+    return (module(x) - x[:, :1]).square().mean()
+
+loop.side_by_side(*(lambda name=name: loop.save({"by": rank}, loop.WORK / name) for name in ("one.pt", "two.pt", "three.pt")))
+averaged = loop.train("part", module, loss, 4, 1e-2, save_every=2, together=True)
+loop.save(module.state_dict(), loop.WORK / f"worker_{rank}.pt")
+"""
+
+
+def test_workers_train_the_same_weights_on_examples_of_their_own(tmp_path):
+    """Two workers under torchrun, as docs/tiny-model.md starts them, and what one would have learned alone."""
+    (tmp_path / ".train").mkdir()
+    (tmp_path / "script.py").write_text(WORKERS, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(PACK), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120)
+
+    def saved(name):
+        return torch.load(tmp_path / ".train" / name, weights_only=True)
+
+    assert [saved(name)["by"] for name in ("one.pt", "two.pt", "three.pt")] == [0, 1, 0]
+    torch.manual_seed(0)
+    module = nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-2, betas=(0.9, 0.99), weight_decay=0.0)
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (step + 1) / 100 * (0.5 + 0.49 * math.cos(math.pi * step / 4))
+        optimizer.zero_grad()
+        for rank in range(2):
+            x = torch.randn(4, 2, generator=torch.Generator().manual_seed(step * 7919 + 17 + 1_000_003 * rank))
+            ((module(x) - x[:, :1]).square().mean() / 2).backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+    for name, weights in module.state_dict().items():
+        assert torch.equal(saved("worker_0.pt")[name], saved("worker_1.pt")[name])
+        torch.testing.assert_close(saved("worker_0.pt")[name], weights)
 
 
 def test_steps_of_muon_are_orthogonal():

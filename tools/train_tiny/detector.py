@@ -30,8 +30,8 @@ class Sighting(NamedTuple):
     mismatch: torch.Tensor
 
 
-def detect(frames: torch.Tensor) -> Sighting:
-    """Find the shape in frames [3, T, 64, 64] in [-1, 1]."""
+def detect(frames: torch.Tensor, least: float = 0.5) -> Sighting:
+    """Find the shape in frames [3, T, 64, 64] in [-1, 1]. least: how much of a small square's area counts as a shape."""
     pixels = frames.permute(1, 2, 3, 0).flatten(1, 2)  # [T, 4096, 3]
     background = pixels.median(1).values
     away = pixels - background[:, None]
@@ -48,7 +48,7 @@ def detect(frames: torch.Tensor) -> Sighting:
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).flatten(0, 1)  # (x, y) of each pixel
     position = inside @ grid / area.clamp_min(1e-6)[:, None]
     sizes = torch.tensor([3.0 * size**2 for size in SIZES.values()])
-    present = (contrast > SMALLEST_CONTRAST * 3**0.5) & (area > 0.5 * sizes.min()) & (area < 1.7 * sizes.max())
+    present = (contrast > SMALLEST_CONTRAST * 3**0.5) & (area > least * sizes.min()) & (area < 1.7 * sizes.max())
     palette = torch.tensor(list(COLOURS.values())) / 127.5 - 1
     colours = torch.cdist(front, palette).argmin(1)
     mismatch, shapes = torch.stack([_mismatch(shape, inside, position, area) for shape in SHAPES], 1).min(1)

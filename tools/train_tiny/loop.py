@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from rolling_kv.atomic import replacing
 WORK = Path(".train")
 """Checkpoints and logs, below the current folder."""
 MUON_RATE = 10.0
+WAIT = timedelta(hours=6)
+"""How long a worker waits for another one's part."""
 
 
 def train(
@@ -31,14 +34,15 @@ def train(
     evaluate: Callable[[nn.Module], str] | None = None,
     save_every: int = 100,
     lessons: int = 0,
+    together: bool = False,
 ) -> nn.Module:
     """Minimise `loss(step, generator, averaged)` over `module` and return the exponentially averaged module.
 
     The generator is seeded by the step and by `lessons`, so a resumed run sees the draws that an uninterrupted one would
-    have seen. Under `torchrun` every worker draws a batch of its own and the gradients are averaged: on a CPU, several
+    have seen. together: under `torchrun` every worker draws a batch of its own and the gradients are averaged: on a CPU, several
     processes with one thread each are faster than one process with several threads.
     """
-    rank, workers = join_workers()
+    rank, workers = join_workers() if together else (0, 1)
     WORK.mkdir(exist_ok=True)
     path = WORK / f"{name}.pt"
     averaged = copy.deepcopy(module).eval().requires_grad_(False)
@@ -158,8 +162,17 @@ def join_workers() -> tuple[int, int]:
     if "WORLD_SIZE" not in os.environ:
         return 0, 1
     if not distributed.is_initialized():
-        distributed.init_process_group("gloo")
+        distributed.init_process_group("gloo", timeout=WAIT)
     return distributed.get_rank(), distributed.get_world_size()
+
+
+def side_by_side(*parts: Callable[[], object]) -> None:
+    """Run parts that do not need each other: under `torchrun` each by one worker, otherwise one after the other."""
+    rank, workers = join_workers()
+    for part in parts[rank::workers]:
+        part()
+    if workers > 1:
+        distributed.barrier()
 
 
 def average_gradients(module: nn.Module, workers: int) -> None:

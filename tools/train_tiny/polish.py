@@ -31,7 +31,7 @@ from .train_transformer import PRESET, Denoiser
 from .train_vae import CROPS, NOISE, SCALE, frame_loss, kernels, linear_code, make_vae, random_clips
 from .world import SIDE, Scene, centre_of_mass, other_shapes, pick, random_scene, render
 
-STEPS, RATE = 400, 3e-4
+STEPS, RATE = 300, 1e-4
 VIDEOS, CHUNKS = 64, 8
 LONG_CROPS, LONG = (32, 93, 1), 0.3
 """Clips of the world that are long, and their share."""

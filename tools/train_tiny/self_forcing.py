@@ -40,6 +40,9 @@ CHUNK_FRAMES = FRAMES * TIME
 """Pixel frames of every chunk but the first."""
 LARGEST_MISS = 9.0
 """Pixels between where the shape is seen and where it should be; beyond, the video is lost and teaches nothing."""
+SHRUNKEN = 0.15
+"""Share of a small square's area from which on something is a shape that has shrunk: it should grow again, where it is. With half
+of it, a triangle that had lost a third counted as gone, and was to be in the middle."""
 HOLD = 0.5
 """How far a shape that stands still and was seen elsewhere should go back: it must not follow its own errors."""
 CHANGED = 0.6
@@ -143,7 +146,7 @@ def roll_out(
         session.set_prompt(prompts[1])
         own = torch.cat(first + [chunk.latents for chunk in session.generate(chunks - turn, seed=seed)], 2)
     frames, right, ways = code.decode(own / scale), own.clone(), torch.zeros(6, *own.shape)
-    seen = [detect(video[:, pixel_times(0)]) for video in frames]
+    seen = [detect(video[:, pixel_times(0)], SHRUNKEN) for video in frames]
     scenes = [sighted(story.scene, story.said, sighting) for story, sighting in zip(stories, seen)]
     track = Track(scenes)
     known = follow(track, seen, pixel_times(0), bounces=False)
@@ -163,7 +166,7 @@ def roll_out(
         looks[:, chunk] = torch.stack([look_numbers(scene) for scene in scenes])
         places[:, part] = latent_places(track.at(times))
         right[:, :, part], ways[:, :, :, part] = scale * clean, scale * others
-        known = known & follow(track, [detect(video[:, times]) for video in frames], times, hold=HOLD)
+        known = known & follow(track, [detect(video[:, times], SHRUNKEN) for video in frames], times, hold=HOLD)
     return Rollout(
         own, right, ways, looks, places, usable, [story.prompts for story in stories], torch.arange(chunks) >= turn
     )

@@ -1,6 +1,6 @@
 """Train the transformer and the text encoder on the linear code: first chunks, then clips, then the model's own videos.
 
-python -m tools.train_tiny.train_transformer --compile
+torchrun --nproc-per-node 2 -m tools.train_tiny.train_transformer --compile
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .detector import detect
 from .loop import WORK, autocast, part_parser, save, train
 from .pool import CHUNK, CHUNKS, LATENT_FRAMES, Pool
 from .prompts import EVERYTHING, TEXT_CONFIG, TextSide, describe, make_tokenizer
-from .self_forcing import Rollout, follow, pixel_times, random_story, roll_out, sighted
+from .self_forcing import SHRUNKEN, Rollout, follow, pixel_times, random_story, roll_out, sighted
 from .starts import OPEN, chosen_start, drawn, drawn_place, first_paths, settled
 from .teacher import Prompts, predict
 from .train_vae import SCALE, linear_code
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
     tokens are told, of what is seen and of what pure noise has decided. firsts, clips, own: first chunks and whole clips in a
     batch, and how many of these are of own videos, in the end. Nothing comes before a first chunk, so it is cheap; and it has to
     follow from the prompt alone, so it is the hardest part. Before the clips join, a batch has a third more.
-    rollout_every: steps after which there are new own videos."""
+    rollout_every: steps after which there are `videos` new own videos of so many chunks."""
 
     steps: int
     rate: float
@@ -65,20 +65,21 @@ class Plan(NamedTuple):
     padding: int
     told: float
     lots: float
-    firsts: int = 18
+    firsts: int = 12
     clips: int = 2
     own: int = 1
     rollout_every: int = 50
+    videos: int = 16
+    chunks: int = 10
 
 
-FRESH = Plan(6000, 8e-4, 600, 1200, 3000, (100, 400), 400, 1.0, 1.0)
+FRESH = Plan(4500, 8e-4, 450, 900, 2000, (100, 400), 400, 1.0, 1.0)
 GOING_ON = Plan(1400, 3e-4, 0, 0, 100, (-2, -1), 0, 0.0, 1.0)
 """From weights that know most of this world."""
-ROLLING = GOING_ON._replace(steps=1000, firsts=6, clips=4, own=3, rollout_every=25)
+ROLLING = GOING_ON._replace(steps=1400, firsts=6, clips=4, own=3, rollout_every=40, videos=10, chunks=20)
 """From weights that make good first chunks: what comes later, in the model's own videos."""
-FROM_NOTHING = (FRESH, GOING_ON, GOING_ON, ROLLING)
+FROM_NOTHING = (FRESH, ROLLING, ROLLING, ROLLING)
 """Rounds. Each begins with the averaged weights of the one before, with its whole rate, and with lessons of its own."""
-ROLLOUT_VIDEOS, ROLLOUT_CHUNKS = 16, 10
 LONG_PROMPTS = 0.1
 """Share of the batches of first chunks with prompts of many unknown words."""
 WAY_WEIGHTS = torch.tensor([2.0, 2.0, 1.0, 1.0, 1.0, 1.0])
@@ -233,7 +234,7 @@ class Losses:
         if step < plan.self_from:
             return total + self.loss([self.clips(generator, plan.clips)])
         if self.rollout is None or step % plan.rollout_every == 0:
-            self.rollout = self.new_rollout(step, generator, averaged)
+            self.rollout = self.new_rollout(generator, averaged)
         return total + self.loss([self.clips(generator, plan.clips - plan.own), self.own_clips(generator, plan.own)])
 
     def loss(self, parts: list[Examples], padding: float = 1.0) -> torch.Tensor:
@@ -312,7 +313,7 @@ class Losses:
         level = int(torch.randint(1, len(SAMPLING_STEPS), (), generator=generator))
         with torch.no_grad():
             guess, noisy = sampled(averaged, names, generator, level)
-            seen = [detect(video) for video in self.code.decode(guess / SCALE)]
+            seen = [detect(video, SHRUNKEN) for video in self.code.decode(guess / SCALE)]
             shown = [sighted(scene, said, sighting) for (scene, said), sighting in zip(scenes, seen)]
             track, times = Track(shown), pixel_times(0)
             usable = follow(track, seen, times, bounces=False)
@@ -340,7 +341,7 @@ class Losses:
         """Teacher forcing whose past is a piece of the model's own videos."""
         rollout = self.rollout
         rows = torch.randint(len(rollout.prompts), (count,), generator=generator).tolist()
-        begins = torch.randint(ROLLOUT_CHUNKS - CHUNKS + 1, (count,), generator=generator).tolist()
+        begins = torch.randint(self.plan.chunks - CHUNKS + 1, (count,), generator=generator).tolist()
         frames = [slice(begin * CHUNK, begin * CHUNK + LATENT_FRAMES) for begin in begins]
         context = torch.stack([rollout.own[row, :, part] for row, part in zip(rows, frames)])
         clean = torch.stack([rollout.right[row, :, part] for row, part in zip(rows, frames)])
@@ -356,13 +357,14 @@ class Losses:
         prompts = [rollout.prompts[row] for row in rows]
         return Examples(context, noisy, clean, ways, sigmas, prompts, second, usable, looks, places)
 
-    def new_rollout(self, step: int, generator: torch.Generator, averaged: Denoiser) -> Rollout:
-        stories = [random_story(generator) for _ in range(ROLLOUT_VIDEOS)]
+    def new_rollout(self, generator: torch.Generator, averaged: Denoiser) -> Rollout:
+        stories = [random_story(generator) for _ in range(self.plan.videos)]
         with torch.no_grad():
             words = [averaged.text([story.prompts[which] for story in stories])[0] for which in (0, 1)]
         embeds = tuple(nn.functional.pad(word, (0, 0, 0, TEXT_LENGTH - word.shape[1])) for word in words)
         model = CausalModel(averaged.transformer, PRESET)
-        return roll_out(model, embeds, stories, self.code, SCALE, ROLLOUT_CHUNKS, seed=step)
+        seed = int(torch.randint(2**31, (), generator=generator))
+        return roll_out(model, embeds, stories, self.code, SCALE, self.plan.chunks, seed)
 
 
 def alone(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -445,6 +447,8 @@ def train_transformer(
             plan.rate,
             matrices=matrices,
             evaluate=lambda model: judged(model, pool.code),
+            save_every=200,
+            together=True,
             lessons=number - 1,
         )
         model.load_state_dict(averaged.state_dict())

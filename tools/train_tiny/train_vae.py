@@ -27,7 +27,7 @@ STEPS, RATE = {"decoder": 6000, "encoder": 2400}, 3e-4
 """At four times this rate the decoder took 2,500 steps to where it comes in 500 (26 dB)."""
 STEPS_ON, RATE_ON = {"decoder": 300, "encoder": 300}, 2e-4
 """From the weights of an exported model."""
-SCALE = 3.0
+SCALE = 3.5
 """Spread of the transformer's latents. At the second of its 4 noise levels there are 15 parts of noise to one of video: with a
 spread of 1, as a VAE usually has, the shape could not be found in it, and the first step's choice would be lost."""
 CODE = Path("vae") / "linear_code.safetensors"
