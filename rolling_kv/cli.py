@@ -409,7 +409,8 @@ def _generate_on(args: argparse.Namespace, shards: HeadShards | None) -> None:
 
 def _asked_size(args: argparse.Namespace, usual: tuple[int, int]) -> tuple[int, int]:
     """Height and width in pixels that were asked for, by default the `usual` ones."""
-    return tuple(own if given is None else given for given, own in zip((args.height, args.width), usual))
+    height, width = usual
+    return height if args.height is None else args.height, width if args.width is None else args.width
 
 
 def _size_of_state(args: argparse.Namespace) -> tuple[int, int]:
