@@ -18,7 +18,7 @@ from tools.train_tiny import export, loop, polish, starts, train_vae
 from tools.train_tiny.code import LinearCode
 from tools.train_tiny.detector import detect
 from tools.train_tiny.prompts import EVERYTHING, LENGTHS, WORDS, canonical, describe, make_tokenizer, vocabulary
-from tools.train_tiny.self_forcing import HOLD, follow, pixel_times, sighted
+from tools.train_tiny.self_forcing import HOLD, SHRUNKEN, follow, pixel_times, sighted
 from tools.train_tiny.train_transformer import Denoiser, tokenizer_file
 from tools.train_tiny.world import (
     DIRECTIONS,
@@ -26,6 +26,7 @@ from tools.train_tiny.world import (
     FURTHER,
     SHAPES,
     SIDE,
+    SIZES,
     Scene,
     Track,
     covered,
@@ -329,6 +330,18 @@ def test_a_shape_that_fades_should_come_back_where_it_was_seen_last(off, known, 
     assert seen.present.sum() == 6
     assert follow(track, [seen], times, bounces=bounces) == (known or not bounces)
     assert torch.allclose(track.at(times), expected, atol=0.3)
+
+
+def test_a_triangle_that_has_shrunk_is_followed_where_it_is(monkeypatch):
+    """It has lost almost half of its area: it is no longer what it should be, but it is not gone."""
+    scene = Scene("triangle", "red", "right", "small")
+    monkeypatch.setitem(SIZES, "small", 0.75 * SIZES["small"])
+    frames = render([scene], torch.tensor([[[20.0, 44.0]]]))[0]
+    monkeypatch.undo()
+    assert not detect(frames).present.any()
+    seen = detect(frames, SHRUNKEN)
+    assert seen.present.all() and seen.shape == ["triangle"]
+    assert (seen.position - torch.tensor([20.0, 44.0])).abs().max() < 4
 
 
 def test_a_piece_of_an_own_video_has_the_frames_that_it_should_show():
