@@ -8,7 +8,7 @@ import { api } from "../../scripts/api.js"
 import { app } from "../../scripts/app.js"
 
 const SUBGRAPH_INPUT = "-10" // the id that a link out of a subgraph's input panel has as its origin
-const BYPASSED = 4
+const MUTED = 2, BYPASSED = 4
 
 /** Make hooks known to the page: `name` ("RollingKV.Something"), `nodeCreated(node)`, `settings`, … @param {ComfyExtension} extension */
 export const extend = extension => app.registerExtension(extension)
@@ -362,8 +362,15 @@ function behind(node, slot, seen) {
   return node.isVirtualNode ? origin(node, 0, seen) : node
 }
 
-/** The nodes that have `node` behind an input of the name, in the whole workflow. @param {ComfyNode} node @param {string} name */
-export const users = (node, name) => allNodes().filter(other => source(other, name) === node)
+/** Whether a run has the node: neither it nor what it is in is muted or bypassed. @param {ComfyNode} node @returns {boolean} */
+function takesPart(node) {
+  if (node.mode === MUTED || node.mode === BYPASSED) return false
+  const outer = allNodes().filter(made => made.subgraph && made.subgraph === node.graph)
+  return !outer.length || outer.some(takesPart)
+}
+
+/** The nodes that will run with `node` behind an input of the name, in the whole workflow. @param {ComfyNode} node @param {string} name */
+export const users = (node, name) => allNodes().filter(other => source(other, name) === node && takesPart(other))
 
 /* ---- the page --------------------------------------------------------------------------------------------------------- */
 

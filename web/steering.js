@@ -24,7 +24,7 @@ const STYLE = `
 document.head.append(element("style", {}, STYLE))
 
 const ROW = 26, ANSWER = 20 // pixels, with the gap before it
-const BLEND = "blend"
+const BLENDS = ["blend", "slerp"] // over a number of chunks
 const FEWEST = 2, MOST = 16 // chunks of a blend
 
 /** Whether a run can be steered still. @param {{ status: Run["status"] }} run */
@@ -85,7 +85,7 @@ export class Steering {
 
   /** The ways in which a prompt may come to this run. @param {Run} run */
   offer({ switches }) {
-    const ways = [...switches, BLEND], key = ways.join()
+    const ways = [...switches, ...BLENDS], key = ways.join()
     if (key === this.ways) return
     const chosen = this.how.value
     this.ways = key
@@ -95,7 +95,7 @@ export class Steering {
   }
 
   choose() {
-    this.chunks.hidden = this.how.value !== BLEND
+    this.chunks.hidden = !BLENDS.includes(this.how.value)
   }
 
   /** @param {KeyboardEvent} event */
@@ -104,7 +104,7 @@ export class Steering {
     if (event.key !== "Enter" || event.isComposing) return // Enter also ends the choice of a character
     event.preventDefault()
     const prompt = this.prompt.value.trim()
-    const how = this.how.value === BLEND ? `${BLEND} ${this.chunks.value}` : this.how.value
+    const how = BLENDS.includes(this.how.value) ? `${this.how.value} ${this.chunks.value}` : this.how.value
     if (prompt) this.ask("prompt", { prompt, how })
   }
 

@@ -114,10 +114,11 @@ SET = """([id, name, value]) => {
   canvas.emitAfterChange()
 }"""
 
-BYPASS = f"""id => {{
+RUNS, MUTED, BYPASSED = 0, 2, 4
+MODE = f"""([id, mode]) => {{
   const {{ canvas }} = window.app
   canvas.emitBeforeChange()
-  ;({OF})(id).mode = 4
+  ;({OF})(id).mode = mode
   canvas.emitAfterChange()
 }}"""
 
@@ -143,5 +144,19 @@ def test_what_is_in_a_subgraph_is_shown_with_the_values_of_the_subgraphs_node(pa
     until(page, lambda: page.evaluate(text, outer) == "0: a red circle\n5.0625: a green square")
     until(page, lambda: len(asked("schedule")["model"]["attach"]) == 1)
     bypassed, _ = page.evaluate(PACKED, [["RollingKVAttachCache"], []])
-    page.evaluate(BYPASS, bypassed)
+    page.evaluate(MODE, [bypassed, BYPASSED])
     until(page, lambda: asked("schedule")["model"]["attach"] == [])
+
+
+def test_a_sampler_that_will_not_run_does_not_count(page, live):
+    asked = lambda route: next((body for name, body in reversed(live.stage.posts) if name == route), {})  # noqa: E731
+    sampler = page.evaluate("() => String(window.app.graph.nodes.find(node => node.type === 'RollingKVSample').id)")
+    for mode in (MUTED, BYPASSED):
+        until(page, lambda: asked("plan").get("sampler"))
+        page.evaluate(MODE, [sampler, mode])
+        until(page, lambda: asked("plan")["sampler"] is None)
+        page.evaluate(MODE, [sampler, RUNS])
+    until(page, lambda: asked("plan").get("sampler"))
+    outer, _ = page.evaluate(PACKED, [["RollingKVSample"], []])
+    page.evaluate(MODE, [outer, MUTED])
+    until(page, lambda: asked("plan")["sampler"] is None)

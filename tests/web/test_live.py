@@ -54,18 +54,34 @@ def test_a_prompt_is_sent_as_it_is_to_come_and_the_answer_is_shown(live):
     answer.wait_for()
     assert answer.inner_text() == "From the next chunk on: a plaid circle Unknown words: plaid."
     assert prompt.input_value() == ""
-    assert how.locator("option").all_inner_texts() == ["the model's own way", "hold", "recache", "cut", "blend"]
+    assert how.locator("option").all_inner_texts() == [
+        "the model's own way",
+        "hold",
+        "recache",
+        "cut",
+        "blend",
+        "slerp",
+    ]
     how.select_option("blend")
-    live.page.get_by_label("Chunks that the blend takes").fill("4")
+    chunks = live.page.get_by_label("Chunks that the blend takes")
+    chunks.fill("4")
     live.stage.answers["steer"] = lambda body: (200, told(node))
     prompt.fill("a blue square")
     prompt.press("Control+Enter")
     answer.get_by_text("From the next chunk on: a blue square").wait_for()
+    how.select_option("cut")
+    assert chunks.is_hidden()
+    how.select_option("slerp")
+    assert chunks.is_visible()
+    prompt.fill("a blue circle")
+    prompt.press("Enter")
+    answer.get_by_text("From the next chunk on: a blue circle").wait_for()
     sent = [body for route, body in live.stage.posts if route == "steer"]
     common = {"run": "a" * 16, "action": "prompt"}
     assert sent == [
         common | {"prompt": "a plaid circle", "how": ""},
         common | {"prompt": "a blue square", "how": "blend 4"},
+        common | {"prompt": "a blue circle", "how": "slerp 4"},
     ]
 
 
