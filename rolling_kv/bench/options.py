@@ -54,10 +54,11 @@ def add_machine(parser: argparse.ArgumentParser, *, memory: bool = True) -> None
 
 
 def check(args: argparse.Namespace, *counts: str) -> None:
-    """Raise ValueError unless these arguments and --threads are at least 1, files can be written, and --model is there."""
-    for name in (*counts, "threads"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    """Raise ValueError unless these arguments, --threads and the size are at least 1, files can be written, and --model is there."""
+    for name in (*counts, "threads", "height", "width"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
     plot = getattr(args, "plot", None)
     for path in filter(None, (args.json, plot)):
         if not path.absolute().parent.is_dir():

@@ -345,6 +345,7 @@ def test_a_folder_that_cannot_hold_the_videos_is_told_before_anything_is_made(
         (["--ray", "--workers", "0"], "number of workers must be at least 1"),
         (["--ray", "--cpus", "nan"], "CPUs of a worker must be a number"),
         (["--window", "1", "--sink", "3"], "window"),
+        (["--height", "0"], "height must be at least 1, got 0"),
     ],
 )
 def test_options_that_do_not_go_together_are_told_before_anything_is_loaded(
