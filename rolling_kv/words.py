@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoints.detect import PRESET_FILE
+from .checkpoints.detect import own_notes
 from .checkpoints.readers import read_json
 from .messages import listed, printable, shortened
 
@@ -55,7 +55,7 @@ class Words:
 
 def read_words(folder: Path) -> Words | None:
     """What the model in `folder` says of its words; None where it does not."""
-    content = read_json(folder / PRESET_FILE).get(ENTRY) if (folder / PRESET_FILE).is_file() else None
+    content = read_json(file).get(ENTRY) if (file := own_notes(folder)) else None
     if not isinstance(content, dict):
         return None
     known, also, otherwise = content.get("known"), content.get("also", []), content.get("otherwise", "")

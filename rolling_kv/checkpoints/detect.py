@@ -53,7 +53,7 @@ def detect_preset(path: Path, checkpoint: Checkpoint) -> ModelPreset | None:
     both `{"preset": {…}}`; a second set of weights, for context passes; well-known names of the file and its folders;
     ComfyUI's mark for causal models (frame-wise).
     """
-    if file := _preset_file(path, checkpoint):
+    if file := own_notes(path):
         return _parse(PRESET_FILE, read_json(file))
     if METADATA_KEY in checkpoint.metadata:
         return _parse(f"the metadata entry {METADATA_KEY}", metadata_json(checkpoint, METADATA_KEY))
@@ -69,13 +69,11 @@ def detect_preset(path: Path, checkpoint: Checkpoint) -> ModelPreset | None:
 
 
 def only_size(path: Path) -> tuple[int, int] | None:
-    """Height and width in pixels of the only videos that a model makes, as the `rolling_kv.json` in a diffusers folder, or beside
-    its transformer, says: `"only_size": [64, 64]`.
+    """Height and width in pixels of the only videos that a model makes, as its `own_notes` say: `"only_size": [64, 64]`.
     None where it says nothing, or nothing that can be read: a model that is told its preset needs no such file.
     """
-    folder = path.parent if path.name == "transformer" and not (path / PRESET_FILE).exists() else path
     try:
-        size = read_json(folder / PRESET_FILE).get(ONLY_SIZE)
+        size = read_json(file).get(ONLY_SIZE) if (file := own_notes(path)) else None
     except CheckpointError:
         return None
     if isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size):
@@ -83,11 +81,11 @@ def only_size(path: Path) -> tuple[int, int] | None:
     return None
 
 
-def _preset_file(path: Path, checkpoint: Checkpoint) -> Path | None:
-    """The `rolling_kv.json` in or beside a diffusers folder, where there is one."""
-    weights = checkpoint.files[0]
-    folders = dict.fromkeys((path, weights.parent, weights.parent.parent)) if path.is_dir() else ()
-    return next((folder / PRESET_FILE for folder in folders if (folder / PRESET_FILE).exists()), None)
+def own_notes(path: Path) -> Path | None:
+    """The `rolling_kv.json` of the diffusers folder `path`, or of the one whose transformer is in `path`; None without one."""
+    here, name = path.absolute(), "transformer"
+    places = (here, here.parent) if here.name == name else (here, here / name)
+    return next((place / PRESET_FILE for place in places if (place / PRESET_FILE).is_file()), None)
 
 
 def assumed_preset(checkpoint: Checkpoint) -> ModelPreset:
