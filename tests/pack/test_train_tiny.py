@@ -27,6 +27,7 @@ from tools.train_tiny.world import (
     SHAPES,
     SIDE,
     SIZES,
+    SMALLER,
     Scene,
     Track,
     covered,
@@ -205,7 +206,7 @@ def test_every_start_is_possible():
     assert len(DIRECTIONS) == 8
 
 
-def test_ways_lead_to_the_other_shapes_and_to_another_motion():
+def test_ways_lead_to_the_other_shapes_to_a_smaller_one_and_to_another_motion():
     code, generator = LinearCode.fit(clips=64), torch.Generator().manual_seed(0)
     scenes = [replace(random_scene(generator), shape=shape, size="big", speed="") for shape in SHAPES]
     paths = torch.stack([trajectory(scene, random_start(scene, generator), 9) for scene in scenes])
@@ -214,7 +215,10 @@ def test_ways_lead_to_the_other_shapes_and_to_another_motion():
     for way, turn in zip(ways, range(2)):
         others = [replace(scene, shape=other_shapes(scene.shape)[turn]) for scene in scenes]
         assert torch.allclose(clean + way, code.encode(render(others, paths)), atol=1e-4)
-    for way, axis in zip(ways[2:4], range(2)):
+    for before, after in zip(code.decode(clean), code.decode(clean + ways[2])):
+        sizes = [detect(video).size.mean() for video in (before, after)]
+        assert 0.95 * SMALLER < sizes[1] / sizes[0] < 1.05 * SMALLER
+    for way, axis in zip(ways[3:5], range(2)):
         for before, after in zip(code.decode(clean), code.decode(clean + way)):
             places = [detect(video).position for video in (before, after)]
             faster = (places[1][-1] - places[1][0] - places[0][-1] + places[0][0])[axis]

@@ -156,6 +156,9 @@ def measure_prompts(tiny: Tiny, count: int, chunks: int = 5, seed: int = 0, **op
         "shape right, frames": share(name == scene.shape for scene, s in pairs for name in s.shape),
         "size right, frames": share((s.size - SIZES[scene.size]).abs().lt(1.75).float().mean() for scene, s in pairs),
         "direction right, videos": share(way == scene.direction for scene, way in ways if scene.speed != "still"),
+        "speed from the second chunk on, of the one that is said": share(
+            pace(s.position[STRAIGHT_FRAMES:]) / SPEEDS[scene.speed] for scene, s in pairs if scene.speed != "still"
+        ),
         "stands still when told to, videos": share(bool((p - p[0]).norm(dim=1).max() < 1.5) for p in still),
         "error at borders, px": border,
         "error inside chunks, px": inside,
@@ -164,6 +167,11 @@ def measure_prompts(tiny: Tiny, count: int, chunks: int = 5, seed: int = 0, **op
         "error at borders without the cache, px": alone,
         "without / with the cache": alone / border,
     }
+
+
+def pace(position: torch.Tensor) -> float:
+    """Pixels per frame along positions [T, 2]; walls are in few of the frames."""
+    return float((position[PACE:] - position[:-PACE]).norm(dim=1).median()) / PACE
 
 
 def measure_words(tiny: Tiny, count: int, chunks: int = 5, seed: int = 0) -> dict[str, float]:
@@ -313,9 +321,7 @@ def measure_changes(tiny: Tiny, count: int, chunks: int = 8, seed: int = 0) -> d
                 ground = torch.tensor(BACKGROUNDS[scene.background]) / 127.5 - 1
                 good.append(float((s.background[later:] - ground).abs().amax(1).lt(0.1).float().mean()))
             else:
-                there = s.position[later:]
-                pace = (there[PACE:] - there[:-PACE]).norm(dim=1).median() / PACE
-                good.append(abs(float(pace) - SPEEDS[scene.speed]) < 0.2)
+                good.append(abs(pace(s.position[later:]) - SPEEDS[scene.speed]) < 0.2)
         result[f"new {kind}, {'videos' if kind == 'speed' else 'frames'}"] = share(good)
     return result
 

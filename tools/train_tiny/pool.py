@@ -17,6 +17,7 @@ from .world import (
     COLOURS,
     DIRECTIONS,
     SHAPES,
+    SMALLER,
     SPEEDS,
     Scene,
     Track,
@@ -44,7 +45,7 @@ CHANGED = 0.6
 
 
 class Batch(NamedTuple):
-    """latents [B, 16, 12, 8, 8]; ways [6, B, 16, 12, 8, 8]: from there to the other two shapes, and to its own `moved`; prompts: two for
+    """latents [B, 16, 12, 8, 8]; ways [7, B, 16, 12, 8, 8]: from there to the other two shapes, and to its own SMALLER and `moved`; prompts: two for
     each clip; second [B, 4]: chunks that follow the second prompt. looks [B, 4, 4], places [B, 12, 2]: see `facts`."""
 
     latents: torch.Tensor
@@ -156,12 +157,13 @@ class Pool:
         latents = self.code.paint(self.motions[rows].float(), fronts, backs)
         later = pick_chunks.repeat_interleave(TIME, 1)[..., None, None] > 0
         inside = []
-        for turn in range(len(SHAPES)):
+        for turn, share in (*((turn, 1.0) for turn in range(len(SHAPES))), (0, SMALLER)):
             before, after = (
                 covered(
                     [(scene.shape, *other_shapes(scene.shape))[turn] for scene in scenes],
                     [scene.size for scene in scenes],
                     self.paths[rows],
+                    share,
                 )
                 for scenes in ([self.scenes[row] for row in rows], [self.then[row] for row in rows])
             )

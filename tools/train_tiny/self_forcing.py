@@ -61,7 +61,7 @@ class Story(NamedTuple):
 
 class Rollout(NamedTuple):
     """own [B, 16, F, 8, 8]: what the model made. right: the same shape, how each chunk should have continued the chunks
-    before it. ways [6, B, 16, F, 8, 8]: as `drawn` has them. looks [B, chunks, 4], places [B, F, 2]: of
+    before it. ways [7, B, 16, F, 8, 8]: as `drawn` has them. looks [B, chunks, 4], places [B, F, 2]: of
     what `right` shows. usable [B, chunks]: whether that is known; never in the first chunk. second [chunks]: whether a chunk
     follows the second of the prompts."""
 
@@ -145,7 +145,7 @@ def roll_out(
         first = [chunk.latents for chunk in session.generate(turn, seed=seed)]
         session.set_prompt(prompts[1])
         own = torch.cat(first + [chunk.latents for chunk in session.generate(chunks - turn, seed=seed)], 2)
-    frames, right, ways = code.decode(own / scale), own.clone(), torch.zeros(6, *own.shape)
+    frames, right, ways = code.decode(own / scale), own.clone(), torch.zeros(7, *own.shape)
     seen = [detect(video[:, pixel_times(0)], SHRUNKEN) for video in frames]
     scenes = [sighted(story.scene, story.said, sighting) for story, sighting in zip(stories, seen)]
     track = Track(scenes)

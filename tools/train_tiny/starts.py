@@ -16,6 +16,7 @@ import torch
 from .code import LinearCode
 from .world import (
     COLOURS,
+    SMALLER,
     STRAIGHT_FRAMES,
     Scene,
     backdrop,
@@ -67,13 +68,14 @@ def drawn(
     code: LinearCode, scenes: list[Scene], paths: torch.Tensor, further: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [B, 16, t, 8, 8] of `scenes` along `paths` [B, T, 2], and the ways [W, B, 16, t, 8, 8] from there to the same
-    with the other two shapes, and to the same `moved`; further: in place too, not only in speed."""
+    with the other two shapes, to the same SMALLER, and to the same `moved`; further: in place too, not only in speed."""
     batch, frames = paths.shape[:2]
     shapes = [[scene.shape for scene in scenes], *zip(*(other_shapes(scene.shape) for scene in scenes))]
     sizes = [scene.size for scene in scenes] * len(shapes)
     inside = covered(sum(map(list, shapes), []), sizes, paths.repeat(len(shapes), 1, 1)).unflatten(0, (-1, batch))
+    smaller = covered(shapes[0], sizes[:batch], paths, SMALLER)
     ways = moved(inside[0], frames)
-    inside = torch.cat([inside, inside[0] + (ways if further else ways[:2])])
+    inside = torch.cat([inside, smaller[None], inside[0] + (ways if further else ways[:2])])
     motions = code.cover(inside.flatten(0, 1))
     length, copies = motions.shape[3], len(inside)
     fronts = torch.tensor([COLOURS[scene.colour] for scene in scenes])[:, None].expand(-1, length, -1) / 127.5 - 1

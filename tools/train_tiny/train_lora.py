@@ -21,7 +21,7 @@ from .train_transformer import CLIPS, GOING_ON, Denoiser, Losses, motion_pool
 
 LORA = BUNDLED_LORA.relative_to(BUNDLED)
 """Where the LoRA lies in the model's folder."""
-STEPS, RATE, RANK = 600, 2e-3, 8
+STEPS, RATE, RANK = 1100, 2e-3, 8
 
 
 class LowRank(nn.Module):

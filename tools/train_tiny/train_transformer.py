@@ -54,7 +54,8 @@ class Plan(NamedTuple):
     tokens are told, of what is seen and of what pure noise has decided. firsts, clips, own: first chunks and whole clips in a
     batch, and how many of these are of own videos, in the end. Nothing comes before a first chunk, so it is cheap; and it has to
     follow from the prompt alone, so it is the hardest part. Before the clips join, a batch has a third more.
-    rollout_every: steps after which there are `videos` new own videos of so many chunks."""
+    rollout_every: steps after which there are `videos` new own videos of so many chunks. smaller, moved: weights of errors that lead to
+    a smaller shape, and to another speed or place. shares, few_step_share: see `random_sigmas`, for clips."""
 
     steps: int
     rate: float
@@ -71,28 +72,35 @@ class Plan(NamedTuple):
     rollout_every: int = 50
     videos: int = 16
     chunks: int = 10
+    smaller: float = 0.0
+    moved: float = 1.0
+    shares: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    few_step_share: float = 0.7
 
 
-FRESH = Plan(4500, 8e-4, 450, 900, 2000, (100, 400), 400, 1.0, 1.0)
-GOING_ON = Plan(1400, 3e-4, 0, 0, 100, (-2, -1), 0, 0.0, 1.0)
-"""From weights that know most of this world."""
-ROLLING = GOING_ON._replace(steps=1400, firsts=6, clips=4, own=3, rollout_every=40, videos=10, chunks=20)
-"""From weights that make good first chunks: what comes later, in the model's own videos."""
-FROM_NOTHING = (FRESH, ROLLING, ROLLING, ROLLING)
-"""Rounds. Each begins with the averaged weights of the one before, with its whole rate, and with lessons of its own."""
-LONG_PROMPTS = 0.1
-"""Share of the batches of first chunks with prompts of many unknown words."""
-WAY_WEIGHTS = torch.tensor([2.0, 2.0, 1.0, 1.0, 1.0, 1.0])
-"""Of errors that lead to the other two shapes, to another speed, and, but in first chunks, to another place. A wrong shape is
-a few pixels at the edge, which a mean over all hardly feels: alone it taught the colour in 300 steps and the shape not in
-1,800. Nor does it feel half a pixel, by which a shape that should stand still wanders off."""
-SHIFT = 5.0
-SAMPLING_STEPS = (1000, 750, 500, 250)
-FEW_STEP_SHARE = 0.7
-"""Share of the noise levels that are exactly those of 4-step sampling; the rest is spread over the schedule."""
 FIRST_CHUNK_SHARES = (0.45, 0.25, 0.18, 0.12)
 """Of the 4 levels, in first chunks: what is hardest, most often."""
 FIRST_CHUNK_FEW_STEP_SHARE = 0.85
+FRESH = Plan(4500, 8e-4, 450, 900, 2000, (100, 400), 400, 1.0, 1.0)
+GOING_ON = Plan(1400, 3e-4, 0, 0, 100, (-2, -1), 0, 0.0, 1.0)
+"""From weights that know most of this world: of what a LoRA learns from, and of the rounds below."""
+ROLLING = GOING_ON._replace(firsts=6, clips=4, own=3, rollout_every=40, videos=10, chunks=20)
+"""From weights that make good first chunks: what comes later, in the model's own videos."""
+FULL_SIZE = ROLLING._replace(smaller=2.0)
+"""From weights that go on well, but whose shapes shrink where their colour is close to the background's."""
+FULL_SPEED = FULL_SIZE._replace(moved=4.0, shares=FIRST_CHUNK_SHARES, few_step_share=FIRST_CHUNK_FEW_STEP_SHARE)
+"""From weights that draw well, but whose first step, from pure noise, draws where a shape has moved to as a blur: what the steps after it
+make of that is slow."""
+FROM_NOTHING = (FRESH, ROLLING, ROLLING, FULL_SIZE, FULL_SPEED)
+"""Rounds. Each begins with the averaged weights of the one before, with its whole rate, and with lessons of its own."""
+LONG_PROMPTS = 0.1
+"""Share of the batches of first chunks with prompts of many unknown words."""
+OTHER_SHAPES = 2.0
+"""Weight of errors that lead to the other two shapes. A wrong shape is a few pixels at the edge, which a mean over all hardly
+feels: alone it taught the colour in 300 steps and the shape not in 1,800. Nor does it feel half a pixel, by which a shape that
+should stand still wanders off: see `Plan.moved`."""
+SHIFT = 5.0
+SAMPLING_STEPS = (1000, 750, 500, 250)
 CONTEXT_NOISE = 0.3
 """Largest spread of the noise on the clean context: what the model made itself is never as clean as the data."""
 WINDOW = 3
@@ -180,7 +188,7 @@ def few_step_sigmas() -> torch.Tensor:
 
 
 def random_sigmas(
-    shape: tuple[int, ...], generator: torch.Generator, shares=(1.0, 1.0, 1.0, 1.0), few_step_share=FEW_STEP_SHARE
+    shape: tuple[int, ...], generator: torch.Generator, shares: tuple[float, ...], few_step_share: float
 ) -> torch.Tensor:
     count = math.prod(shape)
     few = few_step_sigmas()[torch.multinomial(torch.tensor(shares), count, True, generator=generator)].view(shape)
@@ -253,7 +261,9 @@ class Losses:
             flow = predict(self.model.transformer, context, noisy, sigmas * 1000, prompts, window, CHUNK, hidden)
         error = (flow.float() - (noisy - clean) / per_frame(sigmas)).unflatten(2, (-1, CHUNK))
         along = (error * ways).sum((2, 4, 5, 6)) / ways.square().sum((2, 4, 5, 6)).clamp_min(1.0)
-        away = (WAY_WEIGHTS[: len(ways), None, None] * along.square()).sum(0)
+        plan = self.plan
+        weights = torch.tensor([OTHER_SHAPES] * 2 + [plan.smaller] + [plan.moved] * 4)[: len(ways), None, None]
+        away = (weights * along.square()).sum(0)
         errors = (
             error.square().mean((1, 3, 4, 5))
             + away
@@ -328,7 +338,7 @@ class Losses:
         """Teacher forcing on clips of the data, with a little noise on the past."""
         batch = self.pool.draw(count, generator, self.striped)
         clean = SCALE * batch.latents
-        sigmas = random_sigmas(batch.second.shape, generator)
+        sigmas = random_sigmas(batch.second.shape, generator, self.plan.shares, self.plan.few_step_share)
         spread = CONTEXT_NOISE * torch.rand(count, 1, 1, 1, 1, generator=generator)
         context = clean + spread * torch.randn(clean.shape, generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
@@ -348,7 +358,7 @@ class Losses:
         ways = torch.stack([rollout.ways[:, row, :, part] for row, part in zip(rows, frames)], 1)
         usable = torch.stack([rollout.usable[row, begin : begin + CHUNKS] for row, begin in zip(rows, begins)])
         second = torch.stack([rollout.second[begin : begin + CHUNKS] for begin in begins])
-        sigmas = random_sigmas((count, CHUNKS), generator)
+        sigmas = random_sigmas((count, CHUNKS), generator, self.plan.shares, self.plan.few_step_share)
         noisy = torch.lerp(clean, torch.randn(clean.shape, generator=generator), per_frame(sigmas))
         # The first chunk of a piece lacks the past that it had in the video.
         usable = usable * (torch.arange(CHUNKS) > 0)
@@ -432,11 +442,11 @@ def per_frame(sigmas: torch.Tensor) -> torch.Tensor:
 def train_transformer(
     folder: Path | None = None, rounds: tuple[Plan, ...] | None = None, clips: int = CLIPS
 ) -> nn.Module:
-    """folder: of an exported model whose weights are the beginning. rounds: by default FROM_NOTHING, or GOING_ON alone."""
+    """folder: of an exported model whose weights are the beginning. rounds: by default FROM_NOTHING, or its last one alone."""
     model, pool = Denoiser(), motion_pool(clips, folder)
     if folder is not None:
         model.take_over(folder)
-    rounds = rounds or (FROM_NOTHING if folder is None else (GOING_ON,))
+    rounds = rounds or (FROM_NOTHING if folder is None else FROM_NOTHING[-1:])
     matrices = [parameter for parameter in model.transformer.blocks.parameters() if parameter.ndim == 2]
     for number, plan in enumerate(rounds, 1):
         averaged = train(
@@ -457,7 +467,7 @@ def train_transformer(
 
 def main() -> None:
     fresh = " and ".join(str(plan.steps) for plan in FROM_NOTHING)
-    parser = part_parser(__doc__, f"{fresh}, going on from a model {GOING_ON.steps}; given, one round")
+    parser = part_parser(__doc__, f"{fresh}, going on from a model {FROM_NOTHING[-1].steps}; given, one round")
     parser.add_argument("--from", dest="folder", type=Path, help="an exported model whose weights are the beginning")
     parser.add_argument("--clips", type=int, default=CLIPS)
     parser.add_argument("--compile", action="store_true", help="with a C++ compiler: somewhat less time per step")
@@ -465,7 +475,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.compile:
         teacher.compile_blocks()
-    plan = GOING_ON if arguments.folder else FRESH
+    plan = FROM_NOTHING[-1] if arguments.folder else FRESH
     rounds = (plan._replace(steps=arguments.steps),) if arguments.steps else None
     train_transformer(arguments.folder, rounds, arguments.clips)
 

@@ -41,6 +41,8 @@ EDGE = 1.6
 """Width of the soft edge of a shape, in pixels."""
 FASTER, FURTHER = 0.7, 1.5
 """How much faster, in pixels per frame, and how much further, in pixels, a shape is on the ways of `moved`."""
+SMALLER = 0.85
+"""How large a shape is, of its own size, on the way to a smaller one."""
 STILL = 0.1
 """Share of the scenes in which the shape stands still."""
 STRIPE, STRIPE_SHADE = 8, 52
@@ -172,14 +174,14 @@ def render(scenes: list[Scene], paths: torch.Tensor, colours: torch.Tensor | Non
     return back + (front - back) * inside[:, None]
 
 
-def covered(shapes: Sequence[str], sizes: Sequence[str], paths: torch.Tensor) -> torch.Tensor:
-    """How much of each pixel [B, T, 64, 64] shapes of these names cover along `paths` [B, T, 2]."""
+def covered(shapes: Sequence[str], sizes: Sequence[str], paths: torch.Tensor, share: float = 1.0) -> torch.Tensor:
+    """How much of each pixel [B, T, 64, 64] shapes of these names cover along `paths` [B, T, 2]; share: of their sizes."""
     batch, frames = paths.shape[:2]
     axis = torch.arange(SIDE) + 0.5
     x = axis.view(1, 1, 1, SIDE) - paths[..., 0].view(batch, frames, 1, 1)
     y = axis.view(1, 1, SIDE, 1) - paths[..., 1].view(batch, frames, 1, 1)
     inside = torch.empty(batch, frames, SIDE, SIDE)
-    halves = torch.tensor([SIZES[size] for size in sizes]).view(batch, 1, 1, 1)
+    halves = share * torch.tensor([SIZES[size] for size in sizes]).view(batch, 1, 1, 1)
     for shape in SHAPES:
         rows = torch.tensor([index for index, name in enumerate(shapes) if name == shape], dtype=torch.long)
         inside[rows] = coverage(shape, halves[rows], x[rows], y[rows])
