@@ -54,6 +54,7 @@ def test_videos_show_what_the_prompt_says_and_the_cache_makes_them_continuous(ti
     assert seen["colour right, frames"] >= 0.97
     assert seen["shape right, frames"] >= 0.9
     assert seen["direction right, videos"] >= 0.95
+    assert 0.8 < seen["speed from the second chunk on, of the one that is said"] < 1.1
     assert seen["border / inside"] <= 1.5
     assert seen["without / with the cache"] >= 5
 
@@ -87,9 +88,8 @@ def test_a_new_prompt_changes_shape_background_and_speed(tiny):
     assert seen["new speed, videos"] >= 0.6
 
 
-@pytest.mark.parametrize("positions", ["absolute", "window"])
-def test_a_minute_does_not_drift(tiny, positions):
-    cache = replace(tiny.model.preset.cache, positions=positions)
+def test_a_minute_does_not_drift(tiny):
+    cache = replace(tiny.model.preset.cache, positions="window")
     seen = measure.measure_minutes(tiny, 4, cache, minutes=1.0)
     assert seen["right shape and colour, frames"] >= 0.97
     assert seen["drift of size, % of it, mean"] <= 3
