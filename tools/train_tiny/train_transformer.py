@@ -190,6 +190,8 @@ def few_step_sigmas() -> torch.Tensor:
 def random_sigmas(
     shape: tuple[int, ...], generator: torch.Generator, shares: tuple[float, ...], few_step_share: float
 ) -> torch.Tensor:
+    """Noise levels of this shape. few_step_share: of them are exactly those of 4-step sampling, with these shares of the four; the
+    rest is spread over the schedule."""
     count = math.prod(shape)
     few = few_step_sigmas()[torch.multinomial(torch.tensor(shares), count, True, generator=generator)].view(shape)
     spread = flow_schedule(SHIFT)[1].float()
