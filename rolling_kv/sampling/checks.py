@@ -71,7 +71,7 @@ def size_note(model: CausalModel, height: int, width: int) -> str:
     own_height, own_width = model.only_size
     own = f"{own_width}x{own_height}"
     return (
-        f"This model knows pictures of {own} pixels alone. At {width}x{height} it shows several things at once, or none: make "
+        f"This model knows pictures of {own} pixels alone. At {width}x{height} it may show several things at once, or none: make "
         f"{own}, and have the video enlarged (enlarge, on the command line --scale)."
     )
 
