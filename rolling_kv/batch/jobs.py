@@ -34,6 +34,13 @@ _KINDS = {
 }
 
 
+def check_size(width: object, height: object) -> None:
+    """Raise ValueError for what is no number of pixels; None is left to others."""
+    for side, pixels in (("width", width), ("height", height)):
+        if pixels is not None:
+            check_whole(side, pixels, 1, LARGEST_SIDE)
+
+
 @dataclass(frozen=True)
 class Job:
     """One video of a batch. What is left out, and null in a file, is as in `Pipeline.generate`.
@@ -84,9 +91,7 @@ class Job:
             check_real("seconds", self.seconds, 0, LONGEST_SECONDS)
             if not self.seconds:
                 raise ValueError("seconds is 0, and a video of a batch has to end: give more, or leave it out")
-        for side in ("width", "height"):
-            if getattr(self, side) is not None:
-                check_whole(side, getattr(self, side), 1, LARGEST_SIDE)
+        check_size(self.width, self.height)
         check_choice("fit", self.fit, FITS)
         read_colour(self.background)
         if self.image is not None and self.video is not None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..bundled import BUNDLED
-from ..config import CacheConfig, ExecutionConfig, SamplingConfig, check_choice, check_whole
+from ..config import CacheConfig, ExecutionConfig, SamplingConfig, check_choice
 from ..inspection import inspect_checkpoint
 from ..pipeline import Pipeline
 from ..presets import PRESETS, ModelPreset
 from ..video import ENCODERS, PLAIN
-from .jobs import LARGEST_SIDE
+from .jobs import check_size
 from .texts import KnownTexts
 
 
@@ -69,9 +69,7 @@ class Settings:
     def check(self) -> None:
         """Raise ValueError for settings that do not go together, before anything is loaded."""
         check_choice("the encoder", self.encoder, ENCODERS)
-        for side in ("width", "height"):
-            if getattr(self, side) is not None:
-                check_whole(side, getattr(self, side), 1, LARGEST_SIDE)
+        check_size(self.width, self.height)
         preset = self.preset_of_model()
         self.sampling(preset).check_cache(self.cache(preset))
         self.execution.check(self.device, weight_storage=self.storage)

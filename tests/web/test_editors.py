@@ -123,15 +123,19 @@ MODE = f"""([id, mode]) => {{
 }}"""
 
 
+def asked(live, route: str) -> dict:
+    """What the page has asked last of a route."""
+    return next((body for name, body in reversed(live.stage.posts) if name == route), {})
+
+
 def test_what_is_in_a_subgraph_is_shown_with_the_values_of_the_subgraphs_node(page, live):
     kinds = ["RollingKVSample", "RollingKVPromptSchedule"]
     promoted = [["RollingKVSample", "width"], ["RollingKVPromptSchedule", "text"]]
     outer, sampler, schedule = page.evaluate(PACKED, [kinds, promoted])
-    asked = lambda route: next((body for name, body in reversed(live.stage.posts) if name == route), {})  # noqa: E731
     page.evaluate(SET, [outer, "width", 128])
     page.evaluate(SET, [outer, "text", FIRST])
-    until(page, lambda: (asked("plan").get("sampler") or {}).get("width") == 128)
-    until(page, lambda: asked("schedule").get("text") == FIRST)
+    until(page, lambda: (asked(live, "plan").get("sampler") or {}).get("width") == 128)
+    until(page, lambda: asked(live, "schedule").get("text") == FIRST)
     live.begin(f"{outer}:{sampler}", window=page_answers.WINDOW)
     page.locator(".rkv-window .said", has_text="Now: 51 latent frames made").wait_for()
     page.evaluate(f"id => window.app.canvas.setGraph(({OF})(id).subgraph)", outer)
@@ -142,21 +146,20 @@ def test_what_is_in_a_subgraph_is_shown_with_the_values_of_the_subgraphs_node(pa
     text = f"id => ({OF})(id).widgets.find(made => made.name === 'text').value"
     page.evaluate("() => window.app.canvas.setGraph(window.app.rootGraph ?? window.app.graph)")
     until(page, lambda: page.evaluate(text, outer) == "0: a red circle\n5.0625: a green square")
-    until(page, lambda: len(asked("schedule")["model"]["attach"]) == 1)
+    until(page, lambda: len(asked(live, "schedule")["model"]["attach"]) == 1)
     bypassed, _ = page.evaluate(PACKED, [["RollingKVAttachCache"], []])
     page.evaluate(MODE, [bypassed, BYPASSED])
-    until(page, lambda: asked("schedule")["model"]["attach"] == [])
+    until(page, lambda: asked(live, "schedule")["model"]["attach"] == [])
 
 
 def test_a_sampler_that_will_not_run_does_not_count(page, live):
-    asked = lambda route: next((body for name, body in reversed(live.stage.posts) if name == route), {})  # noqa: E731
     sampler = page.evaluate("() => String(window.app.graph.nodes.find(node => node.type === 'RollingKVSample').id)")
     for mode in (MUTED, BYPASSED):
-        until(page, lambda: asked("plan").get("sampler"))
+        until(page, lambda: asked(live, "plan").get("sampler"))
         page.evaluate(MODE, [sampler, mode])
-        until(page, lambda: asked("plan")["sampler"] is None)
+        until(page, lambda: asked(live, "plan")["sampler"] is None)
         page.evaluate(MODE, [sampler, RUNS])
-    until(page, lambda: asked("plan").get("sampler"))
+    until(page, lambda: asked(live, "plan").get("sampler"))
     outer, _ = page.evaluate(PACKED, [["RollingKVSample"], []])
     page.evaluate(MODE, [outer, MUTED])
-    until(page, lambda: asked("plan")["sampler"] is None)
+    until(page, lambda: asked(live, "plan")["sampler"] is None)

@@ -100,6 +100,12 @@ def test_presets_are_read_from_a_file_in_or_beside_the_folder(place, level, sour
     assert load_model(tmp_path / level).preset == CUSTOM
 
 
+def test_a_file_beside_another_folder_is_not_asked(source, tmp_path):
+    source.save_pretrained(tmp_path / "self-forcing")
+    (tmp_path / "rolling_kv.json").write_text(json.dumps({"preset": CUSTOM.to_dict()}))
+    assert load_model(tmp_path / "self-forcing").preset == PRESETS["self-forcing"]
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
